@@ -1,0 +1,1 @@
+//! Four inputs, one sealed epoch.

@@ -1,0 +1,1 @@
+//! Disk images, boot discovery, volumes with an epoch journal.

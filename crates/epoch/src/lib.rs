@@ -1,0 +1,1 @@
+//! The epoch protocol as pure state machines.

@@ -1,0 +1,1 @@
+//! TAP devices, output hold and release, announce.

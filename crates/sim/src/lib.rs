@@ -1,0 +1,1 @@
+//! Seeded simulation of the epoch protocol over a fake world.

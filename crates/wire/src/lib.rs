@@ -1,0 +1,1 @@
+//! Framing, checksums, page encodings and links between hosts.

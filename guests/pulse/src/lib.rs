@@ -1,0 +1,1 @@
+//! A tiny bare-metal guest for KVM tests and benchmarks.
