@@ -10,5 +10,7 @@
 pub mod boot;
 pub mod cpuid;
 pub mod devices;
+pub mod kvm;
 pub mod memory;
 pub mod state;
+pub mod vcpu;
