@@ -99,6 +99,21 @@ pub struct VcpuStuck {
 /// Bound on the wait for all vCPUs to stop. A host under heavy load may take long; a hang must still end.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
 
+/// A save of all vCPUs under way.
+pub struct PendingSave<'a> {
+    vcpus: &'a Vcpus,
+}
+
+impl PendingSave<'_> {
+    /// Waits for the last vCPU, bounded; records in rising order of index.
+    ///
+    /// # Errors
+    /// The first [`StateError`].
+    pub fn finish(self) -> Result<Vec<StateRecord>, StateError> {
+        self.vcpus.save_finish()
+    }
+}
+
 /// All vCPUs of a machine.
 pub struct Vcpus {
     control: Arc<Control>,
@@ -256,24 +271,29 @@ impl Vcpus {
         }
     }
 
-    /// Takes the state of all vCPUs; they must be parked. One vCPU is saved here, several by their own threads
-    /// in parallel.
-    ///
-    /// # Errors
-    /// The first [`StateError`].
-    pub fn save(&self) -> Result<Vec<StateRecord>, StateError> {
+    /// Begins to take the state of all vCPUs; they must be parked. One vCPU is saved by whoever finishes, several
+    /// by their own threads in parallel.
+    #[must_use]
+    pub fn save_begin(&self) -> PendingSave<'_> {
+        if self.threads.len() > 1 {
+            let mut control = self.control.lock();
+            for slot in &mut control.saves {
+                *slot = SaveSlot {
+                    wanted: true,
+                    result: None,
+                };
+            }
+            control.saving = self.threads.len();
+            self.control.orders.notify_all();
+        }
+        PendingSave { vcpus: self }
+    }
+
+    fn save_finish(&self) -> Result<Vec<StateRecord>, StateError> {
         if let [only] = self.threads.as_slice() {
             return Ok(vec![state::save(&lock(&only.fd), 0, &self.msr_indices)?]);
         }
         let mut control = self.control.lock();
-        for slot in &mut control.saves {
-            *slot = SaveSlot {
-                wanted: true,
-                result: None,
-            };
-        }
-        control.saving = self.threads.len();
-        self.control.orders.notify_all();
         let started = Instant::now();
         while control.saving > 0 {
             let left = STOP_BOUND.saturating_sub(started.elapsed());
