@@ -51,6 +51,30 @@ fn mmdebstrap_image_without_partitions() {
     assert_eq!(plan.initrd.as_deref(), Some(&b"initrd 6.1.0-9-cloud-amd64"[..]));
 }
 
+/// Large files, fragmented by holes, come back byte for byte; also with 1 KiB blocks and block maps instead of extents.
+#[test]
+fn large_files() {
+    if !have("mke2fs", "large_files") {
+        return;
+    }
+    let mut big = common::pattern(1, 1_500_001);
+    big[..0x400].copy_from_slice(&kernel("big"));
+    big[300_000..700_000].fill(0);
+    let initrd = common::pattern(2, 2_000_003);
+    for features in ["extents", "^extents,^64bit,^metadata_csum", "^has_journal"] {
+        for block in ["1024", "4096"] {
+            let mut tree = Tree::new();
+            tree.file("boot/vmlinuz-1", &big);
+            tree.file("boot/initrd.img-1", &initrd);
+            let plan = find(tree.ext4(ROOT_UUID, "", &["-O", features, "-b", block])).unwrap();
+            assert!(
+                plan.kernel == big && plan.initrd.as_deref() == Some(&initrd[..]),
+                "{features} {block}"
+            );
+        }
+    }
+}
+
 #[test]
 fn debian_grub_in_gpt() {
     if !have("mke2fs", "debian_grub_in_gpt") {
@@ -88,7 +112,7 @@ fn fedora_bls_with_separate_boot_in_gpt_and_mbr() {
     );
     let images = [
         gpt(&[("root", root.clone()), ("boot", boot.clone())]),
-        mbr(&[root.clone()], &[fat_stub(), boot.clone()]),
+        mbr(std::slice::from_ref(&root), &[fat_stub(), boot.clone()]),
     ];
     for disk in images {
         let plan = find(disk).unwrap();

@@ -18,6 +18,15 @@ static GPT: LazyLock<Vec<u8>> = LazyLock::new(|| gpt_raw(&[("a", 100, 200), ("b"
 static MBR: LazyLock<Vec<u8>> =
     LazyLock::new(|| mbr(&[vec![1; 4096]], &[vec![2; 4096], vec![3; 4096], vec![4; 4096]]));
 
+/// More by hand: `STEADFAST_FUZZ_FACTOR=100`.
+fn cases(usual: u32) -> u32 {
+    let factor = std::env::var("STEADFAST_FUZZ_FACTOR")
+        .ok()
+        .and_then(|f| f.parse().ok())
+        .unwrap_or(1);
+    usual.saturating_mul(factor)
+}
+
 fn mutate(good: &[u8], changes: &[(usize, u8)], span: usize) -> Vec<u8> {
     let mut bytes = good.to_vec();
     for (at, value) in changes {
@@ -79,7 +88,7 @@ fn grub_soup() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(600), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn partitions_random(data in vec(any::<u8>(), 0..4096)) {
@@ -142,7 +151,7 @@ fn qcow2_mutated() {
     );
     let good = std::fs::read(&path).unwrap();
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 500,
+        cases: cases(500),
         failure_persistence: None,
         ..ProptestConfig::default()
     });
@@ -212,6 +221,28 @@ fn absurd_ext4_sizes() {
             fuzz::fuzz_ext4_boot(&bytes);
         }
     }
+}
+
+#[test]
+fn ext4_mutated() {
+    if !have("mke2fs", "ext4_mutated") {
+        return;
+    }
+    let good = debian_root().ext4(ROOT_UUID, "root", &["-O", "^metadata_csum", "-b", "1024"]);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: cases(300),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    runner
+        .run(
+            &(vec((any::<usize>(), any::<u8>()), 0..16), 0..3_usize),
+            |(changes, span)| {
+                fuzz::fuzz_ext4_boot(&mutate(&good, &changes, [3072, 100_000, usize::MAX][span]));
+                Ok(())
+            },
+        )
+        .unwrap();
 }
 
 /// A disk whose reads take forever.

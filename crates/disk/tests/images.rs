@@ -179,6 +179,12 @@ fn declared_format_wins() {
         .map(|_| ())
         .unwrap_err();
     assert!(error.to_string().contains("qcow2 version 0"), "{error}");
+    assert!(
+        create::grow_raw(&path, 2 * MIB)
+            .unwrap_err()
+            .to_string()
+            .contains("qemu-img resize")
+    );
     let raw = ImageOptions {
         format: Some(ImageFormat::Raw),
         ..ImageOptions::default()

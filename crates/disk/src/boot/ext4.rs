@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Block groups of a 16 TiB file system with 4 KiB blocks, several times over; each costs a few dozen bytes.
 const GROUPS_MAX: u64 = 1 << 19;
-/// Requests to the image per file system. A kernel and an initrd at their limits take less, in 4 KiB steps.
-const READS_MAX: u64 = 1 << 20;
+/// Requests to the image per file system. A kernel and an initrd at their limits take less, also in 1 KiB steps.
+const READS_MAX: u64 = 2 << 20;
 /// As Linux.
 const SYMLINKS_MAX: usize = 40;
 const SYMLINK_BYTES_MAX: u64 = 4096;

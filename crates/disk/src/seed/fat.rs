@@ -128,7 +128,8 @@ fn long_name(root: &mut Vec<u8>, name: &str, short: &[u8; 11]) {
     let parts: Vec<&[u16]> = units.chunks(13).collect();
     for (n, part) in parts.iter().enumerate().rev() {
         let mut e = [0xff_u8; 32];
-        e[0] = n as u8 + 1 | if n + 1 == parts.len() { 0x40 } else { 0 };
+        let last = if n + 1 == parts.len() { 0x40 } else { 0 };
+        e[0] = (n as u8 + 1) | last;
         e[11] = 0x0f;
         e[12] = 0;
         e[13] = sum;
