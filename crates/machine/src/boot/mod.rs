@@ -1,0 +1,1 @@
+//! From a kernel, a flat guest or nothing to the first instruction.

@@ -1,0 +1,1 @@
+//! CPUID: what a vCPU tells its guest about itself.

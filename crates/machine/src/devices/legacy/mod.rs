@@ -1,0 +1,1 @@
+//! Legacy parts of a PC: serial port, keyboard controller, pvpanic, ACPI power.
