@@ -17,6 +17,9 @@ fn main() {
     }
     let mut script = std::ffi::OsString::from("link-arg=-Wl,-T,");
     script.push(manifest.join("guest/link.ld"));
+    // Panics name files; those names must not depend on where the workspace lies.
+    let mut remap = manifest.clone().into_os_string();
+    remap.push("=pulse");
     let result = Command::new(rustc)
         .args([
             "--edition",
@@ -75,6 +78,8 @@ fn main() {
         ])
         .arg("-C")
         .arg(script)
+        .arg("--remap-path-prefix")
+        .arg(remap)
         .arg("-o")
         .arg(&out)
         .arg(manifest.join("guest/main.rs"))

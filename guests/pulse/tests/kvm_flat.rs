@@ -288,7 +288,12 @@ fn four_vcpus_spread_over_all_memory() {
 
 #[test]
 fn whole_pages_of_noise() {
-    freezes(&Config::new().dirty(3).chunk(1).content(Content::Random), 2, 64 << 20, 60);
+    freezes(
+        &Config::new().dirty(3).chunk(1).content(Content::Random),
+        2,
+        64 << 20,
+        60,
+    );
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl Vm {
         let mine = dir.join("host.sock");
         let _ = fs::remove_file(&mine);
         let socket = UnixDatagram::bind(&mine).unwrap();
-        // SAFETY-free way to a bounded send: without it a full queue of QEMU would block the test.
+        // Without a bound a full queue of QEMU would block the test.
         socket.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
         Cable {
             socket,
@@ -509,8 +509,96 @@ fn command_line_and_end() {
     vm.wait_serial("pulse done\n");
     assert_eq!(vm.text("e9").len(), 50);
     drop(vm);
-    // The kernel's command line here comes from a guest memory of one page more than there is.
     let mut vm = Vm::start(dir.path(), "tcg", &Config::new().dirty(MEMORY / PAGE), &[]);
     vm.wait_serial("PULSE ERROR the pages do not fit into memory");
     drop(vm);
+}
+
+fn exits(vm: &mut Vm) {
+    let start = Instant::now();
+    while vm.child.try_wait().unwrap().is_none() {
+        assert!(
+            start.elapsed() < LONG,
+            "QEMU goes on; serial: {:?}",
+            vm.text("serial")
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The three ways in which a guest can be told to fail.
+fn failures(accel: &str) {
+    if !can_run(accel) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::new().dirty(20).ip(GUEST);
+    let pvpanic = ["-device", "pvpanic", "-action", "panic=shutdown"];
+    for kind in [kind::PANIC, kind::PVPANIC, kind::HANG] {
+        let cable = Vm::cable(dir.path());
+        let mut vm = Vm::start(dir.path(), accel, &config, &pvpanic);
+        vm.wait_serial("pulse 1 ready");
+        let mut c = Client::new(cable, ME, GUEST);
+        good(&c.ask(kind::READ, LONG).unwrap());
+        c.tell(kind).unwrap();
+        if kind != kind::HANG {
+            exits(&mut vm);
+            continue;
+        }
+        // It is hung once nothing moves any more; memory stays consistent.
+        let start = Instant::now();
+        loop {
+            let before = vm.frozen();
+            std::thread::sleep(Duration::from_millis(100));
+            if before == vm.frozen() {
+                break;
+            }
+            assert!(start.elapsed() < LONG, "HANG does not hang");
+        }
+        assert_eq!(
+            c.ask(kind::READ, Duration::from_secs(1)).unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+    }
+}
+
+#[test]
+fn failures_tcg() {
+    failures("tcg");
+}
+
+#[test]
+fn failures_kvm() {
+    failures("kvm");
+}
+
+/// No instruction of the guest's own code uses SSE; `core`'s formatting, which only a panic's message would use, may.
+#[test]
+fn no_sse() {
+    let dir = tempfile::tempdir().unwrap();
+    let elf = dir.path().join("pulse.elf");
+    fs::write(&elf, pulse::elf()).unwrap();
+    let out = match Command::new("objdump")
+        .args(["-d", "--no-show-raw-insn"])
+        .arg(&elf)
+        .output()
+    {
+        Ok(out) => String::from_utf8(out.stdout).unwrap(),
+        Err(e) => {
+            println!("SKIPPED: search for SSE in the guest: objdump: {e}");
+            eprintln!("SKIPPED: search for SSE in the guest: objdump: {e}");
+            return;
+        }
+    };
+    let (mut function, mut functions) = ("", 0);
+    for line in out.lines() {
+        if line.ends_with(">:") {
+            function = line;
+            functions += 1;
+        }
+        let formatting = function.contains("core3fmt") || function.contains("core3str5count");
+        assert!(formatting || !line.contains("%xmm"), "{function}: {line}");
+        assert!(!line.contains("mfence"), "{function}: {line}");
+    }
+    assert!(functions > 30, "objdump found {functions} functions");
 }
