@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use pulse::shared::LOW_RAM_END;
 use pulse::{Config, Content, FlatBoot, Summary};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -59,21 +60,26 @@ impl Machine {
         let memory = memory.cast::<u8>();
         let boot = FlatBoot::new(config, ncpus, mem_bytes as u64).unwrap();
         for (gpa, bytes) in &boot.writes {
-            assert!(*gpa as usize + bytes.len() <= mem_bytes);
+            assert!(*gpa as usize + bytes.len() <= mem_bytes.min(LOW_RAM_END as usize));
             // SAFETY: inside the mapping; no vCPU runs yet.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.add(*gpa as usize), bytes.len()) };
         }
         let vm = kvm.create_vm().unwrap();
         let _ = vm.set_tss_address(0xfffb_d000);
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: mem_bytes as u64,
-            userspace_addr: memory as u64,
-        };
-        // SAFETY: the mapping outlives the VM (see Drop).
-        unsafe { vm.set_user_memory_region(region).unwrap() };
+        let low = (mem_bytes as u64).min(LOW_RAM_END);
+        for (slot, gpa, offset, size) in [(0, 0, 0, low), (1, 1 << 32, low, mem_bytes as u64 - low)] {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: gpa,
+                memory_size: size,
+                userspace_addr: memory as u64 + offset,
+            };
+            if size > 0 {
+                // SAFETY: the mapping outlives the VM (see Drop).
+                unsafe { vm.set_user_memory_region(region).unwrap() };
+            }
+        }
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
         let board = Arc::new(Board::default());
         let mut threads = Vec::new();
@@ -116,7 +122,18 @@ impl Machine {
         }
         // SAFETY: no vCPU runs; the mapping is that long.
         let memory = unsafe { std::slice::from_raw_parts(self.memory, self.mem_bytes) };
-        let summary = pulse::invariants_hold(memory).unwrap();
+        let summary = pulse::invariants_hold_with(|gpa, out| {
+            let at = if gpa >= 1 << 32 {
+                gpa - (1 << 32) + LOW_RAM_END
+            } else {
+                gpa
+            } as usize;
+            at + out.len() <= memory.len() && {
+                out.copy_from_slice(&memory[at..at + out.len()]);
+                true
+            }
+        })
+        .unwrap();
         let _guard = self.board.lock.lock().unwrap();
         self.board.freeze.store(false, Ordering::SeqCst);
         self.board.go.notify_all();
@@ -284,6 +301,12 @@ fn one_vcpu() {
 #[test]
 fn four_vcpus_spread_over_all_memory() {
     freezes(&Config::new().dirty(200).ram_stride().chunk(3), 4, 128 << 20, 100);
+}
+
+#[test]
+fn memory_above_four_gib() {
+    let config = Config::new().dirty(64).high().ram_stride();
+    freezes(&config, 2, 5 << 30, 50);
 }
 
 #[test]
