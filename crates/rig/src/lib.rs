@@ -26,6 +26,7 @@ pub mod etcd;
 pub mod host;
 pub mod inside;
 pub mod link;
+pub mod netif;
 pub mod rig;
 pub mod switch;
 pub mod tools;

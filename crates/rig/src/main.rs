@@ -12,7 +12,7 @@ fn main() -> ExitCode {
         if stage_2 {
             inside::server::stage_2();
         }
-        inside::server::stage_1();
+        inside::start();
     }
     let start = std::time::Instant::now();
     let rig = match steadfast_rig::Rig::builder().servers(2).memory_mib(768).start() {

@@ -6,6 +6,7 @@
 //!                  br0 on client0  10.90.0.10+N/24   switch "client0"   <- the client is 10.90.0.1; guests from 10.90.0.100
 //! ```
 
+use crate::artifacts::mini::{self, MiniGuest};
 use crate::artifacts::{Cache, Kernel, cache::lock_file, initramfs, packages, root};
 use crate::error::{IoContext, Result, RigError};
 use crate::host::client::Client;
@@ -45,6 +46,7 @@ pub struct RigBuilder {
     packages: Vec<String>,
     files: Vec<(PathBuf, String)>,
     images: Vec<(String, PathBuf, Option<String>)>,
+    mini_guest: bool,
     steadfast: Option<PathBuf>,
     run_folder: Option<PathBuf>,
     kernel_words: String,
@@ -65,6 +67,7 @@ impl Default for RigBuilder {
             packages: Vec::new(),
             files: Vec::new(),
             images: Vec::new(),
+            mini_guest: true,
             steadfast: None,
             run_folder: None,
             kernel_words: String::new(),
@@ -142,6 +145,12 @@ impl RigBuilder {
         self
     }
 
+    /// Whether the servers have the mini guest under `/guests/mini` (see [`crate::inside::mini`]); true when not said.
+    pub fn mini_guest(mut self, wanted: bool) -> Self {
+        self.mini_guest = wanted;
+        self
+    }
+
     /// The `steadfast` program for the servers; when not said, `$STEADFAST_BIN` or the one beside this program.
     pub fn steadfast(mut self, program: impl Into<PathBuf>) -> Self {
         self.steadfast = Some(program.into());
@@ -173,7 +182,7 @@ impl RigBuilder {
     }
 
     /// Like [`RigBuilder::start`], without waiting for the servers.
-    pub fn start_without_waiting(self) -> Result<Rig> {
+    pub fn start_without_waiting(mut self) -> Result<Rig> {
         if !(1..=SERVERS_MAX).contains(&self.servers) {
             return Err(RigError::Unknown(format!(
                 "{} servers: a rig has 1 to {SERVERS_MAX}",
@@ -184,6 +193,14 @@ impl RigBuilder {
         let cache = Cache::of_user()?;
         let kernel = Kernel::of(&cache)?;
         let root_image = root::image(&cache, &kernel, &self.packages)?;
+        if self.mini_guest {
+            let guest = MiniGuest::of(&cache, &kernel)?;
+            self.images.push((
+                mini::SERIAL.to_string(),
+                guest.image,
+                Some(mini::MOUNTED_AT.to_string()),
+            ));
+        }
         let base = Arc::new(initramfs::base(
             &kernel,
             BOOT_MODULES,

@@ -12,6 +12,7 @@ pub mod cache;
 pub mod cpio;
 pub mod initramfs;
 pub mod kernel;
+pub mod mini;
 pub mod packages;
 pub mod root;
 

@@ -7,6 +7,7 @@
 //! held by descriptors only, so the kernel removes all of it when this process ends, however it ends.
 
 use crate::error::{IoContext, Result, RigError};
+use crate::netif;
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -51,8 +52,12 @@ impl Client {
             // SAFETY: it changes the network namespace of this thread only, which ends right after.
             check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
             let namespace = File::open("/proc/thread-self/ns/net")?;
-            let tap = open_tap()?;
-            configure(address, prefix, mac, mtu)?;
+            let tap = netif::open_tap(DEVICE)?;
+            netif::up("lo")?;
+            netif::set_mac(DEVICE, mac)?;
+            netif::set_mtu(DEVICE, mtu)?;
+            netif::set_address(DEVICE, address, prefix)?;
+            netif::up(DEVICE)?;
             Ok((namespace, tap))
         });
         let made = made
@@ -264,60 +269,4 @@ impl Pinger {
             }
         }
     }
-}
-
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; 16],
-    data: [u8; 24],
-}
-
-impl InterfaceRequest {
-    fn new(name: &str, data: &[u8]) -> InterfaceRequest {
-        let mut request = InterfaceRequest {
-            name: [0; 16],
-            data: [0; 24],
-        };
-        request.name[..name.len()].copy_from_slice(name.as_bytes());
-        request.data[..data.len()].copy_from_slice(data);
-        request
-    }
-
-    fn send(&mut self, fd: i32, request: libc::c_ulong) -> io::Result<()> {
-        // SAFETY: this is a `struct ifreq` (40 bytes on this architecture), valid to read and write for the call.
-        check(unsafe { libc::ioctl(fd, request as _, std::ptr::from_mut(self)) })?;
-        Ok(())
-    }
-}
-
-const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-
-fn open_tap() -> io::Result<OwnedFd> {
-    let tun = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")?;
-    let flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
-    InterfaceRequest::new(DEVICE, &flags.to_ne_bytes()).send(tun.as_raw_fd(), TUNSETIFF)?;
-    Ok(tun.into())
-}
-
-fn configure(address: Ipv4Addr, prefix: u8, mac: [u8; 6], mtu: u32) -> io::Result<()> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    let fd = socket.as_raw_fd();
-    let inet = |address: Ipv4Addr| {
-        let mut data = (libc::AF_INET as u16).to_ne_bytes().to_vec();
-        data.extend_from_slice(&[0, 0]);
-        data.extend_from_slice(&address.octets());
-        data
-    };
-    let mask = Ipv4Addr::from(u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0));
-    let up = ((libc::IFF_UP | libc::IFF_RUNNING) as i16).to_ne_bytes();
-    let hardware = [&libc::ARPHRD_ETHER.to_ne_bytes()[..], &mac[..]].concat();
-    InterfaceRequest::new("lo", &up).send(fd, libc::SIOCSIFFLAGS)?;
-    InterfaceRequest::new(DEVICE, &hardware).send(fd, libc::SIOCSIFHWADDR)?;
-    InterfaceRequest::new(DEVICE, &(mtu as i32).to_ne_bytes()).send(fd, libc::SIOCSIFMTU)?;
-    InterfaceRequest::new(DEVICE, &inet(address)).send(fd, libc::SIOCSIFADDR)?;
-    InterfaceRequest::new(DEVICE, &inet(mask)).send(fd, libc::SIOCSIFNETMASK)?;
-    InterfaceRequest::new(DEVICE, &up).send(fd, libc::SIOCSIFFLAGS)
 }

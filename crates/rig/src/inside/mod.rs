@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod disks;
 pub mod exec;
+pub mod mini;
 pub mod modules;
 pub mod server;
 pub mod sys;
@@ -20,6 +21,19 @@ use serde::{Deserialize, Serialize};
 pub const CONFIG_PATH: &str = "/rig.json";
 /// The agent's port on the virtio-serial bus.
 pub const AGENT_PORT: &str = "rig.agent";
+
+/// Process 1 of an initramfs: the mini guest when the kernel's command line says so, else a server. Never returns.
+pub fn start() -> ! {
+    // `/proc` is not there yet, so neither is the command line.
+    if let Err(e) = sys::mount("proc", "/proc", "proc", 0, "") {
+        eprintln!("rig: /proc: {e}");
+    }
+    let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if mini::Words::parse(&line).get(mini::WORD).is_some() {
+        mini::run()
+    }
+    server::stage_1()
+}
 
 /// What a server is told at its start.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

@@ -81,10 +81,9 @@ pub fn stage_1() -> ! {
     fatal(&format!("stage 2: {error}"))
 }
 
-/// `/dev`, `/proc` and `/sys`.
+/// `/dev` and `/sys`; `/proc` is there already.
 pub fn early_mounts() -> std::io::Result<()> {
     sys::mount("devtmpfs", "/dev", "devtmpfs", libc::MS_NOSUID, "")?;
-    sys::mount("proc", "/proc", "proc", 0, "")?;
     sys::mount("sysfs", "/sys", "sysfs", 0, "")
 }
 
