@@ -252,6 +252,7 @@ impl Builder {
             virtio: self.virtio,
             parts: self.parts,
             ram: self.vm.ram().clone(),
+            dirty_method: self.vm.dirty_method(),
             vm: Mutex::new(self.vm),
         })
     }
@@ -266,6 +267,7 @@ pub struct Machine {
     pub(crate) virtio: Vec<Arc<Mutex<VirtioPci>>>,
     pub(crate) parts: Vec<Arc<Mutex<dyn Stateful>>>,
     ram: Ram,
+    dirty_method: DirtyMethod,
     pub(crate) vm: Mutex<KvmVm>,
 }
 
@@ -374,6 +376,6 @@ impl Machine {
     /// How dirty pages are found.
     #[must_use]
     pub fn dirty_method(&self) -> DirtyMethod {
-        lock(&self.vm).dirty_method()
+        self.dirty_method
     }
 }

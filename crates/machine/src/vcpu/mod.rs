@@ -52,6 +52,8 @@ struct ControlState {
     order: Order,
     /// Threads that are not parked.
     running: usize,
+    /// Grows with every resume, so that a thread takes each order to run exactly once, also a late one.
+    lap: u64,
     /// Threads whose vCPU will not run again.
     ended: usize,
     saves: Vec<SaveSlot>,
@@ -143,6 +145,7 @@ impl Vcpus {
             state: Mutex::new(ControlState {
                 order: Order::Park,
                 running: fds.len(),
+                lap: 0,
                 ended: 0,
                 saves: fds.iter().map(|_| SaveSlot::default()).collect(),
                 saving: 0,
@@ -183,6 +186,8 @@ impl Vcpus {
                 exits,
             });
         }
+        let late = |e| KvmError::Call { what: "start vCPU threads".into(), source: std::io::Error::other(e) };
+        vcpus.wait_parked().map_err(late)?;
         Ok(vcpus)
     }
 
@@ -206,6 +211,7 @@ impl Vcpus {
         let mut state = self.control.lock();
         if state.order == Order::Park {
             state.order = Order::Run;
+            state.lap += 1;
             state.running = self.threads.len() - state.ended;
             self.control.orders.notify_all();
         }
@@ -229,8 +235,9 @@ impl Vcpus {
         self.wait_parked().inspect_err(|_| {
             // Those that parked run again and count again; the stuck ones never stopped counting.
             let mut state = self.control.lock();
-            state.order = Order::Run;
+            state.lap += 1;
             state.running = self.threads.len() - state.ended;
+            state.order = Order::Run;
             self.control.orders.notify_all();
         })
     }
@@ -367,6 +374,7 @@ fn thread_main(mut runner: run::Runner, msrs: &[u32]) {
     let control = Arc::clone(&runner.control);
     let index = runner.index;
     let mut ended = false;
+    let mut lap = 0;
     let mut state = control.lock();
     state.running -= 1;
     control.answers.notify_all();
@@ -386,11 +394,17 @@ fn thread_main(mut runner: run::Runner, msrs: &[u32]) {
             }
             state.saving -= 1;
             control.answers.notify_all();
-        } else if state.order == Order::Run && !ended {
-            runner.arm();
+        } else if state.lap != lap && !ended {
+            // Also when the order has changed to `Park` meanwhile: this thread was counted as running.
+            lap = state.lap;
+            if state.order == Order::Run {
+                runner.arm();
+            }
             drop(state);
             ended = !runner.run();
             state = control.lock();
+            // Laps that began while this thread could not be stopped are behind it, too.
+            lap = state.lap;
             state.running -= 1;
             state.ended += usize::from(ended);
             control.answers.notify_all();
