@@ -11,7 +11,7 @@ const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 /// Note "Xen" of this type holds the PVH entry point.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
-const ZEROS: [u8; 65536] = [0; 65536];
+static ZEROS: [u8; 65536] = [0; 65536];
 
 /// What loading an ELF file gave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -72,7 +72,7 @@ impl Rtc {
 }
 
 fn bcd(value: u8) -> u8 {
-    value / 10 % 10 << 4 | value % 10
+    ((value / 10 % 10) << 4) | (value % 10)
 }
 
 struct Calendar {
