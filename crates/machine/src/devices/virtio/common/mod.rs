@@ -12,7 +12,9 @@ pub mod testkit;
 
 pub use chain::{Chain, chain_at};
 pub use limiter::{Rate, RateHandle, RateLimiter};
-pub use service::{Kick, Registration, Timer, disable, enable, next_chain, signal, used};
+pub use service::{
+    Kick, Registration, Timer, disable, enable, next_chain, signal, signal_since, used, used_together,
+};
 
 use super::DeviceError;
 

@@ -285,3 +285,78 @@ impl Timer {
         let _ = rustix::io::read(&self.fd, &mut count);
     }
 }
+
+/// Gives several chains back in one step: the driver sees all of them or none. For a queue on which [`used`] and
+/// [`signal`] are never called.
+///
+/// # Errors
+/// [`DeviceError::Driver`]: the used ring is not RAM, or there are more chains than places.
+pub fn used_together(
+    device: &str,
+    memory: &GuestMemory,
+    queue: &mut Queue,
+    chains: &[(u16, u32)],
+) -> Result<(), DeviceError> {
+    let fail = || driver_error(device, "used ring is not RAM");
+    let size = queue.size();
+    if size == 0 || chains.len() > usize::from(size) {
+        return Err(driver_error(device, "more buffers than the queue has places"));
+    }
+    let mut next = queue.next_used();
+    for (head, len) in chains {
+        let at = queue
+            .used_ring()
+            .checked_add(4 + 8 * u64::from(next % size))
+            .ok_or_else(fail)?;
+        let element = (u64::from(*len) << 32) | u64::from(*head);
+        memory
+            .write_slice(&element.to_le_bytes(), GuestAddress(at))
+            .map_err(|e| driver_error(device, e))?;
+        next = next.wrapping_add(1);
+    }
+    let index = queue.used_ring().checked_add(2).ok_or_else(fail)?;
+    memory
+        .store(next.to_le(), GuestAddress(index), Ordering::Release)
+        .map_err(|e| driver_error(device, e))?;
+    queue.set_next_used(next);
+    Ok(())
+}
+
+/// Interrupts for `queue` unless the driver asked not to be; `since` is the used index at the last time this was
+/// asked. For queues served with [`used_together`].
+///
+/// # Errors
+/// [`DeviceError::Driver`]: the rings are not RAM.
+pub fn signal_since(
+    device: &str,
+    memory: &GuestMemory,
+    queue: &Queue,
+    since: u16,
+    index: usize,
+    interrupt: &Arc<dyn Interrupt>,
+) -> Result<(), DeviceError> {
+    let new = queue.next_used();
+    if new == since {
+        return Ok(());
+    }
+    // What is written to the used ring must be visible before the driver's wish is read (virtio 1.2, 2.7.7).
+    std::sync::atomic::fence(Ordering::SeqCst);
+    let read = |offset: u64| {
+        queue
+            .avail_ring()
+            .checked_add(offset)
+            .and_then(|at| memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).ok())
+            .map(u16::from_le)
+            .ok_or_else(|| driver_error(device, "available ring is not RAM"))
+    };
+    let wanted = if queue.event_idx_enabled() {
+        let event = read(4 + 2 * u64::from(queue.size()))?;
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(since)
+    } else {
+        read(0)? & NO_INTERRUPT == 0
+    };
+    if wanted {
+        interrupt.queue(index);
+    }
+    Ok(())
+}
