@@ -396,7 +396,6 @@ fn thread_main(mut runner: run::Runner, msrs: &[u32]) {
             control.answers.notify_all();
         } else if state.lap != lap && !ended {
             // Also when the order has changed to `Park` meanwhile: this thread was counted as running.
-            lap = state.lap;
             if state.order == Order::Run {
                 runner.arm();
             }
