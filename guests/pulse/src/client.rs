@@ -15,7 +15,7 @@ use crate::shared::{COUNTER_PORT, ECHO_PORT, Reply, Request};
 pub trait Wire {
     /// Sends one frame. A frame that cannot be sent now may be dropped.
     fn send(&mut self, frame: &[u8]) -> io::Result<()>;
-    /// Receives one frame, or `None` after `timeout`.
+    /// Receives one frame, or `None` after `timeout`; with a timeout of zero it must not wait at all.
     fn receive(&mut self, timeout: Duration) -> io::Result<Option<Vec<u8>>>;
 }
 

@@ -37,7 +37,7 @@ impl Cable {
     }
 
     fn put(&self, f: &[u8]) -> io::Result<()> {
-        for _ in 0..50 {
+        for _ in 0..1000 {
             match self.socket.send_to(f, &self.to) {
                 // QEMU's queue is full, or QEMU is (re)starting: as on a real cable, the frame may be lost.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -71,8 +71,11 @@ impl Wire for Cable {
 
     fn receive(&mut self, timeout: Duration) -> io::Result<Option<Vec<u8>>> {
         let mut buf = [0u8; 4096];
-        self.socket
-            .set_read_timeout(Some(timeout.max(Duration::from_micros(10))))?;
+        // The kernel rounds a timeout up to a tick, so "do not wait" must be said in another way.
+        self.socket.set_nonblocking(timeout.is_zero())?;
+        if !timeout.is_zero() {
+            self.socket.set_read_timeout(Some(timeout))?;
+        }
         loop {
             match self.socket.recv(&mut buf) {
                 Ok(_) if self.fate() < self.harm => continue,
