@@ -380,3 +380,18 @@ fn unknown_word() {
     let m = Machine::start(&kvm, &config, 1, 64 << 20);
     m.wait_serial("PULSE ERROR bad word on the command line: stride=4097\n");
 }
+
+/// `vcpus=` leaves the others halted.
+#[test]
+fn fewer_vcpus() {
+    let Some(kvm) = kvm() else { return };
+    let m = Machine::start(&kvm, &Config::new().dirty(10).vcpus(2).quiet(), 4, 64 << 20);
+    m.wait_serial("pulse 1 ready cpus=2\n");
+    let start = Instant::now();
+    while m.board.halted.load(Ordering::SeqCst) < 2 || m.frozen().progress.iter().any(|p| p.0 == 0) {
+        m.healthy();
+        assert!(start.elapsed() < LONG);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(m.frozen().progress.len(), 2);
+}

@@ -672,3 +672,70 @@ fn disk_benchmark() {
         assert_eq!(s.iter().any(|b| *b != 0), writes, "{op:?}");
     }
 }
+
+/// Nonsense on the wire, with right checksums and with wrong ones, neither stops nor confuses the guest.
+#[test]
+fn nonsense_is_endured() {
+    if !can_run("tcg") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let cable = Vm::cable(dir.path());
+    let mut vm = Vm::start(dir.path(), "tcg", &Config::new().dirty(20).ip(GUEST), &[]);
+    vm.wait_serial("pulse 1 ready");
+    let mut c = Client::new(cable, ME, GUEST);
+    let guest = c.resolve(LONG).unwrap();
+    // Another host, so that the resets it earns are not taken for ours.
+    let e = frames::Ends {
+        src: ([2, 9, 9, 9, 9, 9], Ipv4Addr::new(10, 0, 0, 9)),
+        dst: (guest, GUEST),
+    };
+    let stream = c.connect(7, LONG).unwrap();
+    let mut x = 12345;
+    let mut random = |n: u64| {
+        x = pulse::shared::page_next(x);
+        (x >> 33) % n
+    };
+    for round in 0..4000 {
+        let data: Vec<u8> = (0..random(1461)).map(|_| random(256) as u8).collect();
+        let sport = 1000 + random(20) as u16;
+        let dport = [7, 9, 9, 80][random(4) as usize];
+        let mut f = match random(4) {
+            0 => frames::udp(e, sport, dport, &data),
+            1 => frames::ping(e, &data),
+            2 => frames::arp(random(4) as u16, e),
+            _ => frames::tcp(
+                e,
+                &frames::Segment {
+                    sport,
+                    dport,
+                    seq: random(4) as u32 * 700,
+                    ack: random(1 << 32) as u32,
+                    flags: random(64) as u8,
+                    window: random(65536) as u16,
+                    data,
+                },
+            ),
+        };
+        match random(6) {
+            0 => {
+                let at = random(f.len() as u64) as usize;
+                f[at] ^= 1 << random(8);
+            }
+            // Not to nothing: QEMU takes an empty datagram for the end of the connection.
+            1 => f.truncate(random(f.len() as u64) as usize + 1),
+            _ => {}
+        }
+        c.wire().send(&f).unwrap();
+        // The socket holds ten frames; unread answers would stop QEMU, then the guest, then us.
+        while c.wire().receive(Duration::ZERO).unwrap().is_some() {}
+        if round % 200 == 0 {
+            good(&c.ask(kind::READ, LONG).unwrap());
+            c.echo_stream(stream, &[round as u8; 3000], LONG).unwrap();
+        }
+    }
+    c.close(stream, LONG).unwrap();
+    good(&c.ask(kind::INC, LONG).unwrap());
+    drop(vm.frozen());
+    assert!(!vm.text("serial").contains("PULSE"), "{}", vm.text("serial"));
+}
