@@ -39,9 +39,9 @@ fn v2_words(vendor: &[u8; 12]) -> [u32; WORDS] {
     let mut words = [0; WORDS];
     // SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC, POPCNT, and the timer.
     words[L1_ECX] = bits(&[0, 9, 13, 19, 20, 21, 23]) | TSC_DEADLINE;
-    // FPU VME DE PSE TSC MSR PAE MCE CX8 APIC, SEP MTRR PGE MCA CMOV PAT PSE36, CLFLUSH, MMX FXSR SSE SSE2
+    // FPU, DE PSE TSC MSR PAE MCE CX8 APIC, SEP MTRR PGE MCA CMOV PAT PSE36, CLFLUSH, MMX FXSR SSE SSE2
     words[L1_EDX] = bits(&[
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
+        0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
     ]);
     words[E1_ECX] = bits(&[0]); // LAHF
     words[E1_EDX] = bits(&[11, 20, 29]); // SYSCALL, NX, LM
