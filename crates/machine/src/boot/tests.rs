@@ -598,6 +598,19 @@ mod on_kvm {
         }
     }
 
+    /// A guest that jumps to the BIOS in real mode resets the machine.
+    #[test]
+    fn the_reset_vector_resets() {
+        use crate::devices::legacy::power;
+        let ram = ram(64 << 20);
+        acpi::build(&ram, &acpi::AcpiConfig::full(1)).unwrap();
+        assert_eq!(
+            read(&ram, 0xF_FFF0, 9),
+            [0xb0, power::RESET_VALUE, 0xba, 2, 6, 0xee, 0xf4, 0xeb, 0xfd]
+        );
+        assert_eq!(power::RESET_PORT, 0x602);
+    }
+
     #[test]
     fn flat_runs_on_every_vcpu_and_reaches_high_memory() {
         let ram = ram(4 << 30);

@@ -3,7 +3,8 @@
 //! The family and model of the named baselines are those of the first CPUs that have the level, so that guests apply
 //! the workarounds of that generation; caches are invented, the same for all. Bits against speculation (SPEC_CTRL and
 //! others) are in a pool's baseline if all its hosts have them, and not in the named ones, which promise nothing but
-//! their level.
+//! their level. (A guest of the AMD baselines therefore says once at boot that it has no microcode against SRSO; claiming
+//! an older family would silence it and lose the half of the mitigation that works.)
 
 use super::features::{
     CMP_LEGACY, CpuFeatures, E1_ECX, E1_EDX, E8_EBX, E21_EAX, HTT, HYPERVISOR, KVM_EAX, L1_ECX, L1_EDX,
