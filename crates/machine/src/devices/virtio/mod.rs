@@ -10,7 +10,11 @@ pub mod balloon;
 pub mod block;
 pub mod common;
 pub mod console;
+pub mod interrupt;
 pub mod net;
+pub mod pci;
+mod pci_common;
+mod pci_state;
 pub mod rng;
 pub mod vsock;
 

@@ -1,0 +1,7 @@
+//! The rig's side of things: QEMU processes, what is asked of them, and the client.
+
+pub mod client;
+pub mod qemu;
+pub mod qmp;
+pub mod server;
+pub mod spawn;
