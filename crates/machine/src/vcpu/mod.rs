@@ -186,7 +186,10 @@ impl Vcpus {
                 exits,
             });
         }
-        let late = |e| KvmError::Call { what: "start vCPU threads".into(), source: std::io::Error::other(e) };
+        let late = |e| KvmError::Call {
+            what: "start vCPU threads".into(),
+            source: std::io::Error::other(e),
+        };
         vcpus.wait_parked().map_err(late)?;
         Ok(vcpus)
     }
