@@ -20,7 +20,9 @@ impl Terminal {
         if !isatty(stdin) {
             return Self(None);
         }
-        let Ok(before) = tcgetattr(stdin) else { return Self(None) };
+        let Ok(before) = tcgetattr(stdin) else {
+            return Self(None);
+        };
         let mut raw = before.clone();
         raw.make_raw();
         let _ = tcsetattr(stdin, OptionalActions::Now, &raw);
@@ -72,7 +74,10 @@ pub fn feed(current: Current, on_escape: impl Fn() + Send + 'static) {
             while !rest.is_empty() {
                 let port = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 let Some(port) = port else { break };
-                let taken = port.lock().unwrap_or_else(PoisonError::into_inner).enqueue_input(rest);
+                let taken = port
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .enqueue_input(rest);
                 rest = &rest[taken..];
                 if taken == 0 {
                     // The guest reads slowly; what it has not taken waits here, and so does the user's terminal.
@@ -81,5 +86,7 @@ pub fn feed(current: Current, on_escape: impl Fn() + Send + 'static) {
             }
         }
     };
-    let _ = std::thread::Builder::new().name("console-input".into()).spawn(run);
+    let _ = std::thread::Builder::new()
+        .name("console-input".into())
+        .spawn(run);
 }

@@ -144,7 +144,10 @@ pub struct VmmArgs {
 
 fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     let mut parts = text.split(',');
-    let path = parts.next().filter(|p| !p.is_empty()).ok_or("a disk needs a path")?;
+    let path = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("a disk needs a path")?;
     let mut disk = DiskSpec {
         path: path.into(),
         format: None,
@@ -160,7 +163,11 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             Some(("format", v @ ("raw" | "qcow2"))) => disk.format = Some(v.into()),
             Some(("queues", v)) => disk.queues = v.parse().map_err(|_| format!("queues={v} is no number"))?,
             Some(("serial", v)) => disk.serial = v.into(),
-            _ => return Err(format!("{part:?} is no disk setting; known: format=raw|qcow2, ro, direct, queues=N, serial=TEXT")),
+            _ => {
+                return Err(format!(
+                    "{part:?} is no disk setting; known: format=raw|qcow2, ro, direct, queues=N, serial=TEXT"
+                ));
+            }
         }
     }
     Ok(disk)
@@ -168,23 +175,41 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
 
 fn parse_nic(text: &str) -> Result<NicSpec, String> {
     let mut parts = text.split(',');
-    let target = parts.next().filter(|p| !p.is_empty()).ok_or("a card needs a bridge")?;
+    let target = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("a card needs a bridge")?;
     let to = match target.split_once(':') {
         None => NicTarget::Bridge(target.into()),
         Some(("bridge", name)) => NicTarget::Bridge(name.into()),
         Some(("tap", name)) => NicTarget::Tap(name.into()),
         Some(("socket", paths)) => {
             let (own, peer) = paths.split_once(':').ok_or("write socket:OWN:PEER")?;
-            NicTarget::Socket { own: own.into(), peer: peer.into() }
+            NicTarget::Socket {
+                own: own.into(),
+                peer: peer.into(),
+            }
         }
-        Some((kind, _)) => return Err(format!("{kind:?} is nothing to plug a card into; use BRIDGE, tap:NAME or socket:OWN:PEER")),
+        Some((kind, _)) => {
+            return Err(format!(
+                "{kind:?} is nothing to plug a card into; use BRIDGE, tap:NAME or socket:OWN:PEER"
+            ));
+        }
     };
-    let mut nic = NicSpec { to, mac: None, mtu: None };
+    let mut nic = NicSpec {
+        to,
+        mac: None,
+        mtu: None,
+    };
     for part in parts {
         match part.split_once('=') {
             Some(("mac", v)) => nic.mac = Some(parse_mac(v).map(|_| v.to_owned())?),
             Some(("mtu", v)) => nic.mtu = Some(v.parse().map_err(|_| format!("mtu={v} is no number"))?),
-            _ => return Err(format!("{part:?} is no card setting; known: mac=XX:XX:XX:XX:XX:XX, mtu=N")),
+            _ => {
+                return Err(format!(
+                    "{part:?} is no card setting; known: mac=XX:XX:XX:XX:XX:XX, mtu=N"
+                ));
+            }
         }
     }
     Ok(nic)
@@ -192,14 +217,24 @@ fn parse_nic(text: &str) -> Result<NicSpec, String> {
 
 fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
     let (cid, path) = text.split_once(':').ok_or("write CID:PATH")?;
-    let cid = cid.parse().ok().filter(|c| (3..u64::from(u32::MAX)).contains(c)).ok_or("the CID is a number from 3")?;
-    Ok(VsockSpec { cid, path: path.into() })
+    let cid = cid
+        .parse()
+        .ok()
+        .filter(|c| (3..u64::from(u32::MAX)).contains(c))
+        .ok_or("the CID is a number from 3")?;
+    Ok(VsockSpec {
+        cid,
+        path: path.into(),
+    })
 }
 
 fn spec_of(args: &RunArgs) -> Result<VmSpec, Box<dyn Error>> {
     let mut disks = args.disk.clone();
     let boot = match (&args.flat, &args.kernel, &args.image) {
-        (Some(elf), ..) => Boot::Flat { elf: elf.clone(), cmdline: args.cmdline.clone().unwrap_or_default() },
+        (Some(elf), ..) => Boot::Flat {
+            elf: elf.clone(),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
+        },
         (None, Some(kernel), image) => {
             if let Some(image) = image {
                 disks.insert(0, parse_disk(&image.to_string_lossy())?);
@@ -252,7 +287,12 @@ fn control_path(name: &VmId) -> PathBuf {
 
 fn start(name: &VmId, start: Start, args: &ProcessArgs) -> Done {
     let dir = run_dir();
-    std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}; set STEADFAST_RUN_DIR to a folder of yours", dir.display()))?;
+    std::fs::create_dir_all(&dir).map_err(|e| {
+        format!(
+            "{}: {e}; set STEADFAST_RUN_DIR to a folder of yours",
+            dir.display()
+        )
+    })?;
     let current = Current::default();
     let escape_to = control_path(name);
     let terminal = args.console.is_none().then(Terminal::raw);
@@ -320,7 +360,13 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
                 _ => Then::Stop,
             };
             // The VM's process has another working directory.
-            (name, Request::Save { path: std::path::absolute(file)?, then })
+            (
+                name,
+                Request::Save {
+                    path: std::path::absolute(file)?,
+                    then,
+                },
+            )
         }
         VmVerb::Status { name } => (name, Request::Status),
         VmVerb::Pause { name } => (name, Request::Pause),

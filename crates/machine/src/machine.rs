@@ -139,8 +139,7 @@ impl Builder {
     {
         let device = Arc::new(Mutex::new(device));
         for &(start, len) in ranges {
-            self.pio
-                .add(u64::from(start), len, Arc::clone(&device) as _)?;
+            self.pio.add(u64::from(start), len, Arc::clone(&device) as _)?;
         }
         self.parts.push(Arc::clone(&device) as _);
         Ok(device)

@@ -3,7 +3,6 @@
 use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, made_mac, parse_mac};
 use kvm_bindings::kvm_cpuid_entry2;
 use std::fs::File;
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use steadfast_disk::boot::{DiscoverOptions, discover};
@@ -14,17 +13,20 @@ use steadfast_machine::boot::{self, BootError, Entry, initial_msrs, initial_regi
 use steadfast_machine::cpuid::{self, CpuidError, KvmCaps, WhyNot};
 use steadfast_machine::devices::legacy::{self, OutputSink, Power, SerialPort};
 use steadfast_machine::devices::virtio::DeviceError;
+use steadfast_machine::devices::virtio::balloon::{Balloon, BalloonHandle, PageReclaimer};
 use steadfast_machine::devices::virtio::block::{
-    BackendInfo, Block, BlockConfig, BlockHandle, BlockingDisk, ReportErrors, ThreadBackend, raw_backend,
+    Block, BlockConfig, BlockHandle, ReportErrors, image_backend,
 };
 use steadfast_machine::devices::virtio::console::{Console, WriteSink};
 use steadfast_machine::devices::virtio::net::{Net, NetConfig, NetHandle};
 use steadfast_machine::devices::virtio::rng::Rng;
+use steadfast_machine::devices::virtio::vsock::Vsock;
 use steadfast_machine::kvm::{DirtyMethod, Hypervisor, KvmError};
 use steadfast_machine::machine::{Builder, Machine, MachineError, ThreadHooks};
 use steadfast_machine::memory::{MemoryError, Ram, RamBacking};
 use steadfast_machine::vcpu::VcpuEvents;
 use steadfast_net::{NetBackend, SocketBackend, Tap, TapBackend, TapError, TapOptions};
+use steadfast_types::Gfn;
 
 /// A VM that cannot be put together. Each names the cause and the way out.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +72,8 @@ pub struct Vm {
     pub disks: Vec<BlockHandle>,
     /// Network cards in order.
     pub nics: Vec<NetHandle>,
+    /// The balloon, if there is one.
+    pub balloon: Option<BalloonHandle>,
     /// Images that must stay open, and locked, while the VM lives.
     #[allow(dead_code, reason = "keeps the locks")]
     images: Vec<Arc<dyn BlockIo>>,
@@ -96,7 +100,10 @@ pub struct Surroundings<E> {
 ///
 /// # Errors
 /// [`AssembleError`].
-pub fn assemble<E: GuestEvents + 'static>(spec: &VmSpec, around: Surroundings<E>) -> Result<Vm, AssembleError> {
+pub fn assemble<E: GuestEvents + 'static>(
+    spec: &VmSpec,
+    around: Surroundings<E>,
+) -> Result<Vm, AssembleError> {
     let hypervisor = Hypervisor::open()?;
     let supported = hypervisor.supported_cpuid()?;
     if !matches!(spec.boot, Boot::Flat { .. }) {
@@ -129,8 +136,14 @@ pub fn assemble<E: GuestEvents + 'static>(spec: &VmSpec, around: Surroundings<E>
     let serial = b.add_ports(&[(legacy::serial::COM1_PORT, legacy::serial::PORTS)], serial)?;
     let power = Power::new(b.line(legacy::power::GED_IRQ)?, Arc::clone(&sink));
     let power = b.add_ports(&[(legacy::power::PORT, legacy::power::PORTS)], power)?;
-    b.add_ports(&[(legacy::i8042::PORT, legacy::i8042::PORTS)], legacy::I8042::new(Arc::clone(&sink)))?;
-    b.add_ports(&[(legacy::pvpanic::PORT, legacy::pvpanic::PORTS)], legacy::PvPanic::new(sink))?;
+    b.add_ports(
+        &[(legacy::i8042::PORT, legacy::i8042::PORTS)],
+        legacy::I8042::new(Arc::clone(&sink)),
+    )?;
+    b.add_ports(
+        &[(legacy::pvpanic::PORT, legacy::pvpanic::PORTS)],
+        legacy::PvPanic::new(sink),
+    )?;
     b.add_ports(&[(legacy::rtc::PORT, legacy::rtc::PORTS)], legacy::Rtc::default())?;
     b.add_stateless_ports(
         legacy::debugcon::PORT,
@@ -146,12 +159,24 @@ pub fn assemble<E: GuestEvents + 'static>(spec: &VmSpec, around: Surroundings<E>
     for (i, nic) in spec.nics.iter().enumerate() {
         nics.push(add_nic(&mut b, &spec, i, nic)?);
     }
-    add_others(&mut b, &spec)?;
+    let balloon = add_others(&mut b, &spec)?;
     let leaves = (0..spec.vcpus)
         .map(|v| leaves(&supported, &spec, v))
         .collect::<Result<Vec<_>, _>>()?;
-    let machine = b.build(around.events, |v| leaves.get(v as usize).cloned().unwrap_or_default())?;
-    Ok(Vm { machine, spec, serial, power, disks, nics, images, supported })
+    let machine = b.build(around.events, |v| {
+        leaves.get(v as usize).cloned().unwrap_or_default()
+    })?;
+    Ok(Vm {
+        machine,
+        spec,
+        serial,
+        power,
+        disks,
+        nics,
+        balloon,
+        images,
+        supported,
+    })
 }
 
 fn leaves(
@@ -159,13 +184,28 @@ fn leaves(
     spec: &VmSpec,
     vcpu: u32,
 ) -> Result<Vec<kvm_cpuid_entry2>, AssembleError> {
-    let caps = KvmCaps { tsc_deadline: true, invariant_tsc: false, tsc_khz: None };
-    Ok(cpuid::build(supported, &spec.cpu, vcpu, spec.vcpus, &caps)?.as_slice().to_vec())
+    let caps = KvmCaps {
+        tsc_deadline: true,
+        invariant_tsc: false,
+        tsc_khz: None,
+    };
+    Ok(cpuid::build(supported, &spec.cpu, vcpu, spec.vcpus, &caps)?
+        .as_slice()
+        .to_vec())
 }
 
 fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
-    let format = disk.format.as_deref().map(str::parse::<ImageFormat>).transpose()?;
-    let options = ImageOptions { format, read_only: disk.read_only, direct: disk.direct, lock: true };
+    let format = disk
+        .format
+        .as_deref()
+        .map(str::parse::<ImageFormat>)
+        .transpose()?;
+    let options = ImageOptions {
+        format,
+        read_only: disk.read_only,
+        direct: disk.direct,
+        lock: true,
+    };
     let image = image::open(&disk.path, &options)?;
     // The format is fixed at first sight: a guest that writes a qcow2 header into a raw disk changes nothing.
     disk.format = match image.info().format {
@@ -177,59 +217,20 @@ fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
 }
 
 fn seed_image(spec: &VmSpec, user_data: &Path) -> Result<Arc<dyn BlockIo>, AssembleError> {
-    let text = std::fs::read(user_data)
-        .map_err(|source| AssembleError::File { path: user_data.to_owned(), source })?;
+    let text = std::fs::read(user_data).map_err(|source| AssembleError::File {
+        path: user_data.to_owned(),
+        source,
+    })?;
     let seed = seed::Seed {
         user_data: text,
         local_hostname: spec.name.to_string(),
         instance_id: Some(spec.name.to_string()),
         network_config: None,
     };
-    Ok(Arc::new(seed.to_image().map_err(|e| AssembleError::Setting(format!("cloud-init seed: {e}")))?))
+    Ok(Arc::new(seed.to_image().map_err(|e| {
+        AssembleError::Setting(format!("cloud-init seed: {e}"))
+    })?))
 }
-
-/// [`BlockIo`] as the device model wants it.
-struct Adapter(Arc<dyn BlockIo>);
-
-fn info_of(io: &dyn BlockIo) -> BackendInfo {
-    let info = io.info();
-    BackendInfo {
-        capacity_bytes: info.capacity_bytes,
-        read_only: info.read_only,
-        logical_block: info.logical_block.max(512),
-        physical_block: info.logical_block.max(4096),
-        discard: info.discard,
-        write_zeroes: info.write_zeroes,
-    }
-}
-
-fn to_io(e: DiskError) -> std::io::Error {
-    std::io::Error::from_raw_os_error(e.errno())
-}
-
-impl BlockingDisk for Adapter {
-    fn info(&self) -> BackendInfo {
-        info_of(self.0.as_ref())
-    }
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.0.read_at(offset, buf).map_err(to_io)
-    }
-    fn write_at(&self, offset: u64, buf: &[u8]) -> std::io::Result<()> {
-        self.0.write_at(offset, buf).map_err(to_io)
-    }
-    fn flush(&self) -> std::io::Result<()> {
-        self.0.flush().map_err(to_io)
-    }
-    fn discard(&self, offset: u64, len: u64) -> std::io::Result<()> {
-        self.0.discard(offset, len).map_err(to_io)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> std::io::Result<()> {
-        self.0.write_zeroes(offset, len).map_err(to_io)
-    }
-}
-
-/// Worker threads of an image that io_uring cannot drive.
-const IMAGE_WORKERS: usize = 4;
 
 fn add_disk(
     b: &mut Builder,
@@ -240,15 +241,7 @@ fn add_disk(
 ) -> Result<BlockHandle, AssembleError> {
     let name = format!("block{index}");
     let host = |e: std::io::Error| AssembleError::Setting(format!("{name}: {e}"));
-    let backend = match io.raw_fd() {
-        Some(fd) => {
-            // SAFETY: the descriptor belongs to `io`, which outlives this borrow; it is duplicated at once.
-            let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-            let file = File::from(borrowed.try_clone_to_owned().map_err(host)?);
-            raw_backend(file, info_of(io.as_ref())).map_err(host)?
-        }
-        None => Box::new(ThreadBackend::new(Arc::new(Adapter(Arc::clone(io))), IMAGE_WORKERS).map_err(host)?),
-    };
+    let backend = image_backend(Arc::clone(io)).map_err(host)?;
     let queues = match settings.map_or(0, |s| s.queues) {
         0 => u16::try_from(vcpus).unwrap_or(8).min(8),
         n => n,
@@ -274,16 +267,24 @@ fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Resul
         None => made_mac(&spec.name, index),
     };
     let tap = |name: String, bridge: Option<String>| -> Result<Box<dyn NetBackend>, AssembleError> {
-        let tap = Tap::open(&TapOptions { name, bridge, mtu: nic.mtu })?;
+        let tap = Tap::open(&TapOptions {
+            name,
+            bridge,
+            mtu: nic.mtu,
+        })?;
         Ok(Box::new(TapBackend::new(tap)))
     };
-    let backend = match &nic.to {
-        NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
-        NicTarget::Tap(name) => tap(name.clone(), None)?,
-        NicTarget::Socket { own, peer } => Box::new(
-            SocketBackend::bind(own, peer).map_err(|source| AssembleError::File { path: own.clone(), source })?,
-        ),
-    };
+    let backend =
+        match &nic.to {
+            NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
+            NicTarget::Tap(name) => tap(name.clone(), None)?,
+            NicTarget::Socket { own, peer } => Box::new(SocketBackend::bind(own, peer).map_err(
+                |source| AssembleError::File {
+                    path: own.clone(),
+                    source,
+                },
+            )?),
+        };
     let config = NetConfig {
         name: format!("net{index}"),
         mac,
@@ -298,7 +299,7 @@ fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Resul
 }
 
 /// Devices that share one I/O thread: none of them carries much.
-fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<(), AssembleError> {
+fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<Option<BalloonHandle>, AssembleError> {
     const THREAD: &str = "io-misc";
     let setting = |what: &str, e: std::io::Error| AssembleError::Setting(format!("{what}: {e}"));
     if spec.rng {
@@ -310,11 +311,34 @@ fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<(), AssembleError> {
             .append(true)
             .create(true)
             .open(path)
-            .map_err(|source| AssembleError::File { path: path.clone(), source })?;
-        let console = Console::new("console0", Box::new(WriteSink(file))).map_err(|e| setting("console0", e))?;
+            .map_err(|source| AssembleError::File {
+                path: path.clone(),
+                source,
+            })?;
+        let console =
+            Console::new("console0", Box::new(WriteSink(file))).map_err(|e| setting("console0", e))?;
         b.add_virtio(Box::new(console), THREAD)?;
     }
-    Ok(())
+    if let Some(vsock) = &spec.vsock {
+        b.add_virtio(Box::new(Vsock::new("vsock0", vsock.cid, &vsock.path)?), THREAD)?;
+    }
+    if !spec.balloon {
+        return Ok(None);
+    }
+    let balloon =
+        Balloon::new("balloon0", Box::new(Reclaimer(b.ram().clone()))).map_err(|e| setting("balloon0", e))?;
+    let handle = balloon.handle();
+    b.add_virtio(Box::new(balloon), THREAD)?;
+    Ok(Some(handle))
+}
+
+/// Gives pages that the guest does not use back to the host.
+struct Reclaimer(Ram);
+
+impl PageReclaimer for Reclaimer {
+    fn reclaim(&self, first_gfn: u64, pages: u64) {
+        self.0.give_back(Gfn(first_gfn), pages);
+    }
 }
 
 impl Vm {
@@ -343,24 +367,45 @@ impl Vm {
     pub fn boot(&self) -> Result<(), AssembleError> {
         let ram = self.machine.ram();
         let read = |path: &Path| {
-            std::fs::read(path).map_err(|source| AssembleError::File { path: path.to_owned(), source })
+            std::fs::read(path).map_err(|source| AssembleError::File {
+                path: path.to_owned(),
+                source,
+            })
         };
         let entry = match &self.spec.boot {
-            Boot::Kernel { kernel, initrd, cmdline } => {
+            Boot::Kernel {
+                kernel,
+                initrd,
+                cmdline,
+            } => {
                 let rsdp = acpi::build(ram, &AcpiConfig::full(self.spec.vcpus))?;
                 let initrd = initrd.as_deref().map(read).transpose()?;
                 boot::linux(ram, &read(kernel)?, initrd.as_deref(), cmdline, Some(rsdp))?
             }
-            Boot::Disk { file_system, cmdline_extra } => {
+            Boot::Disk {
+                file_system,
+                cmdline_extra,
+            } => {
                 let disk = self.images.first().ok_or_else(|| {
-                    AssembleError::Setting("booting from disk needs a disk: give an image, or --kernel".into())
+                    AssembleError::Setting(
+                        "booting from disk needs a disk: give an image, or --kernel".into(),
+                    )
                 })?;
-                let options = DiscoverOptions { boot_fs: file_system.clone(), ..Default::default() };
+                let options = DiscoverOptions {
+                    boot_fs: file_system.clone(),
+                    ..Default::default()
+                };
                 let plan = discover(disk, &options)?;
                 tracing::info!(source = %plan.source, title = ?plan.title, cmdline = %plan.cmdline, "booting from disk");
                 let cmdline = format!("{} {cmdline_extra}", plan.cmdline);
                 let rsdp = acpi::build(ram, &AcpiConfig::full(self.spec.vcpus))?;
-                boot::linux(ram, &plan.kernel, plan.initrd.as_deref(), cmdline.trim(), Some(rsdp))?
+                boot::linux(
+                    ram,
+                    &plan.kernel,
+                    plan.initrd.as_deref(),
+                    cmdline.trim(),
+                    Some(rsdp),
+                )?
             }
             Boot::Flat { elf, cmdline } => boot::flat(ram, &read(elf)?, cmdline, self.spec.vcpus)?,
         };
@@ -371,7 +416,8 @@ impl Vm {
         for v in 0..self.spec.vcpus {
             self.machine.set_msrs(v, &initial_msrs())?;
             if entry.starts(v) {
-                self.machine.set_registers(v, |base| initial_registers(entry, v, base))?;
+                self.machine
+                    .set_registers(v, |base| initial_registers(entry, v, base))?;
                 self.machine.make_runnable(v)?;
             }
         }

@@ -83,7 +83,10 @@ pub fn serve(path: &Path, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
     if UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(
             io::ErrorKind::AddrInUse,
-            format!("{} is served by a running VM of this name; stop it, or use another --name", path.display()),
+            format!(
+                "{} is served by a running VM of this name; stop it, or use another --name",
+                path.display()
+            ),
         ));
     }
     match std::fs::remove_file(path) {
@@ -92,25 +95,29 @@ pub fn serve(path: &Path, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    std::thread::Builder::new().name("control".into()).spawn(move || {
-        let open = Arc::new(AtomicUsize::new(0));
-        for stream in listener.incoming().flatten() {
-            if open.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
-                open.fetch_sub(1, Ordering::AcqRel);
-                continue;
-            }
-            let (calls, open_here) = (calls.clone(), Arc::clone(&open));
-            let spawned = std::thread::Builder::new().name("control-peer".into()).spawn(move || {
-                if let Err(error) = talk(&stream, &calls) {
-                    tracing::debug!(%error, "control connection ended");
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            let open = Arc::new(AtomicUsize::new(0));
+            for stream in listener.incoming().flatten() {
+                if open.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
+                    open.fetch_sub(1, Ordering::AcqRel);
+                    continue;
                 }
-                open_here.fetch_sub(1, Ordering::AcqRel);
-            });
-            if spawned.is_err() {
-                open.fetch_sub(1, Ordering::AcqRel);
+                let (calls, open_here) = (calls.clone(), Arc::clone(&open));
+                let spawned = std::thread::Builder::new()
+                    .name("control-peer".into())
+                    .spawn(move || {
+                        if let Err(error) = talk(&stream, &calls) {
+                            tracing::debug!(%error, "control connection ended");
+                        }
+                        open_here.fetch_sub(1, Ordering::AcqRel);
+                    });
+                if spawned.is_err() {
+                    open.fetch_sub(1, Ordering::AcqRel);
+                }
             }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -146,8 +153,12 @@ fn talk(stream: &UnixStream, calls: &mpsc::SyncSender<Call>) -> io::Result<()> {
 /// # Errors
 /// The connection fails or the answer is no JSON. An answer with `"ok":false` is an error with its text.
 pub fn ask(path: &Path, request: &Request, bound: Duration) -> io::Result<Value> {
-    let mut stream = UnixStream::connect(path)
-        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}; is the VM running here?", path.display())))?;
+    let mut stream = UnixStream::connect(path).map_err(|e| {
+        io::Error::new(
+            e.kind(),
+            format!("{}: {e}; is the VM running here?", path.display()),
+        )
+    })?;
     stream.set_read_timeout(Some(bound))?;
     let line = serde_json::to_string(request)?;
     stream.write_all(format!("{line}\n").as_bytes())?;
@@ -157,6 +168,11 @@ pub fn ask(path: &Path, request: &Request, bound: Duration) -> io::Result<Value>
     if answer["ok"] == true {
         Ok(answer)
     } else {
-        Err(io::Error::other(answer["error"].as_str().unwrap_or("the VM gave no reason").to_owned()))
+        Err(io::Error::other(
+            answer["error"]
+                .as_str()
+                .unwrap_or("the VM gave no reason")
+                .to_owned(),
+        ))
     }
 }

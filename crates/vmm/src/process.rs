@@ -160,7 +160,10 @@ fn restore(path: &Path, options: &Options, notes: &Arc<Notes>) -> Result<Vm, Pro
 /// [`ProcessError`]; a guest that only resets or panics is no error.
 pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
     let (queue, events) = sync_channel(EVENTS_MAX);
-    let notes = Arc::new(Notes { queue, lost: AtomicU64::new(0) });
+    let notes = Arc::new(Notes {
+        queue,
+        lost: AtomicU64::new(0),
+    });
     let vm = match &start {
         Start::Boot(spec) => {
             let vm = build(spec, &options, &notes)?;
@@ -173,14 +176,16 @@ pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
     if let Some(path) = &options.control {
         control::serve(path, calls).map_err(ProcessError::Control)?;
         let queue = notes.queue.clone();
-        let forward = std::thread::Builder::new().name("control-queue".into()).spawn(move || {
-            for call in incoming {
-                // Requests wait for room; only guest events are dropped.
-                if queue.send(Event::Control(call)).is_err() {
-                    return;
+        let forward = std::thread::Builder::new()
+            .name("control-queue".into())
+            .spawn(move || {
+                for call in incoming {
+                    // Requests wait for room; only guest events are dropped.
+                    if queue.send(Event::Control(call)).is_err() {
+                        return;
+                    }
                 }
-            }
-        });
+            });
         forward.map_err(ProcessError::Control)?;
     }
     let mut process = Process {
@@ -250,7 +255,11 @@ impl Process {
     }
 
     fn flush_console(&self) {
-        self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner).flush_output();
+        self.vm
+            .serial
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .flush_output();
     }
 
     fn resume(&mut self) {
@@ -308,7 +317,11 @@ impl Process {
                 Err(error) => (failure(&error), None),
             },
             Request::PowerButton => {
-                self.vm.power.lock().unwrap_or_else(PoisonError::into_inner).press_power_button();
+                self.vm
+                    .power
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .press_power_button();
                 (json!({"ok": true}), None)
             }
             Request::Stop => (json!({"ok": true}), Some(Ended::Stopped)),
@@ -357,7 +370,9 @@ impl Process {
             }
         }
         self.last_pause_us = began.elapsed().as_micros() as u64;
-        Ok(json!({"ok": true, "state_us": state_us, "state_bytes": state_bytes, "pause_us": self.last_pause_us}))
+        Ok(
+            json!({"ok": true, "state_us": state_us, "state_bytes": state_bytes, "pause_us": self.last_pause_us}),
+        )
     }
 
     fn status(&self) -> Value {

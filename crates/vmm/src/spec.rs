@@ -183,7 +183,9 @@ pub fn parse_mac(text: &str) -> Result<[u8; 6], String> {
         return Err(wrong());
     }
     if mac[0] & 1 != 0 {
-        return Err(format!("{text} is a multicast address; the lowest bit of the first byte must be 0"));
+        return Err(format!(
+            "{text} is a multicast address; the lowest bit of the first byte must be 0"
+        ));
     }
     Ok(mac)
 }
@@ -227,8 +229,13 @@ mod tests {
     fn sizes_and_addresses() {
         assert_eq!(parse_size("1GiB"), Ok(1 << 30));
         assert_eq!(parse_size("64M"), Ok(64 << 20));
-        assert!(parse_size("1 GiB").is_err() && parse_size("GiB").is_err() && parse_size("99999999T").is_err());
-        assert_eq!(parse_mac("52:54:00:12:34:56"), Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        assert!(
+            parse_size("1 GiB").is_err() && parse_size("GiB").is_err() && parse_size("99999999T").is_err()
+        );
+        assert_eq!(
+            parse_mac("52:54:00:12:34:56"),
+            Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56])
+        );
         assert!(parse_mac("53:54:00:12:34:56").is_err() && parse_mac("52:54:00:12:34").is_err());
         let vm = VmId::new("db").unwrap();
         assert_ne!(made_mac(&vm, 0), made_mac(&vm, 1));
