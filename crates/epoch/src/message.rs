@@ -16,6 +16,7 @@
 //!         <------------------------------------ Ack { staged, durable, echo } | Resend { after }
 //! ```
 
+use crate::arbiter::Instance;
 use steadfast_types::{Epoch, Term};
 
 /// One epoch of one history: the number, and the term of the primary that produced it. Two records with the same
@@ -112,6 +113,8 @@ pub struct Welcome {
     pub durable: Epoch,
     /// A full copy that was under way: its number and the next chunk expected.
     pub join: Option<(u64, u64)>,
+    /// Which process this is: one that was started anew cannot vouch for what an earlier one did.
+    pub instance: Instance,
     /// Newest epoch that its disk volumes stand at (also without memory state), for a delta re-sync.
     pub disk: EpochRef,
 }

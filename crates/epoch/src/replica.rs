@@ -71,7 +71,8 @@ impl Replica {
                 }
                 PrimaryStep::HandedOver { record, at } => {
                     out.push(Action::StopGuest { keep: true });
-                    let durable = p.journal_synced();
+                    // All of it has committed, so every flush is fsynced here.
+                    let durable = at.epoch;
                     // What it acted under was the term before the new record's.
                     let seen = record.term.prev();
                     let mut s = blank(at).with_state(at, record.owner, seen, durable);

@@ -340,8 +340,11 @@ impl Standby {
         }
         // Another standby was faster: it is the primary now, and this one's silence is another matter.
         let overtaken = at.is_some() && t_suspect.is_some_and(|s| s != rec.owner) && rec.owner != self.me;
-        if overtaken && rec.store == store {
+        if overtaken && rec.store == store && rec.term > self.term {
             self.refuse(now, out);
+            self.owner = Some(rec.owner.clone());
+            self.seen = self.seen.max(rec.term);
+            self.session = Session::Idle;
             return StandbyStep::Stay;
         }
         let verdict = match at {
@@ -356,6 +359,11 @@ impl Standby {
             Err(Refusal::NotInSync) if lax && at.is_some() => self.propose(now, store, rec.clone(), out),
             Err(Refusal::Restored) => {
                 out.push(Action::Notice(Notice::TakeoverRefused(Refusal::Restored)));
+                if self.silence < self.settings.suspect_us / 2 && self.owner.is_some() {
+                    // The primary is there and nobody can take over from it: give way, even if the state is lost by it.
+                    self.refuse(now, out);
+                    return StandbyStep::Stay;
+                }
                 self.store.not_before = now.saturating_add(self.settings.suspect_us);
             }
             Err(why) => {

@@ -5,7 +5,7 @@
 
 use crate::invariants::i8;
 use crate::world::World;
-use steadfast_epoch::{Event, Role};
+use steadfast_epoch::{EpochRef, Event, Role};
 
 impl World {
     /// Looks around and orders what is missing.
@@ -26,17 +26,20 @@ impl World {
             self.mirror(owner);
             return;
         }
-        // Somebody may be on the way: an in-sync standby with state, or the owner by handover.
-        let hot = (0..self.hosts.len()).any(|h| {
+        // Somebody may be on the way: the owner by handover, or enough in-sync standbys with state to know everything
+        // that was committed.
+        let holds = |h: usize| {
             let host = &self.hosts[h];
-            let listed = record.in_sync.contains(&host.id) || record.owner == host.id;
             let has = match host.replica.as_ref().map(|r| r.role()) {
-                Some(Role::Standby(s)) => s.status().staged.is_some(),
-                Some(Role::Primary(p)) => p.term() >= record.term,
-                None => false,
+                Some(Role::Standby(s)) => s.status().staged,
+                Some(Role::Primary(p)) => (p.term() >= record.term).then_some(EpochRef::ZERO),
+                None => None,
             };
-            host.up && listed && has
-        });
+            has.filter(|_| host.up)
+        };
+        let handed = record.handover.is_some() && holds(owner) == record.handover;
+        let held = record.in_sync.iter().filter(|s| holds(self.index(s)).is_some()).count();
+        let hot = handed || held > record.polls_needed();
         if self.store.down || (hot && (confirmed || !self.healing)) {
             self.manager_idle = 0;
             return;

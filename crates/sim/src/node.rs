@@ -158,9 +158,13 @@ impl World {
                 let host = &mut self.hosts[h];
                 if keep {
                     host.mem = host.guest.as_ref().map(|g| g.state);
-                    if let Some((e, (r, _))) = host.records.last_key_value() {
-                        host.mem_epoch = *e;
-                        self.checks.staged(r.epoch, h);
+                    let at = match host.replica.as_ref().map(|r| r.role()) {
+                        Some(steadfast_epoch::Role::Standby(s)) => s.status().staged,
+                        _ => None,
+                    };
+                    if let Some(at) = at {
+                        host.mem_epoch = at.epoch.0;
+                        self.checks.staged(at, h);
                     }
                 }
                 let host = &mut self.hosts[h];

@@ -66,7 +66,7 @@ impl Store {
     pub fn restore(&mut self, rng: &mut Rng) {
         let back = rng.below(self.snapshots.len().min(4) as u64) as usize;
         let at = self.snapshots.len() - 1 - back;
-        self.last_true = Some(self.record.clone());
+        self.last_true = self.by_term.last_key_value().map(|(_, r)| r.clone());
         self.record = self.snapshots[at].clone();
         self.id = StoreId(self.id.0 + 1);
         self.down = false;

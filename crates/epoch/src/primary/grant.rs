@@ -252,13 +252,15 @@ impl Primary {
                 term: current.term,
             }));
         }
+        // It must be the very process that was listed: one started anew cannot say what the other had done.
         let with_me = self.record.in_sync.iter().all(|h| {
-            self.members
-                .iter()
-                .any(|m| m.host == *h && m.talk == Talk::Streaming && m.echo > since)
+            self.members.iter().any(|m| {
+                let same = m.known.is_some() && m.known == m.instance;
+                m.host == *h && same && m.echo > since && !matches!(m.talk, Talk::Greeting { .. })
+            })
         });
         if with_me && self.handover.is_none() {
-            let in_sync = self.record.in_sync.clone();
+            let in_sync = self.desired();
             let record = self.own_record(store, in_sync);
             self.propose(now, current.clone(), record, out);
         } else {
@@ -286,6 +288,9 @@ impl Primary {
             out.push(Action::Notice(Notice::Alone));
         }
         self.record = record;
+        for m in self.members.iter_mut().filter(|m| self.record.in_sync.contains(&m.host)) {
+            m.known = m.known.or(m.instance);
+        }
         for i in 0..self.members.len() {
             self.begin_copy(i, out);
         }

@@ -9,6 +9,7 @@
 //! ```
 
 use super::{Primary, window::Window};
+use crate::arbiter::Instance;
 use crate::Micros;
 use crate::io::{Action, Notice};
 use crate::message::{Base, Body, Cursors, EpochHeader, EpochRef, Message, Welcome};
@@ -60,6 +61,9 @@ pub(crate) struct Member {
     pub echo: u64,
     pub silence: Micros,
     pub lost: bool,
+    /// The process that answers; and the one that was there when it was listed as in sync under this primary.
+    pub instance: Option<Instance>,
+    pub known: Option<Instance>,
 }
 
 impl Member {
@@ -76,6 +80,8 @@ impl Member {
             echo: 0,
             silence: 0,
             lost: false,
+            instance: None,
+            known: None,
         }
     }
 
@@ -173,14 +179,15 @@ impl Primary {
                 durable,
                 echo,
             } => {
+                let ping = self.ping;
                 let m = &mut self.members[i];
+                if echo > m.echo || staged.epoch > m.staged && m.talk == Talk::Streaming {
+                    m.alive();
+                }
+                m.echo = m.echo.max(echo.min(ping));
                 if m.talk != Talk::Streaming {
                     return;
                 }
-                if echo > m.echo || staged.epoch > m.staged {
-                    m.alive();
-                }
-                m.echo = m.echo.max(echo.min(self.ping));
                 // Count only what this window knows under that very reference.
                 let known = staged.epoch <= self.progress.sealed()
                     && (staged == self.window.base()
@@ -241,7 +248,9 @@ impl Primary {
             .filter(|m| m.epoch >= w.applied.epoch);
         let m = &mut self.members[i];
         m.echo = 0;
+        m.instance = Some(w.instance);
         if let Some(after) = matched {
+            m.known = m.instance;
             m.copy = None;
             m.base = None;
             m.staged = after.epoch;

@@ -418,8 +418,4 @@ impl Primary {
             .map_or(self.window.base().term, |f| f.epoch.term);
         EpochRef { epoch: e, term }
     }
-
-    pub(crate) fn journal_synced(&self) -> Epoch {
-        self.journal_synced
-    }
 }

@@ -51,9 +51,11 @@ impl Standby {
             }
             Session::Idle | Session::Greeted => false,
         };
-        let Some(s) = self.state.as_mut().filter(|_| may) else {
+        if !may {
+            self.greet_again(now, out);
             return;
-        };
+        }
+        let Some(s) = self.state.as_mut() else { return };
         let gaps = self.settings.broken(Sabotage::AcceptGaps) && h.epoch.epoch > s.tip.epoch;
         if h.prev == s.tip && h.epoch.epoch == s.tip.epoch.next() || gaps {
             if !gaps {
@@ -82,6 +84,15 @@ impl Standby {
         self.cursors(now, h.cursors, out);
     }
 
+    /// Something that should have come before was lost: asks for a new Hello, at most so often.
+    pub(super) fn greet_again(&mut self, now: Micros, out: &mut Vec<Action>) {
+        let busy = self.takeover.is_some() || self.speculating || self.undoing;
+        if self.session == Session::Greeted && now >= self.resend_at && !busy {
+            self.resend_at = now.saturating_add(self.settings.resend_us);
+            self.tell_owner(Body::NoSession, out);
+        }
+    }
+
     /// Asks for everything after the tip, at most so often.
     fn ask_again(&mut self, now: Micros, out: &mut Vec<Action>) {
         if now < self.resend_at || self.takeover.is_some() {
@@ -106,7 +117,11 @@ impl Standby {
     /// The primary's cursors: what is committed may be applied, what is stable forgotten.
     pub(super) fn cursors(&mut self, now: Micros, c: Cursors, out: &mut Vec<Action>) {
         if self.session != Session::Following {
-            // Before Resume the tail may be of another history: these numbers do not speak of it.
+            // Before Resume the tail may be of another history: these numbers do not speak of it. But if epochs are
+            // being sent, the Resume was lost.
+            if self.session == Session::Greeted && c.sent > Epoch::ZERO {
+                self.greet_again(now, out);
+            }
             return;
         }
         self.committed = self.committed.max(c.committed);
@@ -139,14 +154,13 @@ impl Standby {
     pub(crate) fn ack(&mut self, out: &mut Vec<Action>) {
         let quiet =
             self.takeover.is_some() || self.undoing || self.promised >= self.term && self.promised.0 > 0;
-        if quiet || self.session != Session::Following {
+        if quiet || !matches!(self.session, Session::Following | Session::Greeted) {
             return;
         }
-        let staged = match &self.state {
-            Some(s) => s.staged.unwrap_or(EpochRef::ZERO),
-            None => return,
-        };
-        let durable = self.durable_through();
+        // Before Resume only the echo speaks: what is staged may be of another history.
+        let following = self.session == Session::Following;
+        let staged = self.intact().filter(|_| following).unwrap_or(EpochRef::ZERO);
+        let durable = if following { self.durable_through() } else { Epoch::ZERO };
         self.tell_owner(
             Body::Ack {
                 staged,
@@ -158,7 +172,7 @@ impl Standby {
     }
 
     /// Up to where every flush epoch's disk writes are fsynced: epochs without a flush need none.
-    fn durable_through(&self) -> Epoch {
+    pub(crate) fn durable_through(&self) -> Epoch {
         let Some(s) = &self.state else { return Epoch::ZERO };
         let Some(staged) = s.staged else {
             return Epoch::ZERO;

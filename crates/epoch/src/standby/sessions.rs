@@ -96,7 +96,7 @@ impl Standby {
         match m.body {
             Body::Resume { after } => self.resume(after, out),
             Body::Join { join, next } => self.join(join, next, out),
-            Body::Chunk { join, seq } => self.chunk(join, seq, out),
+            Body::Chunk { join, seq } => self.chunk(now, join, seq, out),
             Body::Epoch(h) => self.epoch(now, h, out),
             Body::Heartbeat { seq, cursors, rank } => {
                 self.rank = rank;
@@ -184,16 +184,13 @@ impl Standby {
             Session::Joining { join, next } => Some((join, next)),
             _ => None,
         };
-        let durable = if self.state.is_some() {
-            self.durable
-        } else {
-            Epoch::ZERO
-        };
+        let (durable, instance) = (self.durable_through(), self.store.instance());
         let body = Body::Welcome(Welcome {
             staged,
             applied,
             durable,
             join,
+            instance,
             disk: self.disk,
         });
         self.tell_owner(body, out);
@@ -257,8 +254,9 @@ impl Standby {
         );
     }
 
-    fn chunk(&mut self, join: u64, seq: u64, out: &mut Vec<Action>) {
+    fn chunk(&mut self, now: Micros, join: u64, seq: u64, out: &mut Vec<Action>) {
         let Session::Joining { join: j, next } = self.session else {
+            self.greet_again(now, out);
             return;
         };
         if j != join {
