@@ -331,8 +331,11 @@ impl Standby {
         }
         let at = t.at;
         let t_suspect = t.suspect.clone();
+        // A proposal of this instance won after all, though it was given up for dead (the store came back and was
+        // confirmed since).
+        let ours = rec.nonce.instance == self.store.instance() && at.is_some();
         let handed = rec.owner == self.me && rec.store == store && rec.term > self.term;
-        if handed && rec.handover.is_some() && rec.handover == at {
+        if handed && (ours || rec.handover.is_some() && rec.handover == at) {
             return self.promote(now, rec.clone(), out);
         }
         if self.return_if_heard(now, out) {

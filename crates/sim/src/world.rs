@@ -253,6 +253,9 @@ pub struct World {
     pub trace: bool,
     pub(crate) instances: u64,
     pub(crate) manager_idle: u64,
+    pub(crate) unconfirmed: u64,
+    /// Times that an operator had to confirm a restored record.
+    pub operators: u64,
 }
 
 impl World {
@@ -284,6 +287,8 @@ impl World {
             trace,
             instances: 0,
             manager_idle: 0,
+            unconfirmed: 0,
+            operators: 0,
         };
         for id in ids {
             let clock = (w.rng.below(1 << 40), w.rng.range(990_000, 1_010_000));

@@ -288,8 +288,9 @@ impl Primary {
             out.push(Action::Notice(Notice::Alone));
         }
         self.record = record;
-        for m in self.members.iter_mut().filter(|m| self.record.in_sync.contains(&m.host)) {
-            m.known = m.known.or(m.instance);
+        for m in &mut self.members {
+            let listed = self.record.in_sync.contains(&m.host);
+            m.known = if listed { m.known.or(m.instance) } else { None };
         }
         for i in 0..self.members.len() {
             self.begin_copy(i, out);
