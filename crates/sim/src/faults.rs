@@ -485,7 +485,7 @@ impl World {
                 let us = if slow { 15_000 } else { f.dice % 150_000 };
                 self.links[any][other].delay_us = if begin { us } else { 0 };
             }
-            Kind::SlowDisk => self.hosts[any].fsync_us = if begin { 40_000 } else { 400 },
+            Kind::SlowDisk => self.hosts[any].fsync_us = if begin { 40_000 } else { 2_000 },
             Kind::Drift => {
                 let ppm = if slow { 980_000 + f.dice % 40_000 } else { 900_000 + f.dice % 200_000 };
                 // The local clock must not jump: only its rate changes.

@@ -536,10 +536,15 @@ impl World {
 
     /// A request reaches the store. It counts even if the asker is dead by now.
     pub fn store_ask(&mut self, h: usize, i: u64, id: u64, cas: Option<(VmRecord, VmRecord)>) {
+        let swap = cas.is_some();
         if self.store.down {
+            // A leader that is going down may still say that it does not know.
+            if swap && self.rng.per_mille(500) {
+                let reply = StoreReply::Cas { id, outcome: CasOutcome::Unknown };
+                self.after(1_000, Ev::StoreTell(h, i, reply));
+            }
             return;
         }
-        let swap = cas.is_some();
         let reply = match cas {
             None => StoreReply::Read { id, store: self.store.id, record: Some(self.store.record.clone()) },
             Some((expect, record)) => {

@@ -33,7 +33,8 @@ fn settings(rng: &mut Rng, standbys: usize, sabotage: Sabotage) -> Settings {
     let acks_required = if standbys > 1 { rng.pick(&[0, 0, 1]) } else { 0 };
     Settings {
         heartbeat_us: 10_000,
-        standby_lost_us: 60_000,
+        // The rule is that the primary gives up first; nothing may depend on it.
+        standby_lost_us: rng.pick(&[60_000, 60_000, 150_000]),
         suspect_us: 80_000,
         step_cap_us: 20_000,
         resend_us: 10_000,
@@ -65,6 +66,9 @@ pub fn run(seed: u64, sabotage: Sabotage, trace: bool) -> Report {
     let mut w = World::new(rng, hosts, settings, plan, trace);
     w.carry_frames = carry;
     w.want = want;
+    for h in &mut w.hosts {
+        h.fsync_us = w.rng.pick(&[400, 400, 3_000, 10_000]);
+    }
     if trace {
         println!("hosts {hosts}, standbys {want}, {:?}\n{:?}", w.settings, w.plan);
     }

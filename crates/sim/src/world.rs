@@ -64,7 +64,18 @@ pub enum Ev {
     /// A host's timer.
     Tick(usize, u64),
     /// A message arrives.
-    Net { from: usize, to: usize, message: Message, bulk: Option<Bulk>, corrupt: bool },
+    Net {
+        /// Sender.
+        from: usize,
+        /// Receiver.
+        to: usize,
+        /// The message.
+        message: Message,
+        /// What comes behind it.
+        bulk: Option<Bulk>,
+        /// It was damaged on the way.
+        corrupt: bool,
+    },
     /// A host's own work is done.
     Local(usize, u64, Local),
     /// A request reaches the store.

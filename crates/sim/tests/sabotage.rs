@@ -21,7 +21,7 @@ const VARIANTS: [(Sabotage, &[&str]); 16] = [
     (Sabotage::AckBeforeStage, &["I1"]),
     (Sabotage::CommitWithoutFsync, &["I5"]),
     (Sabotage::CountOwnStarvation, &["I7"]),
-    (Sabotage::AcceptOldTerm, &["I2", "I3", "I4"]),
+    (Sabotage::AcceptOldTerm, &["I2", "I3", "I4", "liveness"]),
     (Sabotage::NeverResend, &["liveness"]),
 ];
 

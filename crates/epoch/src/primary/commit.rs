@@ -42,10 +42,12 @@ impl Primary {
     pub(super) fn advance(&mut self, out: &mut Vec<Action>) {
         let before = self.progress.committed();
         let mut to = before;
-        while let Some(f) = self.window.get(to.next())
+        // Usually the next one. After a takeover by a standby whose copy was completed by a later epoch, the epochs
+        // between are part of that one and commit with it.
+        while let Some(f) = self.window.after(to)
             && self.safe(f)
         {
-            to = to.next();
+            to = f.epoch.epoch;
         }
         if to > before {
             // Alone there is nobody to send to: what is sealed counts as sent.

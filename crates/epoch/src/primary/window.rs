@@ -62,6 +62,11 @@ impl Window {
         self.flights.get(usize::try_from(i).ok()?)
     }
 
+    /// The first epoch in the window after `e`.
+    pub fn after(&self, e: Epoch) -> Option<&Flight> {
+        if e <= self.base.epoch { self.flights.front() } else { self.get(e.next()) }
+    }
+
     /// The epoch before `e`, if `e` is in the window.
     pub fn prev(&self, e: Epoch) -> Option<EpochRef> {
         if e == self.base.epoch.next() {

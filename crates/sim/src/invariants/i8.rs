@@ -5,7 +5,9 @@ use steadfast_epoch::{Phase, Role};
 
 /// Looks at whoever calls itself protected.
 pub fn look(w: &mut World) {
-    let bound = w.settings.standby_lost_us + 4 * w.settings.heartbeat_us + 20_000;
+    // An echo may be under way for as long as the slowest link takes, and clocks may run a tenth slow.
+    let slowest = w.links.iter().flatten().map(|l| l.delay_us).max().unwrap_or(0) + 20_000;
+    let bound = (w.settings.standby_lost_us + 4 * w.settings.heartbeat_us) * 10 / 9 + 2 * slowest;
     let liar = w.hosts.iter().any(|h| {
         let awake = h.up && h.frozen_until <= w.now && h.busy_until <= w.now && h.starve_us == 0;
         let Some(p) = h.replica.as_ref().and_then(|r| r.primary()).filter(|_| awake) else { return false };
