@@ -253,6 +253,8 @@ pub enum Action {
 pub enum Notice {
     /// A standby does not answer.
     StandbyLost(HostId),
+    /// A standby answers but acknowledges nothing any more.
+    StandbyStalled(HostId),
     /// A standby is in sync from now on.
     InSync(HostId),
     /// Outputs are held: no standby acknowledges and the store has not granted to go on alone.

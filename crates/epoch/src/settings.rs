@@ -12,6 +12,8 @@ pub struct Settings {
     /// Silence after which the primary counts a standby as lost. Less than `suspect_us`, so that in a symmetric cut
     /// the primary asks first and no failover is needed.
     pub standby_lost_us: Micros,
+    /// A standby that answers but acknowledges no epoch for so long (a hung disk) is dropped from the in-sync set.
+    pub ack_timeout_us: Micros,
     /// Silence after which a standby suspects its primary.
     pub suspect_us: Micros,
     /// Longest step of time that counts as the other side's silence. A larger step means that this host itself was
@@ -57,6 +59,7 @@ impl Default for Settings {
         Self {
             heartbeat_us: 10_000,
             standby_lost_us: 120_000,
+            ack_timeout_us: 1_000_000,
             suspect_us: 160_000,
             step_cap_us: 20_000,
             resend_us: 20_000,

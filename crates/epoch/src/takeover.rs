@@ -434,6 +434,7 @@ impl Standby {
     fn poll_step(&mut self, now: Micros, out: &mut Vec<Action>) {
         let me = self.me.clone();
         let resend = self.settings.resend_us;
+        let durable = self.durable_through();
         let Some(t) = self.takeover.as_mut() else { return };
         let (Some((store, rec)), Some(at)) = (t.polling.clone(), t.at) else {
             return;
@@ -445,7 +446,9 @@ impl Standby {
             .filter(|(staged, yes)| *yes && !newer(staged))
             .count();
         let behind = t.polls.values().any(|(staged, _)| newer(staged));
-        if !behind && promised >= rec.polls_needed() {
+        // A flush that was committed by the fsyncs of others must be on this disk too before this host is named as the
+        // owner, whose disk is the one that counts (I5).
+        if !behind && promised >= rec.polls_needed() && durable >= at.epoch {
             t.polling = None;
             self.propose(now, store, rec, out);
             return;

@@ -35,6 +35,7 @@ fn settings(rng: &mut Rng, standbys: usize, sabotage: Sabotage) -> Settings {
         heartbeat_us: 10_000,
         // The rule is that the primary gives up first; nothing may depend on it.
         standby_lost_us: rng.pick(&[60_000, 60_000, 150_000]),
+        ack_timeout_us: 300_000,
         suspect_us: 80_000,
         step_cap_us: 20_000,
         resend_us: 10_000,

@@ -89,7 +89,7 @@ impl Primary {
             let n = self
                 .members
                 .iter()
-                .filter(|m| r.in_sync.contains(&m.host) && !m.lost && m.talk == Talk::Streaming)
+                .filter(|m| r.in_sync.contains(&m.host) && !m.lost && !m.stalled && m.talk == Talk::Streaming)
                 .count();
             n >= usize::from(r.acks).min(r.in_sync.len())
         };

@@ -162,6 +162,7 @@ impl Primary {
             });
             if let Some(m) = closing {
                 m.base = Some((s.epoch, base));
+                m.must_sync = s.epoch;
                 m.copy = None;
                 m.next = s.epoch;
                 m.talk = Talk::Streaming;

@@ -19,7 +19,7 @@ impl Primary {
         let mut set: Vec<HostId> = self
             .members
             .iter()
-            .filter(|m| !m.lost)
+            .filter(|m| !m.lost && !m.stalled)
             .filter(|m| {
                 if self.record.in_sync.contains(&m.host) {
                     m.talk != Talk::Empty
@@ -27,6 +27,7 @@ impl Primary {
                     m.talk == Talk::Streaming
                         && m.staged >= self.progress.committed()
                         && m.staged.0 > 0
+                        && m.durable >= m.must_sync
                         && tip.saturating_sub(m.staged.0) <= lag
                 }
             })

@@ -56,11 +56,16 @@ pub(crate) struct Member {
     /// Acknowledged: staged, and journal fsynced for flush epochs.
     pub staged: Epoch,
     pub durable: Epoch,
+    /// It may be listed as in sync only when its journal is fsynced up to here.
+    pub must_sync: Epoch,
     /// Next epoch to send.
     pub next: Epoch,
     pub echo: u64,
     pub silence: Micros,
     pub lost: bool,
+    /// Time without progress while epochs wait for it; it answers, but does not acknowledge.
+    pub stall: Micros,
+    pub stalled: bool,
     /// The process that answers; and the one that was there when it was listed as in sync under this primary.
     pub instance: Option<Instance>,
     pub known: Option<Instance>,
@@ -76,10 +81,13 @@ impl Member {
             base: None,
             staged: Epoch::ZERO,
             durable: Epoch::ZERO,
+            must_sync: Epoch::ZERO,
             next: Epoch::ZERO,
             echo: 0,
             silence: 0,
             lost: false,
+            stall: 0,
+            stalled: false,
             instance: None,
             known: None,
         }
@@ -88,6 +96,12 @@ impl Member {
     /// The oldest epoch that must be kept for it.
     pub fn needs_after(&self) -> Epoch {
         self.base.map_or(self.staged, |(e, _)| self.staged.max(e.prev()))
+    }
+
+    /// Acknowledged something new.
+    fn progressed(&mut self) {
+        self.stall = 0;
+        self.stalled = false;
     }
 
     fn alive(&mut self) {
@@ -195,9 +209,14 @@ impl Primary {
                 if known && staged.epoch > m.staged {
                     self.rate(now, i, staged.epoch);
                     self.members[i].staged = staged.epoch;
+                    self.members[i].progressed();
                 }
                 let m = &mut self.members[i];
-                m.durable = m.durable.max(durable.min(m.staged));
+                let durable = durable.min(m.staged);
+                if durable > m.durable {
+                    m.durable = durable;
+                    m.progressed();
+                }
             }
             Body::ChunkAck { join, next, echo } => {
                 let m = &mut self.members[i];
@@ -255,6 +274,7 @@ impl Primary {
             m.base = None;
             m.staged = after.epoch;
             m.durable = w.durable.min(after.epoch);
+            m.must_sync = after.epoch;
             m.next = after.epoch.next();
             m.talk = Talk::Streaming;
             self.tell(i, Body::Resume { after }, out);
@@ -416,7 +436,8 @@ impl Primary {
         Some(EpochHeader {
             epoch: f.epoch,
             prev: self.window.prev(e)?,
-            flush: f.flush,
+            // A copy counts only once all of it, the disks too, is fsynced: the other hosts may lose power for good (I5).
+            flush: f.flush || base.is_some(),
             bytes: f.bytes,
             base,
             cursors: Cursors::default(),
@@ -428,6 +449,13 @@ impl Primary {
         for i in 0..self.members.len() {
             let m = &mut self.members[i];
             m.silence = m.silence.saturating_add(step);
+            let waits = m.talk == Talk::Streaming && (m.staged < m.next.prev() || m.durable < m.must_sync);
+            let flush = self.window.iter().any(|f| f.flush && f.epoch.epoch > m.durable && f.epoch.epoch < m.next);
+            m.stall = if waits || flush { m.stall.saturating_add(step) } else { 0 };
+            if m.stall >= self.settings.ack_timeout_us && !m.stalled {
+                m.stalled = true;
+                out.push(Action::Notice(Notice::StandbyStalled(m.host.clone())));
+            }
             if m.silence >= self.settings.standby_lost_us {
                 if !m.lost {
                     m.lost = true;

@@ -43,6 +43,10 @@ impl Window {
         self.flights.back().map_or(self.base, |f| f.epoch)
     }
 
+    pub fn iter(&self) -> impl Iterator<Item = &Flight> {
+        self.flights.iter()
+    }
+
     pub fn len(&self) -> usize {
         self.flights.len()
     }

@@ -219,14 +219,17 @@ impl Standby {
             self.disk = h.epoch;
         }
         let done = s.applied.epoch.min(stable);
-        let mut forgot = false;
-        while let Some(h) = s.held.front().filter(|h| h.epoch.epoch <= done) {
+        let mut forgot = None;
+        // An unsynced flush stays, however old: what is durable here is judged by what is held.
+        let durable = self.durable;
+        while let Some(h) = s.held.front().filter(|h| h.epoch.epoch <= done && !(h.flush && h.epoch.epoch > durable))
+        {
             s.base = h.epoch;
+            forgot = Some(h.epoch.epoch);
             s.held.pop_front();
-            forgot = true;
         }
-        if forgot {
-            out.push(Action::Forget { through: done });
+        if let Some(through) = forgot {
+            out.push(Action::Forget { through });
         }
     }
 }

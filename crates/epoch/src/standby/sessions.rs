@@ -228,6 +228,8 @@ impl Standby {
         match self.session {
             Session::Joining { join: j, next: n } if j == join && n == next => {}
             Session::Joining { join: j, .. } if j == join => return,
+            // A Join answers a Welcome. One that comes late or twice must not wipe the state that it led to.
+            Session::Following | Session::Idle => return,
             _ => {
                 if next != 0 {
                     // Chunks before `next` were not kept: begin again.
