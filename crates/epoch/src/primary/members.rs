@@ -357,10 +357,10 @@ impl Primary {
         let Some(c) = m.copy.as_mut() else { return };
         let stuck = now.saturating_sub(c.progress_at) >= self.settings.standby_lost_us.saturating_mul(4);
         if c.issued > c.acked && stuck {
-            // Lost on the way: these chunks count as not sent.
-            c.issued = c.acked;
-            c.full = false;
-            c.progress_at = now;
+            // Lost on the way. A number is never sent twice within a session: the pages behind it may have changed, and
+            // the standby could take the old ones and pass over the new. A new session says exactly what it has.
+            self.greet(now, i, out);
+            return;
         }
         if c.full && c.acked == c.issued {
             m.talk = Talk::Closing;

@@ -268,6 +268,11 @@ impl Standby {
             out.push(Action::StoreChunk { join, seq });
             self.session = Session::Joining { join, next: next + 1 };
         }
+        if seq > next && now >= self.resend_at {
+            // A chunk before it was lost: go on in a new session, from exactly here.
+            self.resend_at = now.saturating_add(self.settings.resend_us);
+            self.tell_owner(Body::NoSession, out);
+        }
         let next = if seq == next { next + 1 } else { next };
         self.tell_owner(
             Body::ChunkAck {
