@@ -172,6 +172,9 @@ pub enum Body {
         durable: Epoch,
         /// The last heartbeat seen.
         echo: u64,
+        /// The highest term it has seen or proposed: a proposal whose outcome is unknown may still arrive at the
+        /// store; the primary rises above it.
+        top: Term,
     },
     /// Standby: chunks before `next` arrived.
     ChunkAck {

@@ -188,11 +188,8 @@ impl Primary {
                     self.welcomed(now, i, w, out);
                 }
             }
-            Body::Ack {
-                staged,
-                durable,
-                echo,
-            } => {
+            Body::Ack { staged, durable, echo, top } => {
+                self.rumour(top);
                 let ping = self.ping;
                 let m = &mut self.members[i];
                 if echo > m.echo || staged.epoch > m.staged && m.talk == Talk::Streaming {

@@ -259,6 +259,14 @@ impl Primary {
         }
     }
 
+    /// Somebody has seen, or proposed, this term.
+    fn rumour(&mut self, term: Term) {
+        self.top_term = self.top_term.max(term);
+        if term > self.record.term {
+            self.rumour = self.rumour.max(term);
+        }
+    }
+
     fn add_standby(&mut self, now: Micros, host: HostId, out: &mut Vec<Action>) {
         let refuse = if host == self.me {
             Some("a VM cannot be mirrored to its own host")
@@ -278,8 +286,7 @@ impl Primary {
     fn message(&mut self, now: Micros, from: &HostId, message: Message, out: &mut Vec<Action>) {
         if message.term > self.record.term {
             // Somebody knows a higher term: look it up. Until then nothing more can commit without standbys.
-            self.rumour = self.rumour.max(message.term);
-            self.top_term = self.top_term.max(message.term);
+            self.rumour(message.term);
             return;
         }
         let from_primary = matches!(

@@ -162,11 +162,7 @@ impl Standby {
         let staged = self.intact().filter(|_| following).unwrap_or(EpochRef::ZERO);
         let durable = if following { self.durable_through() } else { Epoch::ZERO };
         self.tell_owner(
-            Body::Ack {
-                staged,
-                durable,
-                echo: self.echo,
-            },
+            Body::Ack { staged, durable, echo: self.echo, top: self.seen.max(self.top_term) },
             out,
         );
     }

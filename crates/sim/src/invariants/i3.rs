@@ -23,7 +23,8 @@ pub fn whole(w: &mut World, h: usize, mem: &State, r: &Record) {
 /// A standby has applied an epoch for good.
 pub fn applied(w: &mut World, h: usize, mem: &State, r: &Record) {
     whole(w, h, mem, r);
-    if !w.checks.committed_refs.contains(&r.epoch) {
+    // What a committed epoch is built on has committed with it.
+    if !w.history.is_ancestor(r.end.node, w.checks.committed) {
         let how = format!("{} applies {}, which has not committed", w.hosts[h].id, r.epoch);
         w.checks.fail("I3", how);
     }

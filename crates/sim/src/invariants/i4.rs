@@ -9,7 +9,6 @@ pub fn committed(w: &mut World, h: usize, through: Epoch) {
     let records: Vec<_> =
         w.hosts[h].records.range(..=through.0).map(|(_, (r, _))| (r.epoch, r.end.node)).collect();
     for (epoch, node) in records {
-        w.checks.committed_refs.insert(epoch);
         let before = w.checks.committed;
         if w.history.is_ancestor(before, node) {
             w.checks.committed = node;

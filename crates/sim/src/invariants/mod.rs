@@ -12,7 +12,7 @@ pub mod i8;
 pub mod liveness;
 
 use crate::guest::State;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use steadfast_epoch::EpochRef;
 use steadfast_types::Term;
 
@@ -36,8 +36,6 @@ pub struct Checks {
     pub flushed: u32,
     /// The newest committed state.
     pub committed: u32,
-    /// Every epoch that a primary has declared committed.
-    pub committed_refs: HashSet<EpochRef>,
     /// Which process acts in a term.
     pub acting: BTreeMap<Term, (usize, u64)>,
     /// The last epoch that each host has staged.
