@@ -36,5 +36,6 @@ mod varint;
 pub use buf::{Buf, BufPool};
 pub use frame::{Frame, Kind, vm_hash};
 
+pub use link::{Event, Link, LinkConfig, LinkSender};
 pub use page::{EncodeConfig, Page};
 pub use record::{Encoder, PageSink, PageSource, RecordId, StagedRecord, Stager};
