@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_wire::link::{Addr, PathConfig, Role, Security};
-use steadfast_wire::{Event, Frame, Link, LinkConfig};
+use steadfast_wire::{Event, Frame, Link, LinkConfig, LinkSender};
 
 pub const WAIT: Duration = Duration::from_secs(20);
 
@@ -80,11 +80,7 @@ impl End {
 
     /// Sends, waiting while full.
     pub fn send(&self, frame: &Frame) {
-        let end = Instant::now() + WAIT;
-        while self.link.try_send(frame).is_err() {
-            assert!(Instant::now() < end, "stays full: {:?}", self.link.stats());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        send_on(&self.link.sender(), frame);
     }
 
     /// Receives numbered test frames `from..to` and checks each.
@@ -94,6 +90,15 @@ impl End {
             assert_eq!(number_of(&f), n, "lost, doubled or out of order");
             assert_eq!(f.payload(), numbered(n).payload(), "content of frame {n}");
         }
+    }
+}
+
+/// Sends, waiting while full.
+pub fn send_on(to: &LinkSender, frame: &Frame) {
+    let end = Instant::now() + WAIT;
+    while to.try_send(frame).is_err() {
+        assert!(Instant::now() < end, "stays full: {:?}", to.stats());
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
