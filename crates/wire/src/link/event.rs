@@ -79,6 +79,9 @@ pub enum Down {
         /// In milliseconds.
         stalled_ms: u64,
     },
+    /// The kernel gave up: the peer's did not acknowledge bytes for the path's timeout.
+    #[error("the peer's kernel acknowledges nothing: cable, switch or host is gone")]
+    Unacknowledged,
     /// Connecting or greeting took too long.
     #[error("connecting took longer than {0} ms")]
     ConnectTimeout(u64),
@@ -123,6 +126,7 @@ impl Down {
                 Self::Reset
             }
             io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Self::Refused,
+            io::ErrorKind::TimedOut => Self::Unacknowledged,
             io::ErrorKind::UnexpectedEof => Self::PeerClosed,
             _ => Self::Io(Arc::new(e)),
         }

@@ -115,6 +115,7 @@ impl Shadow {
 }
 
 #[cfg(test)]
+#[allow(clippy::panic)]
 mod tests {
     use super::*;
 

@@ -211,10 +211,10 @@ impl Stager {
         })?;
         let (record, stream) = (head.record, head.stream);
         let id = RecordId::from_wire(frame.epoch.0, head.part, frame.flags);
-        if index == 0 {
-            if let Some(duplicate) = self.start(&frame, stream, record, id)? {
-                return Ok(duplicate);
-            }
+        if index == 0
+            && let Some(duplicate) = self.start(&frame, stream, record, id)?
+        {
+            return Ok(duplicate);
         }
         let reset = frame.flags & FLAG_RESET != 0;
         let Some(open) = &mut self.open else {
