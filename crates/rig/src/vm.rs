@@ -128,7 +128,10 @@ impl<'r> Vm<'r> {
 
     /// Waits for the `count`th console line that contains `text` (from the VM's beginning); gives it back.
     pub fn wait_console(&self, text: &str, count: usize, bound: Duration) -> Result<String> {
-        let grep = format!("grep -aF -m {count} -- '{text}' {} | tail -n +{count}", self.console());
+        let grep = format!(
+            "grep -aF -m {count} -- '{text}' {} | tail -n +{count}",
+            self.console()
+        );
         self.wait(&format!("`{text}` on the console"), bound, || {
             let line = self.server.shell(&grep, Duration::from_secs(20))?.text();
             Ok((!line.is_empty()).then_some(line))
@@ -349,9 +352,7 @@ impl Counting {
         let deadline = Instant::now() + bound;
         while self.steps() < steps {
             if self.thread.is_finished() {
-                return Err(io::Error::other(
-                    "the connection ended; Counting::stop says why",
-                ));
+                return Err(io::Error::other("the connection ended; Counting::stop says why"));
             }
             if Instant::now() > deadline {
                 return Err(io::ErrorKind::TimedOut.into());

@@ -47,7 +47,10 @@ fn rig_boot() {
     debian_from_image(&rig, "gpt", 1);
     debian_from_kernel(&rig);
     // A refused start names the cause and the way out.
-    let refused = rig.server(0).shell("steadfast vm run /data/none.raw", SHORT).unwrap();
+    let refused = rig
+        .server(0)
+        .shell("steadfast vm run /data/none.raw", SHORT)
+        .unwrap();
     assert!(!refused.success() && refused.error_text().contains("/data/none.raw"));
     let no_bridge = rig
         .server(0)
@@ -80,7 +83,10 @@ fn mini_boots(rig: &Rig, vcpus: u32) {
             if grown(memory, now.memory_checked) && grown(writes, now.disk_writes) && now.disk_reads > 0 {
                 return now;
             }
-            assert!(Instant::now() < deadline, "the guest's checks stand still: {now:?}");
+            assert!(
+                Instant::now() < deadline,
+                "the guest's checks stand still: {now:?}"
+            );
             std::thread::sleep(Duration::from_millis(100));
         }
     };
@@ -106,7 +112,10 @@ fn mini_boots(rig: &Rig, vcpus: u32) {
     vm.control("shutdown", "").unwrap();
     vm.wait_gone(SHORT).unwrap();
     server.exec("rm /data/mini.raw").unwrap();
-    println!("mini guest, {vcpus} vCPUs: checks run after {took:.1?} ({})", ready.trim());
+    println!(
+        "mini guest, {vcpus} vCPUs: checks run after {took:.1?} ({})",
+        ready.trim()
+    );
 }
 
 /// An unmodified Debian image: its own kernel, initrd and command line; systemd, redis; reboot; shutdown.
@@ -123,7 +132,8 @@ fn debian_from_image(rig: &Rig, kind: &str, vcpus: u32) {
             Duration::from_secs(180),
         )
         .unwrap();
-    let arguments = format!("{image} --cpus {vcpus} --memory 384MiB --nic br0,mac=52:54:00:00:00:78 --cpu {CPU}");
+    let arguments =
+        format!("{image} --cpus {vcpus} --memory 384MiB --nic br0,mac=52:54:00:00:00:78 --cpu {CPU}");
     debian(rig, kind, vcpus, &arguments, kind == "raw");
     server.exec(&format!("rm {image}")).unwrap();
 }
@@ -148,12 +158,18 @@ fn debian(rig: &Rig, kind: &str, vcpus: u32, arguments: &str, reboot: bool) {
     assert_eq!(redis(rig, "PING"), "+PONG");
     assert_eq!(redis(rig, "SET kept yes"), "+OK");
     // A login on the serial line: a command typed there is done.
-    vm.control("type", "\"echo cpus=$(nproc) on $(findmnt -no FSTYPE /)\n\"").unwrap();
-    vm.wait_console(&format!("cpus={vcpus} on ext4"), 1, SHORT).unwrap();
+    vm.control("type", "\"echo cpus=$(nproc) on $(findmnt -no FSTYPE /)\n\"")
+        .unwrap();
+    vm.wait_console(&format!("cpus={vcpus} on ext4"), 1, SHORT)
+        .unwrap();
     if reboot {
         vm.control("type", "\"systemctl reboot\n\"").unwrap();
         vm.wait_console("RIG-GUEST-UP", 2, BOOT).unwrap();
-        assert_eq!(redis(rig, "EXISTS kept"), ":1", "what redis had is lost over a reboot");
+        assert_eq!(
+            redis(rig, "EXISTS kept"),
+            ":1",
+            "what redis had is lost over a reboot"
+        );
         assert_eq!(vm.control("status", "").unwrap()["guest_resets"], 1);
     }
     vm.control("shutdown", "").unwrap();
@@ -164,7 +180,10 @@ fn debian(rig: &Rig, kind: &str, vcpus: u32, arguments: &str, reboot: bool) {
         "the power button did not end it in order: {}",
         tools::tail(&console, 600)
     );
-    println!("Debian from {kind}, {vcpus} vCPUs: up after {took:.1?} ({})", up.trim());
+    println!(
+        "Debian from {kind}, {vcpus} vCPUs: up after {took:.1?} ({})",
+        up.trim()
+    );
 }
 
 /// One request to redis in the guest, from the client; its answer's first line.

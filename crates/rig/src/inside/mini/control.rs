@@ -7,6 +7,7 @@
 //! | `say TEXT` | a line on the console |
 //! | `flood N` | N lines of 80 bytes on the console, as fast as it takes them |
 //! | `drop_caches` | frees the page cache |
+//! | `cpus` | the number of CPUs that run, behind `ok` |
 //! | `poweroff`, `reboot` | ends the guest in order |
 //! | `panic` | a kernel panic |
 //! | `hang` | every CPU spins with real-time priority, for ever |
@@ -29,6 +30,10 @@ pub fn act(guest: &Guest, line: &str) -> String {
             for line in 0..n.min(1_000_000) {
                 guest.say(&format!("FLOOD {line:073}"));
             }
+        }
+        ("cpus", _) => {
+            let cpus = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+            return format!("ok {cpus}");
         }
         ("drop_caches", _) => return written("/proc/sys/vm/drop_caches", "3"),
         ("poweroff", _) => sys::power_off(),
