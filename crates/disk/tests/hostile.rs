@@ -272,6 +272,12 @@ impl BlockIo for Stuck {
     fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
         None
     }
+    fn release(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+    fn reacquire(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
 }
 
 #[test]

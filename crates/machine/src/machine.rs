@@ -133,14 +133,13 @@ impl Builder {
     ///
     /// # Errors
     /// [`MachineError::Bus`] when a range is taken.
-    pub fn add_ports<D>(&mut self, ranges: &[(u16, u16)], device: D) -> Result<Arc<Mutex<D>>, MachineError>
+    pub fn add_ports<D>(&mut self, ranges: &[(u16, u64)], device: D) -> Result<Arc<Mutex<D>>, MachineError>
     where
         D: BusDevice + Stateful + 'static,
     {
         let device = Arc::new(Mutex::new(device));
         for &(start, len) in ranges {
-            self.pio
-                .add(u64::from(start), u64::from(len), Arc::clone(&device) as _)?;
+            self.pio.add(u64::from(start), len, Arc::clone(&device) as _)?;
         }
         self.parts.push(Arc::clone(&device) as _);
         Ok(device)
@@ -153,10 +152,10 @@ impl Builder {
     pub fn add_stateless_ports(
         &mut self,
         start: u16,
-        len: u16,
+        len: u64,
         device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), MachineError> {
-        Ok(self.pio.add(u64::from(start), u64::from(len), device)?)
+        Ok(self.pio.add(u64::from(start), len, device)?)
     }
 
     /// Adds a virtio device in the next PCI slot, served by the I/O thread `thread` (made on first use).
@@ -310,6 +309,17 @@ impl Machine {
         };
         self.vcpus
             .with(index, set)
+            .ok_or(StateError::Missing(StateKind::Vcpu, index as u16))??;
+        Ok(())
+    }
+
+    /// Sets MSRs of a vCPU that has not run yet.
+    ///
+    /// # Errors
+    /// [`MachineError::State`].
+    pub fn set_msrs(&self, index: u32, msrs: &[kvm_bindings::kvm_msr_entry]) -> Result<(), MachineError> {
+        self.vcpus
+            .with(index, |fd| vcpu::state::set_msrs(fd, msrs))
             .ok_or(StateError::Missing(StateKind::Vcpu, index as u16))??;
         Ok(())
     }

@@ -30,7 +30,9 @@ impl BusDevice for Port {
         data.fill(0);
     }
     fn write(&mut self, _: u64, data: &[u8]) {
-        self.0.push(u32::from_le_bytes(data.try_into().expect("the guest writes double words")));
+        self.0.push(u32::from_le_bytes(
+            data.try_into().expect("the guest writes double words"),
+        ));
     }
 }
 
@@ -55,7 +57,8 @@ fn machine(h: &Hypervisor, vcpus: u32, dirty: DirtyMethod, ports: &[Arc<Mutex<Po
     let ram = Ram::new(64 << 20, &RamBacking::Memfd).unwrap();
     let mut b = Builder::new(h, ram, vcpus, dirty, ThreadHooks::default()).unwrap();
     for (i, port) in (0u16..).zip(ports) {
-        b.add_stateless_ports(0x500 + 8 * i, 4, Arc::clone(port) as _).unwrap();
+        b.add_stateless_ports(0x500 + 8 * i, 4, Arc::clone(port) as _)
+            .unwrap();
     }
     b.build(Arc::new(NoEvent), |_| Vec::new()).unwrap()
 }
@@ -91,7 +94,9 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 
 fn rounds(vcpus: u32, dirty: DirtyMethod, rounds: usize) {
     let Some(h) = hypervisor() else { return };
-    let ports: Vec<_> = (0..vcpus).map(|_| Arc::new(Mutex::new(Port::default()))).collect();
+    let ports: Vec<_> = (0..vcpus)
+        .map(|_| Arc::new(Mutex::new(Port::default())))
+        .collect();
     let mut m = machine(&h, vcpus, dirty, &ports);
     start(&m, vcpus);
     m.start_dirty_tracking().unwrap();
@@ -99,16 +104,26 @@ fn rounds(vcpus: u32, dirty: DirtyMethod, rounds: usize) {
     for round in 0..rounds {
         let seen: Vec<usize> = ports.iter().map(|p| p.lock().unwrap().0.len()).collect();
         wait_for("every vCPU to write its port", || {
-            ports.iter().zip(&seen).all(|(p, &n)| p.lock().unwrap().0.len() > n + 3)
+            ports
+                .iter()
+                .zip(&seen)
+                .all(|(p, &n)| p.lock().unwrap().0.len() > n + 3)
         });
         let mut q = m.quiesce().unwrap();
         let state = q.save().unwrap();
         let mut dirty = Vec::new();
         q.harvest(&mut dirty).unwrap();
         for v in 0..u64::from(vcpus) {
-            assert!(dirty.contains(&Gfn(8 + v)), "round {round}: vCPU {v} wrote page {}, dirty: {dirty:?}", 8 + v);
+            assert!(
+                dirty.contains(&Gfn(8 + v)),
+                "round {round}: vCPU {v} wrote page {}, dirty: {dirty:?}",
+                8 + v
+            );
         }
-        assert!(dirty.contains(&Gfn(2)) && !dirty.contains(&Gfn(0x300)), "{dirty:?}");
+        assert!(
+            dirty.contains(&Gfn(2)) && !dirty.contains(&Gfn(0x300)),
+            "{dirty:?}"
+        );
         let next = machine(&h, vcpus, m.dirty_method(), &ports);
         let mut page = vec![0u8; 0x10000];
         m.ram().memory().read_slice(&mut page, GuestAddress(0)).unwrap();

@@ -33,8 +33,10 @@ pub mod tools;
 
 pub use error::{Result, RigError};
 pub use host::client::{Client, Pinger};
+pub use host::commands::Output;
+pub use host::disk_faults::DiskFault;
 pub use host::qemu::DiskCache;
-pub use host::server::{Output, Server};
+pub use host::server::Server;
 pub use link::messages::{Exec, Outcome};
 pub use rig::{CLIENT_ADDRESS, NICS, Rig, RigBuilder};
 pub use switch::{Counters, Fault, Switch};

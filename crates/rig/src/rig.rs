@@ -6,6 +6,7 @@
 //!                  br0 on client0  10.90.0.10+N/24   switch "client0"   <- the client is 10.90.0.1; guests from 10.90.0.100
 //! ```
 
+use crate::artifacts::debian::{self, DebianGuest};
 use crate::artifacts::mini::{self, MiniGuest};
 use crate::artifacts::{Cache, Kernel, cache::lock_file, initramfs, packages, root};
 use crate::error::{IoContext, Result, RigError};
@@ -46,7 +47,9 @@ pub struct RigBuilder {
     packages: Vec<String>,
     files: Vec<(PathBuf, String)>,
     images: Vec<(String, PathBuf, Option<String>)>,
+    private_images: Vec<(String, PathBuf)>,
     mini_guest: bool,
+    debian_guest: bool,
     steadfast: Option<PathBuf>,
     run_folder: Option<PathBuf>,
     kernel_words: String,
@@ -67,7 +70,9 @@ impl Default for RigBuilder {
             packages: Vec::new(),
             files: Vec::new(),
             images: Vec::new(),
+            private_images: Vec::new(),
             mini_guest: true,
+            debian_guest: false,
             steadfast: None,
             run_folder: None,
             kernel_words: String::new(),
@@ -151,6 +156,20 @@ impl RigBuilder {
         self
     }
 
+    /// Whether the servers have the Debian guest's images under `/guests/debian` (see [`crate::artifacts::debian`]); false
+    /// when not said: making it takes a minute, once.
+    pub fn debian_guest(mut self, wanted: bool) -> Self {
+        self.debian_guest = wanted;
+        self
+    }
+
+    /// A disk of its own for every server that begins as a copy of this raw image: `/dev/rig/SERIAL`, written to at will,
+    /// kept over the server's restarts. The copy is made as it is written (qcow2 over the image), so it costs nothing.
+    pub fn disk_from(mut self, serial: &str, image: impl Into<PathBuf>) -> Self {
+        self.private_images.push((serial.to_string(), image.into()));
+        self
+    }
+
     /// The `steadfast` program for the servers; when not said, `$STEADFAST_BIN` or the one beside this program.
     pub fn steadfast(mut self, program: impl Into<PathBuf>) -> Self {
         self.steadfast = Some(program.into());
@@ -199,6 +218,14 @@ impl RigBuilder {
                 mini::SERIAL.to_string(),
                 guest.image,
                 Some(mini::MOUNTED_AT.to_string()),
+            ));
+        }
+        if self.debian_guest {
+            let guest = DebianGuest::of(&cache, &[])?;
+            self.images.push((
+                debian::SERIAL.to_string(),
+                guest.image,
+                Some(debian::MOUNTED_AT.to_string()),
             ));
         }
         let base = Arc::new(initramfs::base(
@@ -298,13 +325,14 @@ impl RigBuilder {
             serial: serial.to_string(),
             image: image.to_path_buf(),
             read_only: true,
+            qcow2: false,
             cache: DiskCache::Unsafe,
         };
         let mount = |serial: &str, path: Option<String>, read_only: bool| MountConfig {
             serial: serial.to_string(),
             path,
             read_only,
-            faulty: !read_only,
+            faulty: serial == "data",
         };
         let mut disks = vec![shared(ROOT_SERIAL, root_image), shared("programs", programs)];
         let mut mounts = vec![mount("programs", Some("/opt/steadfast".to_string()), true)];
@@ -312,12 +340,27 @@ impl RigBuilder {
             serial: "data".to_string(),
             image: data,
             read_only: false,
+            qcow2: false,
             cache: self.data_cache,
         });
         mounts.push(mount("data", Some("/data".to_string()), false));
         for (serial, image, path) in &self.images {
             disks.push(shared(serial, image));
             mounts.push(mount(serial, path.clone(), true));
+        }
+        for (serial, base) in &self.private_images {
+            let image = folder.join(format!("{serial}.qcow2"));
+            if !image.exists() {
+                overlay(base, &image)?;
+            }
+            disks.push(Disk {
+                serial: serial.clone(),
+                image,
+                read_only: false,
+                qcow2: true,
+                cache: self.data_cache,
+            });
+            mounts.push(mount(serial, None, false));
         }
         let mut nics = Vec::new();
         let mut nic_configs = Vec::new();
@@ -380,6 +423,17 @@ impl RigBuilder {
     }
 }
 
+/// An image that begins as `base` and keeps what is written.
+fn overlay(base: &Path, image: &Path) -> Result<()> {
+    let base = base.canonicalize().what(|| format!("find {}", base.display()))?;
+    let mut create = std::process::Command::new(crate::tools::find("qemu-img")?);
+    create
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(base)
+        .arg(image);
+    crate::tools::run(&mut create, Duration::from_secs(60)).map(|_| ())
+}
+
 /// The folder of one run. Its lock is held for the run's life, so that a later rig can tell dead runs and sweep them.
 struct RunFolder {
     path: PathBuf,
@@ -389,8 +443,8 @@ struct RunFolder {
 
 /// Where runs without a folder of their own go.
 fn runs_folder() -> PathBuf {
-    if let Some(folder) = std::env::var_os("STEADFAST_RUNS").map(PathBuf::from) {
-        return folder;
+    if let Some(folder) = std::env::var_os("STEADFAST_RUN").map(PathBuf::from) {
+        return folder.join("runs");
     }
     // SAFETY: no memory is passed, it cannot fail.
     let user = unsafe { libc::geteuid() };
@@ -446,12 +500,19 @@ fn sweep(runs: &Path) {
     }
 }
 
-impl Drop for RunFolder {
-    fn drop(&mut self) {
+impl RunFolder {
+    /// Removes it, unless the caller named it: then it is the caller's.
+    fn remove(&self) {
         if self.ours {
             // What cannot be removed now is swept by the next rig.
             let _ = std::fs::remove_dir_all(&self.path);
         }
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 
@@ -587,12 +648,20 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
-    fn drop(&mut self) {
+impl Rig {
+    /// Ends every server now and removes the run's files. Dropping the rig does it too; this is for a rig that is shared.
+    pub fn end(&self) {
         std::thread::scope(|scope| {
             for server in &self.servers {
                 scope.spawn(|| server.end());
             }
         });
+        self.run.remove();
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.end();
     }
 }

@@ -4,8 +4,8 @@
 //! Closed ──SYN──> SynRcvd ──ACK──> Open ──FIN in, all sent──> FIN out ──ACK──> Closed
 //! ```
 //! What is to be sent stays in the connection's ring until it is acknowledged; after a timeout (200 ms doubling to 1 s,
-//! for about two minutes) or three duplicate ACKs everything unacknowledged is sent again. No congestion control: the
-//! peer's window is the limit. The window we offer is the room for answers, so whatever is accepted can be answered.
+//! for about two minutes) or three duplicate ACKs everything unacknowledged is sent again. The peer's window is the
+//! limit, and after a loss a congestion window (down to one segment or to half, up by what is acknowledged). The window we offer is the room for answers, so whatever is accepted can be answered.
 
 use crate::count;
 use crate::counter;
@@ -52,6 +52,8 @@ struct Conn {
     max: u32,
     /// The peer's window.
     wnd: usize,
+    /// Congestion window: down to one segment on a timeout, up by what is acknowledged.
+    cwnd: usize,
     /// Next expected; right edge last offered.
     rcv: u32,
     edge: u32,
@@ -80,6 +82,7 @@ const NOBODY: Conn = Conn {
     nxt: 0,
     max: 0,
     wnd: 0,
+    cwnd: RING,
     rcv: 0,
     edge: 0,
     peer_fin: false,
@@ -292,7 +295,7 @@ impl Conn {
     fn output(&mut self, i: usize, link: &mut Link, probe: bool) {
         loop {
             let flight = self.nxt.wrapping_sub(self.una) as usize;
-            let window = if probe { self.wnd.max(1) } else { self.wnd };
+            let window = if probe { self.wnd.max(1) } else { self.wnd }.min(self.cwnd);
             let n = self
                 .len
                 .saturating_sub(flight)
@@ -347,6 +350,7 @@ impl Conn {
             self.send_syn_ack(link);
         } else {
             self.nxt = self.una;
+            self.cwnd = self.mss;
             self.output(i, link, true);
         }
     }
@@ -421,6 +425,7 @@ impl Conn {
             self.start = (self.start + bytes) % RING;
             self.len -= bytes;
             self.wnd = s.wnd;
+            self.cwnd = (self.cwnd + bytes).min(RING);
             self.settle();
             // Say so if the window we offer was small and has opened.
             let offered = self.edge.wrapping_sub(self.rcv) as usize;
@@ -432,6 +437,7 @@ impl Conn {
                 self.dups += 1;
                 if self.dups == 3 {
                     self.nxt = self.una;
+                    self.cwnd = (self.cwnd / 2).max(self.mss);
                 }
             }
             self.wnd = s.wnd;

@@ -15,12 +15,13 @@ use crate::shared::{COUNTER_PORT, ECHO_PORT, Reply, Request};
 pub trait Wire {
     /// Sends one frame. A frame that cannot be sent now may be dropped.
     fn send(&mut self, frame: &[u8]) -> io::Result<()>;
-    /// Receives one frame, or `None` after `timeout`.
+    /// Receives one frame, or `None` after `timeout`; with a timeout of zero it must not wait at all.
     fn receive(&mut self, timeout: Duration) -> io::Result<Option<Vec<u8>>>;
 }
 
 /// How long to wait before a request is sent again.
 const RESEND: Duration = Duration::from_millis(200);
+const RTO_MAX: Duration = Duration::from_secs(2);
 const WINDOW: u16 = 65535;
 const MSS: usize = 1460;
 /// Most bytes that wait to be sent on a connection.
@@ -48,6 +49,10 @@ struct Tcp {
     reset: bool,
     sent_at: Instant,
     dups: u32,
+    /// Grows with each timeout without progress.
+    rto: Duration,
+    /// Congestion window: a slow guest must not drown in copies of what it has yet to read.
+    cwnd: usize,
 }
 
 /// A peer with a MAC and an IPv4 address.
@@ -135,8 +140,12 @@ impl<W: Wire> Client<W> {
             self.frame(&f)?;
         }
         for i in 0..self.conns.len() {
-            if self.conns[i].sent_at.elapsed() > RESEND && self.conns[i].waiting() {
-                self.conns[i].nxt = self.conns[i].una;
+            let t = &mut self.conns[i];
+            if t.sent_at.elapsed() > t.rto && t.waiting() {
+                t.nxt = t.una;
+                t.cwnd = MSS;
+                t.rto = (t.rto * 2).min(RTO_MAX);
+                t.sent_at = Instant::now();
                 self.push(i, true)?;
             }
         }
@@ -278,6 +287,8 @@ impl<W: Wire> Client<W> {
             reset: false,
             sent_at: Instant::now(),
             dups: 0,
+            rto: RESEND,
+            cwnd: 10 * MSS,
         });
         let syn = |c: &mut Self| c.transmit(i, iss, flag::SYN, Vec::new());
         self.drive("a TCP SYN", within, syn, |c| {
@@ -408,6 +419,7 @@ impl<W: Wire> Client<W> {
             }
             let flight = t.nxt.wrapping_sub(t.una) as usize;
             let window = if probe { t.window.max(1) } else { t.window } as usize;
+            let window = window.min(t.cwnd);
             let n = t
                 .out
                 .len()
@@ -466,11 +478,14 @@ impl<W: Wire> Client<W> {
                 }
                 t.una = s.ack;
                 t.dups = 0;
+                t.rto = RESEND;
+                t.cwnd = (t.cwnd + acked as usize).min(1 << 20);
                 t.sent_at = Instant::now();
             } else if s.data.is_empty() && u32::from(s.window) == t.window && t.max != t.una {
                 t.dups += 1;
                 if t.dups == 3 {
                     t.nxt = t.una;
+                    t.cwnd = (t.cwnd / 2).max(MSS);
                 }
             }
             t.window = u32::from(s.window);

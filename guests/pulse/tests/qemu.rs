@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -37,7 +38,7 @@ impl Cable {
     }
 
     fn put(&self, f: &[u8]) -> io::Result<()> {
-        for _ in 0..50 {
+        for _ in 0..1000 {
             match self.socket.send_to(f, &self.to) {
                 // QEMU's queue is full, or QEMU is (re)starting: as on a real cable, the frame may be lost.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -71,8 +72,11 @@ impl Wire for Cable {
 
     fn receive(&mut self, timeout: Duration) -> io::Result<Option<Vec<u8>>> {
         let mut buf = [0u8; 4096];
-        self.socket
-            .set_read_timeout(Some(timeout.max(Duration::from_micros(10))))?;
+        // The kernel rounds a timeout up to a tick, so "do not wait" must be said in another way.
+        self.socket.set_nonblocking(timeout.is_zero())?;
+        if !timeout.is_zero() {
+            self.socket.set_read_timeout(Some(timeout))?;
+        }
         loop {
             match self.socket.recv(&mut buf) {
                 Ok(_) if self.fate() < self.harm => continue,
@@ -110,7 +114,15 @@ impl Vm {
         }
         let _ = fs::remove_file(at("ram"));
         let _ = fs::remove_file(at("guest.sock"));
-        let child = Command::new("qemu-system-x86_64")
+        let mut command = Command::new("qemu-system-x86_64");
+        // SAFETY: prctl is safe between fork and exec; QEMU must not outlive a test that is killed.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            })
+        };
+        let child = command
             .args([
                 "-M",
                 "q35,memory-backend=ram",
@@ -321,10 +333,11 @@ fn whole_story(accel: &str) {
     }
     assert_eq!(c.ask(0x77, LONG).unwrap().status, status::BAD_REQUEST);
 
-    // Frozen at 40 instants, memory agrees with itself, with the last reply and with the disk.
+    // Frozen at many instants, memory agrees with itself, with the last reply and with the disk.
+    let freezes = if accel == "kvm" { 15 } else { 40 };
     let mut last = c.ask(kind::READ, LONG).unwrap();
     let mut seen = std::collections::HashSet::new();
-    for _ in 0..40 {
+    for _ in 0..freezes {
         c.tell(kind::INC).unwrap();
         let s = vm.frozen();
         s.covers(&last).unwrap();
@@ -332,45 +345,52 @@ fn whole_story(accel: &str) {
         last = c.ask(kind::READ, LONG).unwrap();
         good(&last);
     }
-    assert!(seen.len() > 20, "the guest stands still: {seen:?}");
+    assert!(seen.len() > freezes / 2, "the guest stands still: {seen:?}");
 
     // TCP: a clean megabyte, then a cable that loses, doubles and reorders, with several connections at once.
+    // An emulated CPU works through about half a megabyte a second, so there it gets less.
+    let (whole, part, rough) = if accel == "kvm" {
+        (1 << 18, 60_000, 20_000)
+    } else {
+        (1 << 20, 200_000, 100_000)
+    };
     let data: Vec<u8> = (0..1u32 << 20)
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
         .collect();
     let first = c.connect(7, LONG).unwrap();
     let begun = Instant::now();
-    c.echo_stream(first, &data, LONG).unwrap();
-    println!("{accel}: TCP echo of 1 MiB in {:?}", begun.elapsed());
+    c.echo_stream(first, &data[..whole], LONG).unwrap();
+    println!("{accel}: TCP echo of {whole} bytes in {:?}", begun.elapsed());
     let begun = Instant::now();
     for _ in 0..50 {
         c.ask(kind::READ, LONG).unwrap();
     }
     println!("{accel}: UDP request and reply in {:?}", begun.elapsed() / 50);
     // Frozen for a second and a half amid a stream, while the client sends again and again.
-    let mut half = data[..200_000].iter().copied();
+    let mut half = data[..part].iter().copied();
     let mut back = Vec::new();
     let begun = Instant::now();
-    let mut halt = Some(Instant::now());
-    while back.len() < 200_000 {
+    let mut halt = true;
+    while back.len() < part {
         assert!(begun.elapsed() < LONG, "{} bytes came back", back.len());
         let piece: Vec<u8> = half.by_ref().take(8192).collect();
         assert_eq!(c.write(first, &piece).unwrap(), piece.len());
         c.pump().unwrap();
         back.extend(c.read(first).unwrap());
-        if let Some(at) = halt.filter(|_| back.len() > 20_000) {
+        if halt && back.len() > 20_000 {
+            let at = Instant::now();
             vm.signal(libc::SIGSTOP);
             while at.elapsed() < Duration::from_millis(1500) {
                 c.pump().unwrap();
             }
             vm.signal(libc::SIGCONT);
-            halt = None;
+            halt = false;
         }
     }
-    assert!(back == data[..200_000] && halt.is_none());
+    assert!(back == data[..part] && !halt);
     let others: Vec<_> = (0..7).map(|_| c.connect(9, LONG).unwrap()).collect();
     c.wire().harm = 5;
-    c.echo_stream(first, &data[..100_000], LONG).unwrap();
+    c.echo_stream(first, &data[..rough], LONG).unwrap();
     for (i, conn) in others.iter().enumerate() {
         let r = c
             .ask_stream(*conn, if i % 2 == 0 { kind::INC } else { kind::FLUSH_INC }, LONG)
@@ -668,4 +688,71 @@ fn disk_benchmark() {
         let s = vm.sectors(BENCH_LBA, 16384 * 512);
         assert_eq!(s.iter().any(|b| *b != 0), writes, "{op:?}");
     }
+}
+
+/// Nonsense on the wire, with right checksums and with wrong ones, neither stops nor confuses the guest.
+#[test]
+fn nonsense_is_endured() {
+    if !can_run("tcg") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let cable = Vm::cable(dir.path());
+    let mut vm = Vm::start(dir.path(), "tcg", &Config::new().dirty(20).ip(GUEST), &[]);
+    vm.wait_serial("pulse 1 ready");
+    let mut c = Client::new(cable, ME, GUEST);
+    let guest = c.resolve(LONG).unwrap();
+    // Another host, so that the resets it earns are not taken for ours.
+    let e = frames::Ends {
+        src: ([2, 9, 9, 9, 9, 9], Ipv4Addr::new(10, 0, 0, 9)),
+        dst: (guest, GUEST),
+    };
+    let stream = c.connect(7, LONG).unwrap();
+    let mut x = 12345;
+    let mut random = |n: u64| {
+        x = pulse::shared::page_next(x);
+        (x >> 33) % n
+    };
+    for round in 0..4000 {
+        let data: Vec<u8> = (0..random(1461)).map(|_| random(256) as u8).collect();
+        let sport = 1000 + random(20) as u16;
+        let dport = [7, 9, 9, 80][random(4) as usize];
+        let mut f = match random(4) {
+            0 => frames::udp(e, sport, dport, &data),
+            1 => frames::ping(e, &data),
+            2 => frames::arp(random(4) as u16, e),
+            _ => frames::tcp(
+                e,
+                &frames::Segment {
+                    sport,
+                    dport,
+                    seq: random(4) as u32 * 700,
+                    ack: random(1 << 32) as u32,
+                    flags: random(64) as u8,
+                    window: random(65536) as u16,
+                    data,
+                },
+            ),
+        };
+        match random(6) {
+            0 => {
+                let at = random(f.len() as u64) as usize;
+                f[at] ^= 1 << random(8);
+            }
+            // Not to nothing: QEMU takes an empty datagram for the end of the connection.
+            1 => f.truncate(random(f.len() as u64) as usize + 1),
+            _ => {}
+        }
+        c.wire().send(&f).unwrap();
+        // The socket holds ten frames; unread answers would stop QEMU, then the guest, then us.
+        while c.wire().receive(Duration::ZERO).unwrap().is_some() {}
+        if round % 200 == 0 {
+            good(&c.ask(kind::READ, LONG).unwrap());
+            c.echo_stream(stream, &[round as u8; 3000], LONG).unwrap();
+        }
+    }
+    c.close(stream, LONG).unwrap();
+    good(&c.ask(kind::INC, LONG).unwrap());
+    drop(vm.frozen());
+    assert!(!vm.text("serial").contains("PULSE"), "{}", vm.text("serial"));
 }

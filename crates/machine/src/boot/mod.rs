@@ -13,7 +13,8 @@
 //! 0x0001_0000  page tables of a flat guest, up to 0x8_0000
 //! 0x0002_0000  command line of a Linux guest, up to 64 KiB
 //! 0x0009_FC00  end of conventional memory: from here to 1 MiB nothing is RAM to the guest
-//! 0x000E_0000  ACPI tables, the RSDP first, up to 1 MiB
+//! 0x000E_0000  ACPI tables, the RSDP first, up to 0xF_0000
+//! 0x000F_FFF0  reset stub, for a guest that restarts through the BIOS
 //! 0x0010_0000  kernels
 //! ```
 //!

@@ -274,10 +274,20 @@ fn flat_guest_gets_its_boot_info() {
     ));
 }
 
+/// The contract is written down twice: here and in pulse, which says what it expects.
 #[test]
-fn the_pulse_guest_loads() {
-    // The contract is written down twice; the other half is pulse's.
-    assert_eq!((BOOT_INFO_ADDRESS, FLAT_CMDLINE_MAX), (0x7000, 3072));
+fn the_pulse_guest_gets_what_its_contract_says() {
+    let ram = ram(5 << 30);
+    let config: pulse::Config = pulse::Config::default();
+    let theirs = pulse::boot::boot_info(&config, 3, 5 << 30).unwrap();
+    let line = String::from_utf8(theirs[32..].iter().copied().take_while(|b| *b != 0).collect()).unwrap();
+    let entry = flat(&ram, pulse::elf(), &line, 3).unwrap();
+    assert_eq!(read(&ram, pulse::shared::BOOT_INFO_GPA, theirs.len()), theirs);
+    assert_eq!(
+        (BOOT_INFO_ADDRESS, FLAT_CMDLINE_MAX),
+        (pulse::shared::BOOT_INFO_GPA, pulse::shared::CMDLINE_MAX)
+    );
+    assert!((pulse::shared::LOAD_GPA..pulse::shared::SHARED_GPA).contains(&entry.rip));
 }
 
 #[test]
@@ -586,6 +596,19 @@ mod on_kvm {
         if let Some(out) = run(&ram, &entry, 0) {
             assert_eq!(out, [0x78]);
         }
+    }
+
+    /// A guest that jumps to the BIOS in real mode resets the machine.
+    #[test]
+    fn the_reset_vector_resets() {
+        use crate::devices::legacy::power;
+        let ram = ram(64 << 20);
+        acpi::build(&ram, &acpi::AcpiConfig::full(1)).unwrap();
+        assert_eq!(
+            read(&ram, 0xF_FFF0, 9),
+            [0xb0, power::RESET_VALUE, 0xba, 2, 6, 0xee, 0xf4, 0xeb, 0xfd]
+        );
+        assert_eq!(power::RESET_PORT, 0x602);
     }
 
     #[test]

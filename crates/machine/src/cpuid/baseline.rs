@@ -3,7 +3,8 @@
 //! The family and model of the named baselines are those of the first CPUs that have the level, so that guests apply
 //! the workarounds of that generation; caches are invented, the same for all. Bits against speculation (SPEC_CTRL and
 //! others) are in a pool's baseline if all its hosts have them, and not in the named ones, which promise nothing but
-//! their level.
+//! their level. (A guest of the AMD baselines therefore says once at boot that it has no microcode against SRSO; claiming
+//! an older family would silence it and lose the half of the mitigation that works.)
 
 use super::features::{
     CMP_LEGACY, CpuFeatures, E1_ECX, E1_EDX, E8_EBX, E21_EAX, HTT, HYPERVISOR, KVM_EAX, L1_ECX, L1_EDX,
@@ -39,9 +40,9 @@ fn v2_words(vendor: &[u8; 12]) -> [u32; WORDS] {
     let mut words = [0; WORDS];
     // SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC, POPCNT, and the timer.
     words[L1_ECX] = bits(&[0, 9, 13, 19, 20, 21, 23]) | TSC_DEADLINE;
-    // FPU VME DE PSE TSC MSR PAE MCE CX8 APIC, SEP MTRR PGE MCA CMOV PAT PSE36, CLFLUSH, MMX FXSR SSE SSE2
+    // FPU, DE PSE TSC MSR PAE MCE CX8 APIC, SEP MTRR PGE MCA CMOV PAT PSE36, CLFLUSH, MMX FXSR SSE SSE2
     words[L1_EDX] = bits(&[
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
+        0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
     ]);
     words[E1_ECX] = bits(&[0]); // LAHF
     words[E1_EDX] = bits(&[11, 20, 29]); // SYSCALL, NX, LM

@@ -369,7 +369,12 @@ impl CpuFeatures {
         let mut missing = Vec::new();
         for ((have, need), def) in self.words.iter().zip(want.words).zip(&TABLE) {
             let lacks = need & !have;
-            missing.extend((0..32).filter(|b| lacks & 1 << b != 0).map(|b| def.bit_name(b)));
+            for name in (0..32).filter(|b| lacks & 1 << b != 0).map(|b| def.bit_name(b)) {
+                // AMD repeats a word.
+                if !missing.contains(&name) {
+                    missing.push(name);
+                }
+            }
         }
         for c in want.xsave.iter().filter(|c| !self.xsave.contains(c)) {
             missing.push(format!(

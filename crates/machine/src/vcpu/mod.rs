@@ -186,7 +186,10 @@ impl Vcpus {
                 exits,
             });
         }
-        let late = |e| KvmError::Call { what: "start vCPU threads".into(), source: std::io::Error::other(e) };
+        let late = |e| KvmError::Call {
+            what: "start vCPU threads".into(),
+            source: std::io::Error::other(e),
+        };
         vcpus.wait_parked().map_err(late)?;
         Ok(vcpus)
     }
@@ -396,7 +399,6 @@ fn thread_main(mut runner: run::Runner, msrs: &[u32]) {
             control.answers.notify_all();
         } else if state.lap != lap && !ended {
             // Also when the order has changed to `Park` meanwhile: this thread was counted as running.
-            lap = state.lap;
             if state.order == Order::Run {
                 runner.arm();
             }

@@ -19,6 +19,15 @@ pub struct Cache {
 /// How long one process waits for another that makes the same artefact.
 const WAIT_BOUND: Duration = Duration::from_secs(1200);
 
+/// An artefact that nobody used for so long may be removed.
+const KEEP: Duration = Duration::from_secs(5 * 24 * 3600);
+
+/// Marks an artefact as used now.
+fn touch(path: &Path) {
+    // A cache that is not ours to write to is used all the same.
+    let _ = File::open(path).and_then(|folder| folder.set_modified(std::time::SystemTime::now()));
+}
+
 /// Takes an exclusive lock on a file, waiting up to `bound`. Dropping the file frees it.
 ///
 /// # Errors
@@ -98,6 +107,7 @@ impl Cache {
     pub fn get_or_make(&self, key: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let path = self.root.join(key);
         if path.is_dir() {
+            touch(&path);
             return Ok(path);
         }
         let _lock = lock_file(&self.root.join(format!("{key}.lock")), WAIT_BOUND)?;
@@ -109,9 +119,39 @@ impl Cache {
             std::fs::remove_dir_all(&partial).what(|| format!("sweep {}", partial.display()))?;
         }
         std::fs::create_dir(&partial).what(|| format!("make {}", partial.display()))?;
-        make(&partial)?;
+        if let Err(e) = make(&partial) {
+            // What cannot be removed now is swept by the next maker.
+            let _ = std::fs::remove_dir_all(&partial);
+            return Err(e);
+        }
+        self.prune(key);
         std::fs::rename(&partial, &path).what(|| format!("publish {}", path.display()))?;
         Ok(path)
+    }
+
+    /// Removes artefacts of the same kind (the part of the key before its first `-`) that nobody used for some days.
+    fn prune(&self, key: &str) {
+        let kind = format!("{}-", key.split('-').next().unwrap_or(key));
+        let Ok(entries) = std::fs::read_dir(&self.root) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let unused = entry
+                .metadata()
+                .and_then(|data| data.modified())
+                .ok()
+                .and_then(|at| at.elapsed().ok());
+            if name.to_string_lossy().starts_with(&kind) && unused.is_some_and(|unused| unused > KEEP) {
+                let path = entry.path();
+                // What cannot be removed is tried again by the next maker.
+                let _ = if path.is_dir() {
+                    std::fs::remove_dir_all(&path)
+                } else {
+                    std::fs::remove_file(&path)
+                };
+            }
+        }
     }
 
     /// Throws an artefact away, so that the next [`Cache::get_or_make`] makes it anew.

@@ -10,6 +10,8 @@
 
 pub mod cache;
 pub mod cpio;
+pub mod debian;
+pub mod gpt;
 pub mod initramfs;
 pub mod kernel;
 pub mod mini;

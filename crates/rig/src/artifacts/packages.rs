@@ -131,6 +131,7 @@ pub fn tree_bytes(folder: &Path) -> Result<u64> {
 ///
 /// `bytes` is the size of the file system; it begins at `offset` in the file (for a partition).
 pub fn ext4_of(folder: Option<&Path>, image: &Path, bytes: u64, offset: u64, options: &[&str]) -> Result<()> {
+    let bytes = bytes.next_multiple_of(4096);
     let file = std::fs::OpenOptions::new()
         .create(true)
         .truncate(false)

@@ -37,10 +37,12 @@ impl DiskCache {
 pub struct Disk {
     /// The serial number by which the server finds it.
     pub serial: String,
-    /// The raw image.
+    /// The image.
     pub image: PathBuf,
     /// True for images that servers share.
     pub read_only: bool,
+    /// True for a qcow2 image, false for a raw one.
+    pub qcow2: bool,
     /// How its writes go.
     pub cache: DiskCache,
 }
@@ -162,10 +164,13 @@ pub fn start(hardware: &Hardware) -> Result<Started> {
     for (index, disk) in hardware.disks.iter().enumerate() {
         let read_only = if disk.read_only { ",readonly=on" } else { "" };
         let cache = disk.cache.word();
+        let format = if disk.qcow2 { "qcow2" } else { "raw" };
         let image = disk.image.to_string_lossy().replace(',', ",,");
         add(&[
             "-drive",
-            &format!("if=none,id=disk{index},format=raw,discard=unmap,cache={cache}{read_only},file={image}"),
+            &format!(
+                "if=none,id=disk{index},format={format},discard=unmap,cache={cache}{read_only},file={image}"
+            ),
         ]);
         add(&[
             "-device",

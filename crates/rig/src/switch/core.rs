@@ -47,6 +47,42 @@ impl Fault {
     pub const REORDER_US: u64 = 5_000;
 }
 
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = |ppm: u32| f64::from(ppm) / 10_000.0;
+        let parts = [
+            (
+                self.delay_us > 0,
+                format!("delay {} ms", self.delay_us as f64 / 1000.0),
+            ),
+            (
+                self.jitter_us > 0,
+                format!("jitter {} ms", self.jitter_us as f64 / 1000.0),
+            ),
+            (self.loss_ppm > 0, format!("loss {} %", percent(self.loss_ppm))),
+            (
+                self.duplicate_ppm > 0,
+                format!("duplicate {} %", percent(self.duplicate_ppm)),
+            ),
+            (
+                self.reorder_ppm > 0,
+                format!("reorder {} %", percent(self.reorder_ppm)),
+            ),
+            (
+                self.corrupt_ppm > 0,
+                format!("corrupt {} %", percent(self.corrupt_ppm)),
+            ),
+            (self.rate_kbit > 0, format!("rate {} kbit/s", self.rate_kbit)),
+        ];
+        let said: Vec<String> = parts
+            .into_iter()
+            .filter(|part| part.0)
+            .map(|part| part.1)
+            .collect();
+        f.write_str(&said.join(" "))
+    }
+}
+
 /// What went through a port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {

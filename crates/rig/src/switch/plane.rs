@@ -196,6 +196,27 @@ impl Switch {
         });
     }
 
+    /// Changes the faults in force on one port (both directions), or on every port (on the way in, so that a frame meets them
+    /// once).
+    pub fn change_fault(&self, port: Option<&str>, change: impl Fn(&mut Fault)) -> Result<()> {
+        let only = port.map(|name| self.port(name)).transpose()?;
+        self.with(|core| {
+            for port in 0..core.port_names().len() {
+                let (mut ingress, mut egress) = core.fault(port);
+                match only {
+                    Some(only) if only == port => {
+                        change(&mut ingress);
+                        change(&mut egress);
+                    }
+                    Some(_) => continue,
+                    None => change(&mut ingress),
+                }
+                core.set_fault(port, ingress, egress);
+            }
+        });
+        Ok(())
+    }
+
     /// Cuts the way from one port to another, in this direction only.
     pub fn partition_one_way(&self, from: &str, to: &str) -> Result<()> {
         let (from, to) = (self.port(from)?, self.port(to)?);
@@ -245,8 +266,10 @@ impl Switch {
                 words.push(format!("{name} unplugged"));
             }
             let (ingress, egress) = inner.core.fault(port);
-            if (ingress, egress) != (Fault::default(), Fault::default()) {
-                words.push(format!("{name} from: {ingress:?} to: {egress:?}"));
+            for (fault, way) in [(ingress, "from"), (egress, "to")] {
+                if fault != Fault::default() {
+                    words.push(format!("{way} {name}: {fault}"));
+                }
             }
         }
         words

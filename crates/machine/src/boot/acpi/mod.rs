@@ -8,7 +8,7 @@ mod dsdt;
 
 pub use dsdt::dsdt;
 
-use super::{BootError, HIGH_MEMORY, put};
+use super::{BootError, put};
 use crate::devices::legacy::power;
 use crate::memory::{Ram, layout};
 use acpi_tables::Aml;
@@ -60,7 +60,21 @@ impl AcpiConfig {
     }
 }
 
-/// Builds all tables and writes them into guest memory. Returns the address of the RSDP.
+/// Where the tables end; above is the segment in which a BIOS would be.
+const TABLES_END: u64 = 0xF_0000;
+/// The reset vector in real mode, F000:FFF0.
+const RESET_VECTOR: u64 = 0xF_FFF0;
+
+/// What a kernel finds that restarts "through the BIOS". Linux does so on every machine with hardware-reduced ACPI: it
+/// prefers EFI to the reset register there, and without EFI jumps to the reset vector in real mode, where it would run
+/// through empty memory for ever. `mov al, RESET_VALUE; mov dx, RESET_PORT; out dx, al; hlt; jmp` back to the `hlt`.
+const fn reset_stub() -> [u8; 9] {
+    let [low, high] = power::RESET_PORT.to_le_bytes();
+    [0xb0, power::RESET_VALUE, 0xba, low, high, 0xee, 0xf4, 0xeb, 0xfd]
+}
+
+/// Builds all tables and writes them into guest memory, and a reset stub at the real-mode reset vector. Returns the
+/// address of the RSDP.
 ///
 /// # Errors
 /// [`BootError::Acpi`] for a bad number of vCPUs.
@@ -76,8 +90,8 @@ pub fn build(ram: &Ram, config: &AcpiConfig) -> Result<u64, BootError> {
     let mut place = |table: &[u8]| -> Result<u64, BootError> {
         let at = next;
         next = (at + table.len() as u64).next_multiple_of(64);
-        if next > HIGH_MEMORY {
-            return Err(BootError::Acpi("the tables do not fit below 1 MiB".into()));
+        if next > TABLES_END {
+            return Err(BootError::Acpi("the tables do not fit into 64 KiB".into()));
         }
         put(ram.memory(), "an ACPI table", at, table)?;
         Ok(at)
@@ -98,6 +112,7 @@ pub fn build(ram: &Ram, config: &AcpiConfig) -> Result<u64, BootError> {
         RSDP_ADDRESS,
         &bytes(&Rsdp::new(OEM_ID, xsdt)),
     )?;
+    put(ram.memory(), "the reset stub", RESET_VECTOR, &reset_stub())?;
     Ok(RSDP_ADDRESS)
 }
 

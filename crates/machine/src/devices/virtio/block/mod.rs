@@ -11,12 +11,14 @@
 pub mod backend;
 pub mod buffer;
 mod engine;
+pub mod image;
 mod request;
 pub mod threaded;
 pub mod uring;
 
 pub use backend::{BackendInfo, BlockBackend, ErrorPolicy, Failure, HoldErrors, ReportErrors, Verdict};
 pub use fuzz::fuzz_block;
+pub use image::image_backend;
 pub use threaded::{BlockingDisk, RawFile, ThreadBackend};
 pub use uring::UringBackend;
 

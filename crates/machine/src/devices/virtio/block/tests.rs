@@ -148,6 +148,16 @@ fn every_operation_where_zeroes_must_be_written() {
     every_operation(Box::new(MemoryBackend::new(32768, false, 0).unwrap()));
 }
 
+#[test]
+fn every_operation_on_images() {
+    use steadfast_disk::image::{ImageOptions, MemImage, open};
+    let (dir, _file, _info) = file(16 << 20);
+    let image = open(&dir.path().join("disk"), &ImageOptions::default()).unwrap();
+    every_operation(image_backend(image).unwrap());
+    let image = Arc::new(MemImage::new(vec![0; 16 << 20], false));
+    every_operation(image_backend(image).unwrap());
+}
+
 /// Holds requests until the gate opens; what a slow disk does.
 struct Gate {
     inner: MemoryBackend,
@@ -389,7 +399,8 @@ fn the_rate_is_kept_and_can_be_lifted() {
 
 #[test]
 fn hostile_requests_are_refused() {
-    let bad: [&dyn Fn(&mut Harness<Block>); 6] = [
+    type Case<'a> = &'a dyn Fn(&mut Harness<Block>);
+    let bad: [Case<'_>; 6] = [
         // No header, short header, no status.
         &|h| {
             h.add(0, &[w(STATUS, 1)]);
@@ -451,4 +462,47 @@ fn a_state_that_does_not_fit_is_refused() {
 #[test]
 fn fuzz_corpus_returns() {
     common::testkit::fuzz_many(fuzz_block);
+}
+
+/// Prints what the bounce buffers cost: `cargo nextest run --release --run-ignored all -p steadfast-machine cost --no-capture`.
+#[test]
+#[ignore = "a measurement, not a test"]
+fn cost_of_bounce_buffers() {
+    use std::os::unix::fs::FileExt;
+    const REQUESTS: u64 = 4000;
+    for (name, len) in [("4 KiB", 4096usize), ("64 KiB", 65536), ("1 MiB", 1 << 20)] {
+        let (_dir, file, info) = file(16 << 20);
+        file.write_all_at(&vec![7; 16 << 20], 0).unwrap();
+        let plain = file.try_clone().unwrap();
+        let requests = if len > 65536 { REQUESTS / 4 } else { REQUESTS };
+        // The device, 16 requests deep, from the page cache.
+        let mut h = start(raw_backend(file, info).unwrap(), FEATURES);
+        let begun = std::time::Instant::now();
+        let mut done = 0;
+        while done < requests {
+            for n in 0..16 {
+                let at = DATA + (n * len as u64) % (6 << 20);
+                request(&mut h, n, 0, (n * len as u64 / 512) % 30000, &[w(at, len as u32)]);
+            }
+            h.notify(0);
+            done += h.wait_used(0, 16).len() as u64;
+        }
+        let device = begun.elapsed() / done as u32;
+        // The same bytes copied once more: the bounce.
+        let (from, mut to) = (vec![1u8; len], vec![0u8; len]);
+        let begun = std::time::Instant::now();
+        for _ in 0..requests {
+            to.copy_from_slice(std::hint::black_box(&from));
+            std::hint::black_box(&mut to);
+        }
+        let copy = begun.elapsed() / requests as u32;
+        let begun = std::time::Instant::now();
+        for n in 0..requests {
+            plain
+                .read_exact_at(&mut to, (n % 16) * len as u64 % (15 << 20))
+                .unwrap();
+        }
+        let pread = begun.elapsed() / requests as u32;
+        println!("{name}: device {device:?} per request, of it the copy {copy:?}; a plain pread {pread:?}");
+    }
 }

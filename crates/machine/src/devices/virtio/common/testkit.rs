@@ -491,11 +491,21 @@ pub fn fuzz<D: VirtioDevice + 'static>(device: D, features: u64, data: &[u8]) {
     wired.active = false;
 }
 
-/// Runs a fuzz entry over a fixed pseudo-random corpus, for unit tests.
+/// Runs a fuzz entry over a pseudo-random corpus: a fixed one in unit tests, or for `STEADFAST_FUZZ_SECONDS` from
+/// `STEADFAST_FUZZ_SEED`. The seed of each round is printed when it fails.
 pub fn fuzz_many(entry: fn(&[u8])) {
-    let mut x = 0x9e37_79b9_7f4a_7c15u64;
-    for round in 0..150usize {
-        let data: Vec<u8> = (0..64 + round * 8)
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    let seconds = number("STEADFAST_FUZZ_SECONDS");
+    let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
+    let mut seed = number("STEADFAST_FUZZ_SEED").unwrap_or(1);
+    let mut rounds = 0u64;
+    while if seconds.is_some() {
+        Instant::now() < end
+    } else {
+        rounds < 150
+    } {
+        let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let data: Vec<u8> = (0..64 + (rounds % 150) * 8)
             .map(|_| {
                 x ^= x << 13;
                 x ^= x >> 7;
@@ -503,6 +513,12 @@ pub fn fuzz_many(entry: fn(&[u8])) {
                 (x >> 24) as u8
             })
             .collect();
-        entry(&data);
+        if std::panic::catch_unwind(|| entry(&data)).is_err() {
+            std::panic::resume_unwind(Box::new(format!(
+                "fuzz input of seed {seed}, round {rounds} made the device panic"
+            )));
+        }
+        seed += 1;
+        rounds += 1;
     }
 }

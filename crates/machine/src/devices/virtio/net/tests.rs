@@ -241,7 +241,8 @@ fn rates_are_kept() {
 
 #[test]
 fn hostile_chains_are_refused() {
-    let bad: [&dyn Fn(&mut Harness<Net>, &UnixDatagram); 4] = [
+    type Case<'a> = &'a dyn Fn(&mut Harness<Net>, &UnixDatagram);
+    let bad: [Case<'_>; 4] = [
         &|h, _| {
             h.add(TX, &[r(DATA, 70_000)]);
         },

@@ -266,7 +266,8 @@ mod tests {
 
     #[test]
     fn hostile_rings_are_refused() {
-        let bad: [&dyn Fn(&mut Harness<Rng>); 6] = [
+        type Case<'a> = &'a dyn Fn(&mut Harness<Rng>);
+        let bad: [Case<'_>; 6] = [
             &|h| {
                 h.add(0, &[w(0x7000_0000, 64)]);
             },
