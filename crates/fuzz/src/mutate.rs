@@ -16,7 +16,7 @@ impl Random {
     }
 
     /// The next word.
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -29,7 +29,7 @@ impl Random {
         if n == 0 {
             0
         } else {
-            (self.next() % n as u64) as usize
+            (self.word() % n as u64) as usize
         }
     }
 }
@@ -122,12 +122,12 @@ impl Corpus {
         let at = random.below(reach);
         match random.below(10) {
             0 | 1 if len > 0 => input[at] ^= 1 << random.below(8),
-            2 if len > 0 => input[at] = random.next() as u8,
+            2 if len > 0 => input[at] = random.word() as u8,
             3 | 4 if len > 0 => {
                 let width = 1 << random.below(4);
                 let mut value = INTERESTING[random.below(INTERESTING.len())];
                 if random.below(3) == 0 {
-                    value = value.wrapping_add(random.next() % 33).wrapping_sub(16);
+                    value = value.wrapping_add(random.word() % 33).wrapping_sub(16);
                 }
                 let little = value.to_le_bytes();
                 let mut bytes = little[..width].to_vec();
@@ -139,7 +139,7 @@ impl Corpus {
             5 if len > 0 => {
                 // Arithmetic on a byte, carried by hand mutation of its neighbours elsewhere.
                 input[at] = input[at]
-                    .wrapping_add((random.next() % 71) as u8)
+                    .wrapping_add((random.word() % 71) as u8)
                     .wrapping_sub(35);
             }
             6 if !self.dictionary.is_empty() => {
@@ -174,7 +174,7 @@ impl Corpus {
             9 if random.below(8) == 0 => input.truncate(at),
             _ => {
                 let n = 1 + random.below(16);
-                let bytes: Vec<u8> = (0..n).map(|_| random.next() as u8).collect();
+                let bytes: Vec<u8> = (0..n).map(|_| random.word() as u8).collect();
                 insert_at(input, at, &bytes);
             }
         }

@@ -191,10 +191,10 @@ impl World {
         let mut state = MachineState::default();
         if function.save(&mut state).is_ok() {
             function.power_on_reset();
-            function
-                .restore(&mut state)
-                .unwrap_or_else(|e| panic!("a function refuses its own state: {e}"));
-            state.finish().unwrap_or_else(|e| panic!("state left over: {e}"));
+            let taken = function.restore(&mut state);
+            assert!(taken.is_ok(), "a function refuses its own state: {taken:?}");
+            let left = state.finish();
+            assert!(left.is_ok(), "state left over: {left:?}");
             function.kick();
         }
     }
@@ -221,7 +221,12 @@ fn lock(f: &Mutex<VirtioPci>) -> std::sync::MutexGuard<'_, VirtioPci> {
 fn run(data: &[u8]) {
     static WORLD: Mutex<Option<World>> = Mutex::new(None);
     let mut guard = WORLD.lock().unwrap_or_else(PoisonError::into_inner);
-    let world = guard.get_or_insert_with(|| World::new().unwrap_or_else(|e| panic!("no VM to fuzz: {e}")));
+    if guard.is_none() {
+        let made = World::new();
+        assert!(made.is_ok(), "no VM to fuzz: {:?}", made.err());
+        *guard = made.ok();
+    }
+    let Some(world) = guard.as_mut() else { return };
     for step in data.chunks_exact(STEP_BYTES).take(STEPS_MAX) {
         if let Ok(step) = step.try_into() {
             world.step(step);

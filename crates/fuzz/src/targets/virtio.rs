@@ -40,6 +40,6 @@ fn seeds() -> Vec<Vec<u8>> {
     let mut random = Random::new(1);
     [64, 200, 600, 2000]
         .iter()
-        .map(|&n| (0..n).map(|_| random.next() as u8).collect())
+        .map(|&n| (0..n).map(|_| random.word() as u8).collect())
         .collect()
 }
