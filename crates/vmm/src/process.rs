@@ -202,9 +202,7 @@ pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
         process.resume();
     }
     let ended = process.serve(&events);
-    if let Some(path) = &process.options.control {
-        let _ = std::fs::remove_file(path);
-    }
+    process.leave_control();
     ended
 }
 
@@ -239,6 +237,10 @@ impl Process {
                 Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
                 Event::Control(call) => {
                     let (answer, ended) = self.control(&call.request);
+                    if ended.is_some() {
+                        // Before the answer: whoever asked may start the next process of this name at once.
+                        self.leave_control();
+                    }
                     // The asker may have gone; what it asked is done all the same.
                     let _ = call.answer.send(answer);
                     ended
@@ -251,6 +253,13 @@ impl Process {
                 }
                 return Ok(ended);
             }
+        }
+    }
+
+    /// Takes the control socket's name away, once: a later one of this name is another process's.
+    fn leave_control(&mut self) {
+        if let Some(path) = self.options.control.take() {
+            let _ = std::fs::remove_file(path);
         }
     }
 
