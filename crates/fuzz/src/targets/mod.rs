@@ -4,6 +4,7 @@ mod disk;
 mod kernel;
 mod pci;
 mod virtio;
+mod wire;
 
 /// A function that any bytes may be fed to.
 pub struct Target {
@@ -28,6 +29,7 @@ pub fn all() -> Vec<Target> {
     all.push(kernel::target());
     all.extend(virtio::targets());
     all.push(pci::target());
+    all.extend(wire::targets());
     all
 }
 

@@ -32,6 +32,7 @@ pub(super) fn targets() -> Vec<Target> {
             "balloon pages and statistics",
             virtio::balloon::fuzz_balloon,
         ),
+        device("virtio-vsock", "vsock packets", virtio::vsock::fuzz_vsock),
     ]
 }
 
