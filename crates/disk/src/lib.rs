@@ -14,26 +14,20 @@
 //! in steps and memory and return typed errors; third-party parsers run behind [`guard::no_panic`] and only see
 //! input whose sizes were checked first.
 
-<<<<<<< HEAD
 pub mod boot;
-=======
 pub mod checksum;
->>>>>>> journal
 pub mod error;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod guard;
 pub mod image;
-<<<<<<< HEAD
-pub mod seed;
-=======
 pub mod journal;
 pub mod resync;
 pub mod scrub;
+pub mod seed;
 pub mod storage;
 #[doc(hidden)]
 pub mod testing;
 pub mod volume;
->>>>>>> journal
 
 pub use error::DiskError;
