@@ -104,6 +104,8 @@ pub const STOP_BOUND: Duration = Duration::from_secs(20);
 /// A save of all vCPUs under way.
 pub struct PendingSave<'a> {
     vcpus: &'a Vcpus,
+    /// The vCPUs' own threads are at it; otherwise whoever finishes does it.
+    by_threads: bool,
 }
 
 impl PendingSave<'_> {
@@ -112,7 +114,7 @@ impl PendingSave<'_> {
     /// # Errors
     /// The first [`StateError`].
     pub fn finish(self) -> Result<Vec<StateRecord>, StateError> {
-        self.vcpus.save_finish()
+        self.vcpus.save_finish(self.by_threads)
     }
 }
 
@@ -281,11 +283,12 @@ impl Vcpus {
         }
     }
 
-    /// Begins to take the state of all vCPUs; they must be parked. One vCPU is saved by whoever finishes, several
-    /// by their own threads in parallel.
+    /// Begins to take the state of all vCPUs; they must be parked. Several are saved by their own threads in parallel;
+    /// so is a single one if the caller has other work meanwhile (`ahead`), else whoever finishes saves it.
     #[must_use]
-    pub fn save_begin(&self) -> PendingSave<'_> {
-        if self.threads.len() > 1 {
+    pub fn save_begin(&self, ahead: bool) -> PendingSave<'_> {
+        let by_threads = ahead || self.threads.len() > 1;
+        if by_threads {
             let mut control = self.control.lock();
             for slot in &mut control.saves {
                 *slot = SaveSlot {
@@ -296,11 +299,14 @@ impl Vcpus {
             control.saving = self.threads.len();
             self.control.orders.notify_all();
         }
-        PendingSave { vcpus: self }
+        PendingSave {
+            vcpus: self,
+            by_threads,
+        }
     }
 
-    fn save_finish(&self) -> Result<Vec<StateRecord>, StateError> {
-        if let [only] = self.threads.as_slice() {
+    fn save_finish(&self, by_threads: bool) -> Result<Vec<StateRecord>, StateError> {
+        if let ([only], false) = (self.threads.as_slice(), by_threads) {
             return Ok(vec![state::save(&lock(&only.fd), 0, &self.msr_indices)?]);
         }
         let mut control = self.control.lock();
