@@ -8,6 +8,7 @@
 //! | `flood N` | N lines of 80 bytes on the console, as fast as it takes them |
 //! | `drop_caches` | frees the page cache |
 //! | `cpus` | the number of CPUs that run, behind `ok` |
+//! | `disk_bench ...` | measures a disk: see [`super::bench`] |
 //! | `poweroff`, `reboot` | ends the guest in order |
 //! | `panic` | a kernel panic |
 //! | `hang` | every CPU spins with real-time priority, for ever |
@@ -35,6 +36,7 @@ pub fn act(guest: &Guest, line: &str) -> String {
             let cpus = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
             return format!("ok {cpus}");
         }
+        ("disk_bench", _) => return super::bench::disk(rest),
         ("drop_caches", _) => return written("/proc/sys/vm/drop_caches", "3"),
         ("poweroff", _) => sys::power_off(),
         ("reboot", _) => sys::restart_machine(),

@@ -20,10 +20,12 @@
 //! | TCP 8 | for each line: `COUNT <over all connections> <in this connection>` |
 //! | TCP 9 | one line of JSON, [`Status`] |
 //! | TCP 10 | a command a line, answered by `ok` or `error ...`: see [`control`] |
+//! | TCP 11 | bytes in bulk: see [`bench`] |
 //!
 //! Invariant: what it has found wrong stays in [`Status::faults`] and was printed on the console as a line `CORRUPT ...` or
 //! `JUMP ...`; a test that sees neither may believe that all is well, as far as it went.
 
+pub mod bench;
 pub mod clock;
 pub mod control;
 pub mod disk;

@@ -35,6 +35,7 @@ pub fn start(guest: &'static Guest, start: Start) {
     listen(10, |guest, stream| {
         lines(stream, |line| control::act(guest, line))
     });
+    listen(11, |_, stream| super::bench::bulk(stream));
     start(
         "udp-7",
         Box::new(move || {
