@@ -1,0 +1,105 @@
+//! Copying an image of any format into a raw one, sparse.
+//!
+//! The copy grows under a temporary name beside the target and takes the target's name when it is complete and on
+//! stable storage (I10): a target that exists is complete. What a killed run left is overwritten by the next one.
+
+use super::lock::{self, Mode};
+use super::{BlockIo, RawImage};
+use crate::error::DiskError;
+use std::fs::OpenOptions;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+const CHUNK: usize = 1 << 20;
+/// Runs of zeroes of this length become holes.
+const HOLE: usize = 64 << 10;
+
+/// Copies all of `source` into a new raw file at `target`.
+///
+/// `progress(done_bytes, total_bytes)` is called after each MiB; `ControlFlow::Break` stops and leaves nothing.
+///
+/// # Errors
+/// What reading `source` gives; [`DiskError::File`] if `target` exists or cannot be written; [`DiskError::Invalid`]
+/// when stopped.
+pub fn to_raw(
+    source: &dyn BlockIo,
+    target: &Path,
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+) -> Result<(), DiskError> {
+    let error = |what, path: &Path, source| DiskError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    if target.exists() {
+        let source = std::io::Error::from(std::io::ErrorKind::AlreadyExists);
+        return Err(error("cannot convert to", target, source));
+    }
+    let partial = partial_name(target);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&partial)
+        .map_err(|e| error("cannot create", &partial, e))?;
+    // Before the truncation: another run may be writing it.
+    lock::set(&file, Mode::Exclusive, &partial)?;
+    let total = source.info().capacity_bytes;
+    file.set_len(0)
+        .and_then(|()| file.set_len(total))
+        .map_err(|e| error("cannot size", &partial, e))?;
+    let image = RawImage::from_file(file, &partial, false, false)?;
+    let copied = copy(source, &image, total, progress)
+        .and_then(|()| image.flush())
+        .and_then(|()| {
+            // Not `rename`: it would replace a file that came into being meanwhile.
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            let named = match renameat_with(CWD, &partial, CWD, target, RenameFlags::NOREPLACE) {
+                // A file system that cannot do that (NFS); the check above has to do.
+                Err(rustix::io::Errno::INVAL) => std::fs::rename(&partial, target),
+                other => other.map_err(Into::into),
+            };
+            named.map_err(|e| error("cannot name", target, e))?;
+            let dir = target
+                .parent()
+                .filter(|p| !p.as_os_str().is_empty())
+                .unwrap_or(Path::new("."));
+            std::fs::File::open(dir)
+                .and_then(|d| d.sync_all())
+                .map_err(|e| error("cannot sync", dir, e))
+        });
+    copied.inspect_err(|_| {
+        let _ = std::fs::remove_file(&partial);
+    })
+}
+
+fn partial_name(target: &Path) -> PathBuf {
+    let mut name = target.as_os_str().to_owned();
+    name.push(".partial");
+    PathBuf::from(name)
+}
+
+fn copy(
+    source: &dyn BlockIo,
+    target: &RawImage,
+    total: u64,
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+) -> Result<(), DiskError> {
+    let mut buffer = vec![0_u8; CHUNK];
+    let mut at = 0;
+    while at < total {
+        let len = (total - at).min(CHUNK as u64) as usize;
+        source.read_at(at, &mut buffer[..len])?;
+        for (n, piece) in buffer[..len].chunks(HOLE).enumerate() {
+            if piece.iter().any(|b| *b != 0) {
+                target.write_at(at + (n * HOLE) as u64, piece)?;
+            }
+        }
+        at += len as u64;
+        if progress(at, total).is_break() {
+            return Err(DiskError::Invalid("conversion was stopped".to_owned()));
+        }
+    }
+    Ok(())
+}
