@@ -9,8 +9,8 @@
 //! | `drop_caches` | frees the page cache |
 //! | `cpus` | the number of CPUs that run, behind `ok` |
 //! | `disk_bench ...` | measures a disk: see [`super::bench`] |
-//! | `poweroff`, `reboot` | ends the guest in order |
-//! | `panic` | a kernel panic |
+//! | `poweroff`, `reboot` | ends the guest at once (no answer) |
+//! | `panic` | a kernel panic (no answer) |
 //! | `hang` | every CPU spins with real-time priority, for ever |
 
 use super::Guest;
