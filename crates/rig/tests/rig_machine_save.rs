@@ -203,6 +203,8 @@ fn rounds(count: usize, bound: Duration) {
     assert_eq!(mini.command("tick_ms 0", SHORT).unwrap(), "ok");
     vm.control("shutdown", "").unwrap();
     vm.wait_gone(SHORT).unwrap();
+    let log = server.exec(&format!("cat {}", vm.log())).unwrap();
+    assert!(!log.contains("failed"), "the monitor complains: {log}");
     let lines = console_is_whole(&vm.console_bytes().unwrap(), last.ticks);
     let hvc = server.get_bytes("/run/hvc").unwrap();
     let hvc_lines = ticks_are_whole(&hvc, last.ticks);

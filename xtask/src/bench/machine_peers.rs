@@ -104,7 +104,8 @@ fn run(quick: bool) -> Result<Report> {
     for round in 0..rounds {
         for (monitor, numbers) in &mut found {
             eprintln!("round {} of {rounds}: {}", round + 1, monitor.name());
-            let one = measure(&rig, *monitor, quick).with_context(|| format!("measure {}", monitor.name()))?;
+            let one =
+                measure(&rig, *monitor, quick).with_context(|| format!("measure {}", monitor.name()))?;
             numbers.push(one);
         }
     }
@@ -181,7 +182,11 @@ fn measure(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers> {
         "test -e /run/bench.ready || { kill -0 $(cat /run/bench.pid) || touch /run/bench.ready; exit 1; }",
         BOUND,
     );
-    let said = || server.exec("cat /run/bench.log; tail -n 5 /run/bench.console; cat /run/bench.out").unwrap_or_default();
+    let said = || {
+        server
+            .exec("cat /run/bench.log; tail -n 5 /run/bench.console; cat /run/bench.out")
+            .unwrap_or_default()
+    };
     if let Err(e) = ready {
         bail!("{e}: {}", said());
     }
@@ -193,9 +198,13 @@ fn measure(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers> {
 fn of_running_guest(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers> {
     let server = rig.server(0);
     let number = |text: &str| -> Result<f64> {
-        text.trim().parse().with_context(|| format!("no number: {text:?}"))
+        text.trim()
+            .parse()
+            .with_context(|| format!("no number: {text:?}"))
     };
-    let to_userspace = number(&server.exec("echo $(( ($(cat /run/bench.ready) - $(cat /run/bench.start)) / 1000 ))")?)? / 1000.0;
+    let to_userspace =
+        number(&server.exec("echo $(( ($(cat /run/bench.ready) - $(cat /run/bench.start)) / 1000 ))")?)?
+            / 1000.0;
     // The guest's RAM is the one mapping of its size (QEMU may round it up a little).
     let ram_kib = MEMORY_MIB * 1024;
     let memory = format!(
@@ -205,7 +214,10 @@ fn of_running_guest(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers>
     let memory = server.exec(&memory)?;
     let (own, guest) = memory.split_once(' ').unwrap_or((&memory, "0"));
     if number(guest)? < 16.0 * 1024.0 {
-        bail!("guest RAM was not found among the mappings of {}: {memory}", monitor.name());
+        bail!(
+            "guest RAM was not found among the mappings of {}: {memory}",
+            monitor.name()
+        );
     }
     let mini = Mini::new(rig.client()?, ADDRESS);
     let ms = if quick { 1000 } else { 4000 };
@@ -220,7 +232,8 @@ fn of_running_guest(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers>
     let (random, sequential) = (per_second("random")?, per_second("sequential")?);
     let bytes: u64 = if quick { 16 << 20 } else { 64 << 20 };
     let mbit = |us: f64| bytes as f64 * 8.0 / us;
-    let take = format!("(echo take {bytes}; head -c {bytes} /dev/zero) | socat -t 120 -b 262144 - TCP:{ADDRESS}:11");
+    let take =
+        format!("(echo take {bytes}; head -c {bytes} /dev/zero) | socat -t 120 -b 262144 - TCP:{ADDRESS}:11");
     let answer = server.exec_within(&take, BOUND)?;
     let to_guest = match answer.split(' ').collect::<Vec<_>>()[..] {
         ["ok", taken, us] if taken == bytes.to_string() => mbit(number(us)?),
@@ -236,7 +249,9 @@ fn of_running_guest(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers>
         _ => bail!("the guest gave {answer:?} of {bytes} bytes"),
     };
     let pings = if quick { 50 } else { 200 };
-    let ping = server.exec(&format!("ping -q -c {pings} -i 0.02 {ADDRESS} | sed -n 's|.*= [^/]*/\\([^/]*\\)/.*|\\1|p'"))?;
+    let ping = server.exec(&format!(
+        "ping -q -c {pings} -i 0.02 {ADDRESS} | sed -n 's|.*= [^/]*/\\([^/]*\\)/.*|\\1|p'"
+    ))?;
     let round_trip = number(&ping)? * 1000.0;
     Ok([
         to_userspace,

@@ -61,7 +61,11 @@ fn read(random: bool, disk: &str, ms: u64) -> io::Result<(u64, u64)> {
         word = word
             .wrapping_mul(0x5851_f42d_4c95_7f2d)
             .wrapping_add(0x1405_7b7e_f767_814f);
-        let place = if random { (word >> 16) % places } else { operations % places };
+        let place = if random {
+            (word >> 16) % places
+        } else {
+            operations % places
+        };
         file.read_exact_at(&mut buffer[0].0[..size], place * size as u64)?;
         operations += 1;
     }

@@ -14,7 +14,6 @@
 //! | `hang` | every CPU spins with real-time priority, for ever |
 
 use super::Guest;
-use crate::inside::sys;
 use std::sync::atomic::Ordering;
 
 /// Does what a line says; the answer is `ok` or `error ...`.
@@ -38,8 +37,8 @@ pub fn act(guest: &Guest, line: &str) -> String {
         }
         ("disk_bench", _) => return super::bench::disk(rest),
         ("drop_caches", _) => return written("/proc/sys/vm/drop_caches", "3"),
-        ("poweroff", _) => sys::power_off(),
-        ("reboot", _) => sys::restart_machine(),
+        ("poweroff", _) => guest.power_off(),
+        ("reboot", _) => guest.restart(),
         ("panic", _) => return written("/proc/sysrq-trigger", "c"),
         ("hang", _) => return hang(),
         _ => return format!("error: what is `{line}`?"),
