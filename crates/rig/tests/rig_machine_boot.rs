@@ -30,37 +30,65 @@ fn can_run(test: &str) -> bool {
 }
 
 #[test]
-fn rig_boot() {
-    if !can_run("rig_boot") {
+fn rig_boot_mini() {
+    if !can_run("rig_boot_mini") {
         return;
     }
-    let rig = Rig::builder()
-        .memory_mib(1536)
-        .debian_guest(true)
-        .start()
-        .unwrap();
+    let rig = Rig::builder().memory_mib(1024).start().unwrap();
     for vcpus in [1, 2, 4] {
         mini_boots(&rig, vcpus);
     }
-    debian_from_image(&rig, "raw", 1);
-    debian_from_image(&rig, "qcow2", 2);
-    debian_from_image(&rig, "gpt", 1);
-    debian_from_kernel(&rig);
     // A refused start names the cause and the way out.
-    let refused = rig
-        .server(0)
-        .shell("steadfast vm run /data/none.raw", SHORT)
-        .unwrap();
-    assert!(!refused.success() && refused.error_text().contains("/data/none.raw"));
-    let no_bridge = rig
-        .server(0)
-        .shell("steadfast vm run --kernel /guests/mini/bzImage --nic br77", SHORT)
-        .unwrap();
-    assert!(
-        !no_bridge.success() && no_bridge.error_text().contains("ip link add br77 type bridge"),
-        "{}",
-        no_bridge.error_text()
-    );
+    let refused = |arguments: &str| {
+        let output = rig
+            .server(0)
+            .shell(&format!("steadfast vm run {arguments}"), SHORT)
+            .unwrap();
+        assert!(!output.success(), "{arguments} started");
+        output.error_text()
+    };
+    let no_image = refused("/data/none.raw");
+    assert!(no_image.contains("/data/none.raw"), "{no_image}");
+    let no_bridge = refused("--kernel /guests/mini/bzImage --nic br77");
+    assert!(no_bridge.contains("ip link add br77 type bridge"), "{no_bridge}");
+}
+
+fn debian_rig(test: &str) -> Option<Rig> {
+    can_run(test).then(|| {
+        Rig::builder()
+            .memory_mib(1280)
+            .debian_guest(true)
+            .start()
+            .unwrap()
+    })
+}
+
+#[test]
+fn rig_boot_debian_raw() {
+    if let Some(rig) = debian_rig("rig_boot_debian_raw") {
+        debian_from_image(&rig, "raw", 1);
+    }
+}
+
+#[test]
+fn rig_boot_debian_qcow2() {
+    if let Some(rig) = debian_rig("rig_boot_debian_qcow2") {
+        debian_from_image(&rig, "qcow2", 2);
+    }
+}
+
+#[test]
+fn rig_boot_debian_gpt() {
+    if let Some(rig) = debian_rig("rig_boot_debian_gpt") {
+        debian_from_image(&rig, "gpt", 1);
+    }
+}
+
+#[test]
+fn rig_boot_debian_kernel() {
+    if let Some(rig) = debian_rig("rig_boot_debian_kernel") {
+        debian_from_kernel(&rig);
+    }
 }
 
 /// The mini guest from kernel and initrd: all vCPUs, disk, network, console; reset and power button.
@@ -158,12 +186,12 @@ fn debian(rig: &Rig, kind: &str, vcpus: u32, arguments: &str, reboot: bool) {
     assert_eq!(redis(rig, "PING"), "+PONG");
     assert_eq!(redis(rig, "SET kept yes"), "+OK");
     // A login on the serial line: a command typed there is done.
-    vm.control("type", "\"echo cpus=$(nproc) on $(findmnt -no FSTYPE /)\n\"")
+    vm.control("type", "'echo cpus=$(nproc) on $(findmnt -no FSTYPE /)\n'")
         .unwrap();
     vm.wait_console(&format!("cpus={vcpus} on ext4"), 1, SHORT)
         .unwrap();
     if reboot {
-        vm.control("type", "\"systemctl reboot\n\"").unwrap();
+        vm.control("type", "'systemctl reboot\n'").unwrap();
         vm.wait_console("RIG-GUEST-UP", 2, BOOT).unwrap();
         assert_eq!(
             redis(rig, "EXISTS kept"),
