@@ -94,7 +94,12 @@ pub struct Surroundings<E> {
     pub debugcon: Option<Box<dyn OutputSink>>,
     /// Run first on each thread.
     pub hooks: ThreadHooks,
+    /// Puts something between a NIC (by its index) and what it is plugged into.
+    pub wrap_net: Option<WrapNet>,
 }
+
+/// See [`Surroundings::wrap_net`].
+pub type WrapNet = Arc<dyn Fn(usize, Box<dyn NetBackend>) -> Box<dyn NetBackend> + Send + Sync>;
 
 /// Puts the machine of `spec` together. Nothing is loaded and nothing runs yet: [`Vm::boot`] or a restore follows.
 ///
@@ -157,7 +162,7 @@ pub fn assemble<E: GuestEvents + 'static>(
     }
     let mut nics = Vec::new();
     for (i, nic) in spec.nics.iter().enumerate() {
-        nics.push(add_nic(&mut b, &spec, i, nic)?);
+        nics.push(add_nic(&mut b, &spec, i, nic, around.wrap_net.as_ref())?);
     }
     let balloon = add_others(&mut b, &spec)?;
     let leaves = (0..spec.vcpus)
@@ -261,7 +266,13 @@ fn add_disk(
     Ok(handle)
 }
 
-fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Result<NetHandle, AssembleError> {
+fn add_nic(
+    b: &mut Builder,
+    spec: &VmSpec,
+    index: usize,
+    nic: &NicSpec,
+    wrap: Option<&WrapNet>,
+) -> Result<NetHandle, AssembleError> {
     let mac = match &nic.mac {
         Some(text) => parse_mac(text).map_err(AssembleError::Setting)?,
         None => made_mac(&spec.name, index),
@@ -285,6 +296,10 @@ fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Resul
                 },
             )?),
         };
+    let backend = match wrap {
+        Some(wrap) => wrap(index, backend),
+        None => backend,
+    };
     let config = NetConfig {
         name: format!("net{index}"),
         mac,

@@ -138,6 +138,7 @@ fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, Ass
         serial: (options.serial)(),
         debugcon: (options.debugcon)(),
         hooks: options.hooks.clone(),
+        wrap_net: None,
     };
     let vm = assemble(spec, around)?;
     (options.on_serial)(&vm.serial);
@@ -333,6 +334,7 @@ impl Process {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
+            Request::HandOver { .. } => (failure(&"the VM is not protected: there is no host to hand it over to"), None),
             Request::Stop => (json!({"ok": true}), Some(Ended::Stopped)),
             Request::Type { text } => {
                 let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
