@@ -8,7 +8,7 @@ use super::socket;
 use super::stream::Stream;
 use super::tls::TlsContext;
 use crate::frame::hello::{Hello, Status};
-use crate::frame::{Frame, Header, Kind, PAYLOAD_BYTES_MAX_UNKNOWN_PEER, VERSION_MAX};
+use crate::frame::{Frame, Header, Kind, PAYLOAD_BYTES_MAX_UNKNOWN_PEER, VERSION_OF_GREETINGS};
 use crate::nonce::nonce;
 use rustix::event::{Timespec, epoll};
 use std::collections::HashMap;
@@ -473,9 +473,17 @@ impl<H: FnMut(Event)> Io<H> {
     fn accept(&mut self, listener: usize) {
         let now = Instant::now();
         while let Ok(Some(fd)) = socket::accept(&self.listeners[listener]) {
-            // Too many at once: the newest is turned away (closed), those under way go on.
+            // Too many at once: the oldest goes. A true peer is done in milliseconds; who is still greeting after
+            // many others came is most likely a stranger that holds the place.
             if self.state.greeting.len() >= GREETING_MAX {
-                continue;
+                let oldest = self
+                    .state
+                    .greeting
+                    .iter()
+                    .min_by_key(|(token, g)| (g.deadline, **token));
+                if let Some(token) = oldest.map(|(token, _)| *token) {
+                    self.greeting_failed(token, Down::Protocol("greets too slowly while many others come"));
+                }
             }
             socket::tune(&fd, &self.config.paths[listener].addr, &self.config);
             if let Err(why) = self.begin(fd, Stage::Handshake, None, now) {
@@ -538,7 +546,8 @@ impl<H: FnMut(Event)> Io<H> {
                 let core = lock(&self.core);
                 let hello = core.hello(path, Status::Accepted);
                 g.session = hello.session;
-                g.conn.push_own(Kind::Hello, core.vm, 1, 0, hello.encode());
+                g.conn
+                    .push_own(Kind::Hello, core.vm, VERSION_OF_GREETINGS, 0, hello.encode());
                 drop(core);
                 // Some hundred bytes into an empty socket buffer: they fit, or the deadline ends it.
                 g.conn.flush(now)?;
@@ -621,7 +630,7 @@ impl<H: FnMut(Event)> Io<H> {
                 drop(core);
                 if let Some(g) = self.state.greeting.get_mut(&token) {
                     g.conn
-                        .push_own(Kind::Welcome, vm, VERSION_MAX, 0, answer.encode());
+                        .push_own(Kind::Welcome, vm, VERSION_OF_GREETINGS, 0, answer.encode());
                     let _ = g.conn.flush(now);
                 }
                 return Err(Down::Refusing(status));
@@ -645,7 +654,7 @@ impl<H: FnMut(Event)> Io<H> {
         drop(core);
         if let Some(g) = self.state.greeting.get_mut(&token) {
             g.conn
-                .push_own(Kind::Welcome, vm, VERSION_MAX, 0, answer.encode());
+                .push_own(Kind::Welcome, vm, VERSION_OF_GREETINGS, 0, answer.encode());
         }
         self.up(token, path, fresh, now);
         Ok(())
