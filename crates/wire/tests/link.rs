@@ -500,3 +500,32 @@ fn epochs_pass_whole_while_a_path_is_killed() {
         assert_eq!(memory.page(steadfast_types::Gfn(g), &mut scratch), pages.get(&g));
     }
 }
+
+#[test]
+fn a_handler_that_takes_long_does_not_make_the_peer_look_silent() {
+    let (tx, events) = std::sync::mpsc::channel();
+    let b = steadfast_wire::Link::open(
+        config(Role::Listen, vec![PathConfig::new(any_port())]),
+        move |e| {
+            if matches!(e, Event::Received(_)) {
+                std::thread::sleep(Duration::from_millis(400));
+            }
+            let _ = tx.send(e);
+        },
+    )
+    .unwrap();
+    let a = connector(&[b.addresses()[0].unwrap()], |_| {});
+    a.wait_up(1);
+    for n in 0..3 {
+        a.send(&numbered(n));
+    }
+    let mut got = 0;
+    while got < 3 {
+        match events.recv_timeout(WAIT).unwrap() {
+            Event::Received(_) => got += 1,
+            e @ (Event::PeerSilent { .. } | Event::PathDown { .. }) => panic!("{e:?}"),
+            _ => {}
+        }
+    }
+    assert_eq!(b.stats().paths[0].connects, 1);
+}

@@ -68,9 +68,9 @@ struct State {
     next_token: u64,
     events: Vec<Event>,
     heartbeat_at: Instant,
+    beat_between_at: Instant,
     silent_reported_ms: u64,
     stranger: Option<(Discriminant<Down>, Instant)>,
-    last_loop: Instant,
 }
 
 pub fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
@@ -112,9 +112,9 @@ impl<H: FnMut(Event)> Io<H> {
             next_token: TOKEN_FIRST_CONN,
             events: Vec::new(),
             heartbeat_at: now,
+            beat_between_at: now,
             silent_reported_ms: 0,
             stranger: None,
-            last_loop: now,
         };
         Self {
             core,
@@ -150,8 +150,10 @@ impl<H: FnMut(Event)> Io<H> {
     /// Runs until the link is closed.
     pub fn run(mut self) {
         let mut ready: Vec<epoll::Event> = Vec::with_capacity(32);
+        let mut now = Instant::now();
         loop {
-            let now = Instant::now();
+            // `now` is when epoll last answered, and all that had come by then has been read: so a handler that took
+            // long does not make the peer look silent.
             self.timers(now);
             self.deliver();
             if lock(&self.core).closing {
@@ -165,17 +167,18 @@ impl<H: FnMut(Event)> Io<H> {
             ready.clear();
             let before = Instant::now();
             let buffer = rustix::buffer::spare_capacity(&mut ready);
-            if epoll::wait(&*self.epoll, buffer, Some(&timeout)).is_err() {
-                // Interrupted: look again.
+            let waited = epoll::wait(&*self.epoll, buffer, Some(&timeout));
+            now = Instant::now();
+            if waited.is_err() {
+                // Interrupted: nothing was read, nothing may be judged. Look again.
+                now = before;
                 continue;
             }
-            let now = Instant::now();
             self.notice_starvation(now, before + wait);
             for event in &ready {
                 self.dispatch(event.data.u64(), event.flags);
                 self.deliver();
             }
-            self.state.last_loop = Instant::now();
         }
     }
 
@@ -204,6 +207,20 @@ impl<H: FnMut(Event)> Io<H> {
         // The handler may send, which needs the lock: it is not held here.
         for event in std::mem::take(&mut self.state.events) {
             (self.handler)(event);
+            let now = Instant::now();
+            if now >= self.state.beat_between_at {
+                self.beat_between(now);
+            }
+        }
+    }
+
+    /// Heartbeats between the handler's calls, if it takes long: no judgement of the peer's silence, only our own signs
+    /// of life.
+    fn beat_between(&mut self, now: Instant) {
+        self.state.beat_between_at = now + ms(self.config.heartbeat_ms);
+        let mut core = lock(&self.core);
+        for p in 0..core.slots.len() {
+            core.heartbeat(p, now);
         }
     }
 
@@ -232,6 +249,7 @@ impl<H: FnMut(Event)> Io<H> {
         }
         if self.state.heartbeat_at <= now {
             self.state.heartbeat_at = now + ms(self.config.heartbeat_ms);
+            self.state.beat_between_at = now + ms(2 * self.config.heartbeat_ms);
             self.beat(now);
         }
     }
