@@ -76,10 +76,14 @@ impl Gain {
     /// Takes the result of a try and says whether it paid.
     pub fn result(&mut self, gfn: u64, started: Option<Instant>, input: usize, output: usize) -> bool {
         if let Some(t) = started {
-            // One page takes far less than a second; a sample that was interrupted is cut down to that it cannot
-            // switch LZ4 off for long.
-            let ns = (t.elapsed().as_nanos() as f64 / input.max(1) as f64).min(20.0);
-            self.cpu_ns_per_byte += (ns - self.cpu_ns_per_byte) / 16.0;
+            // Down fast, up slowly: a sample that contains a time slice of somebody else says nothing of LZ4.
+            let ns = t.elapsed().as_nanos() as f64 / input.max(1) as f64;
+            let step = if ns < self.cpu_ns_per_byte {
+                (ns - self.cpu_ns_per_byte) / 8.0
+            } else {
+                ((ns - self.cpu_ns_per_byte) / 8.0).min(self.cpu_ns_per_byte / 64.0)
+            };
+            self.cpu_ns_per_byte += step;
         }
         let saved = input.saturating_sub(output) as f64;
         let pays = saved * self.wire_ns_per_byte > input as f64 * self.cpu_ns_per_byte && output < input;
