@@ -238,11 +238,14 @@ impl DirtyMap {
         let regions = self.regions();
         let copy = self.copy.as_mut()?;
         let words = copy.len() as u64;
-        let first_word = self.cursor / 64;
-        let word = (first_word..words)
-            .chain(0..first_word)
-            .find(|&w| copy[w as usize] != 0)?;
-        let first = word * 64 + u64::from(copy[word as usize].trailing_zeros());
+        // On from the cursor and round again, so that regions changed over and over do not starve the others.
+        let cursor = if self.cursor < regions { self.cursor } else { 0 };
+        let from = cursor / 64;
+        let ahead = copy[from as usize] & (u64::MAX << (cursor % 64));
+        let (word, bits) = std::iter::once((from, ahead))
+            .chain((from + 1..words).chain(0..=from).map(|w| (w, copy[w as usize])))
+            .find(|(_, bits)| *bits != 0)?;
+        let first = word * 64 + u64::from(bits.trailing_zeros());
         let mut end = first;
         while end < regions && (end - first + 1) * REGION <= bytes_max.max(REGION) {
             let (w, bit) = ((end / 64) as usize, 1_u64 << (end % 64));
@@ -337,5 +340,89 @@ impl DirtyMap {
         for (page, stamp, _) in &changes.pages {
             self.stamps[*page].1 = *stamp;
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const CAPACITY: u64 = 300 * REGION + 512;
+
+    proptest! {
+        /// Whatever a standby may come back with, the copy covers all that changed after it; also after the file
+        /// was saved at any time and read again.
+        #[test]
+        fn never_forgets_a_change(
+            steps in prop::collection::vec((0_u64..300, 0_u8..40, any::<bool>()), 1..900),
+            have_back in 0_u64..400,
+        ) {
+            let mut map = DirtyMap::blank(1, CAPACITY);
+            map.start_at(Epoch(1));
+            let mut tip = 1_u64;
+            // Regions changed, with the epoch of the change.
+            let mut changes: Vec<(u64, u64)> = Vec::new();
+            for (region, what, ack) in steps {
+                map.mark(region * REGION + 100, u64::from(what) * 2000);
+                if what > 0 {
+                    let last = (region * REGION + 100 + u64::from(what) * 2000 - 1) / REGION;
+                    changes.extend((region..=last).map(|r| (r, tip + 1)));
+                }
+                tip += 1;
+                map.epoch_ended(Epoch(tip));
+                if ack {
+                    map.peer_durable(Epoch(tip.saturating_sub(u64::from(what)).max(1)));
+                }
+            }
+            // It may have more than it said, never less.
+            let said = map.peer_durable.0;
+            let have = tip.saturating_sub(have_back).max(said);
+            let full = map.begin_copy(Some(Epoch(have)));
+            prop_assert!(!full);
+            let mut sent = BTreeSet::new();
+            while let Some((offset, len)) = map.next_run(3 * REGION) {
+                prop_assert!(offset.is_multiple_of(REGION) && offset + len <= CAPACITY);
+                sent.extend(offset / REGION..(offset + len).div_ceil(REGION));
+            }
+            for (region, epoch) in changes {
+                prop_assert!(epoch <= have || sent.contains(&region), "region {} of epoch {}", region, epoch);
+            }
+        }
+    }
+
+    #[test]
+    fn survives_being_saved_and_treats_rot_as_changed() {
+        use crate::storage::Storage as _;
+        let disk = crate::testing::FaultStorage::new(1);
+        let file = disk.open("changes-0", true).unwrap();
+        DirtyMap::format(&*file, 1, CAPACITY).unwrap();
+        assert_eq!(
+            DirtyMap::load(&*file, 1, CAPACITY, Epoch(9)).base(),
+            None,
+            "nothing known: full copy"
+        );
+        let mut map = DirtyMap::blank(1, CAPACITY);
+        map.start_at(Epoch(5));
+        map.mark(7 * REGION, 1);
+        let changes = map.unsaved();
+        changes.write(&*file).unwrap();
+        map.saved(&changes);
+        let again = map.unsaved();
+        assert!(
+            again.header.is_none() && again.pages.is_empty(),
+            "saved once, not twice"
+        );
+        let mut back = DirtyMap::load(&*file, 1, CAPACITY, Epoch(9));
+        assert_eq!(back.base(), Some(Epoch(5)));
+        assert!(!back.begin_copy(Some(Epoch(5))));
+        assert_eq!(back.next_run(u64::MAX), Some((7 * REGION, REGION)));
+        assert!(back.begin_copy(Some(Epoch(4))), "older than the map: full copy");
+        disk.flip_bit("changes-0", 2 * 4096 + 1, 0);
+        let mut back = DirtyMap::load(&*file, 1, CAPACITY, Epoch(9));
+        back.begin_copy(Some(Epoch(5)));
+        assert_eq!(back.remaining_bytes(), 301 * REGION, "a rotten page: all changed");
     }
 }
