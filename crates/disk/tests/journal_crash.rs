@@ -379,7 +379,10 @@ fn broken_variants_are_caught() {
 /// in the unsynced tail it is a torn write.
 #[test]
 fn rot_in_the_journal_is_refused_or_harmless() {
-    let options = Options { memory_bytes_max: 8 << 20, ..options(Sabotage::None) };
+    let options = Options {
+        memory_bytes_max: 8 << 20,
+        ..options(Sabotage::None)
+    };
     let mut refused = 0;
     for trial in 0..400_u64 {
         let disk = FaultStorage::new(trial);

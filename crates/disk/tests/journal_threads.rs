@@ -467,3 +467,119 @@ fn real_files_as_a_block_device() {
     let (p, _) = Volume::open(&storage, file, &options(), Term(9), None).unwrap();
     assert!(all(&p) == model);
 }
+
+#[test]
+fn the_old_primary_comes_back_with_a_delta() {
+    let (a, b) = (laid_out(1), laid_out(2));
+    let (p, s) = (primary(&a), standby(&b));
+    let mut rng = Rng::new(8);
+    let mut model = vec![0; CAPACITY as usize];
+    for epoch in 1..=10 {
+        (0..10).for_each(|_| write_below(CAPACITY / 8, &p, &mut model, &mut rng));
+        p.flush().unwrap();
+        replicate(&p, &s, Epoch(epoch));
+    }
+    // The old primary seals and syncs one more epoch that nobody else ever sees, then its host dies.
+    let keep = model.clone();
+    random_write(&p, &mut model, &mut rng);
+    p.seal(Epoch(11), Term(1)).unwrap();
+    p.wait_synced(Epoch(11), LONG).unwrap();
+    a.cut_power();
+    drop(p);
+    model = keep;
+    let q = s.promote(Term(2)).unwrap();
+    for epoch in 11..=14 {
+        (0..4).for_each(|_| write_below(CAPACITY / 8, &q, &mut model, &mut rng));
+        q.seal(Epoch(epoch), Term(2)).unwrap();
+        q.wait_synced(Epoch(epoch), LONG).unwrap();
+        q.commit(Epoch(epoch)).unwrap();
+    }
+    a.reboot();
+    let (old, found) = Replica::open(&a, image(&a), &options(), None).unwrap();
+    assert_eq!((found.last_staged, found.staged_term), (Epoch(11), Term(1)));
+    old.discard_after(Epoch(10)).unwrap();
+    old.commit(Epoch(10)).unwrap();
+    old.common().wait_applied(Epoch(10), LONG).unwrap();
+    let mut epoch = 14;
+    let bytes = copy(&q, &old, 1, &mut epoch, &mut |_| {}, &mut |_| false).unwrap();
+    assert!(bytes <= CAPACITY / 8 + (64 << 10), "a delta, not {bytes} bytes");
+    for _ in 0..3 {
+        epoch += 1;
+        random_write(&q, &mut model, &mut rng);
+        replicate(&q, &old, Epoch(epoch));
+    }
+    old.common().wait_applied(Epoch(epoch), LONG).unwrap();
+    q.wait_applied(Epoch(epoch), LONG).unwrap();
+    assert!(all(&q) == model);
+    assert!(
+        a.contents("image") == model && b.contents("image") == model,
+        "replicas equal after resync"
+    );
+}
+
+#[test]
+fn the_benchmark_measures() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = volume::bench::measure(dir.path(), 48 << 20).unwrap();
+    for r in &rows {
+        println!(
+            "{:<22} {:<30} {:>10.1} {:<5} plain {:>10.1}",
+            r.metric,
+            r.case,
+            r.value,
+            r.unit,
+            r.plain.unwrap_or(0.0)
+        );
+    }
+    assert!(rows.len() == 8 && rows.iter().all(|r| r.value > 0.0));
+}
+
+#[test]
+fn shared_volume_replays_what_was_committed_and_nothing_else() {
+    use steadfast_disk::volume::SharedVolume;
+    let disk = FaultStorage::new(1);
+    let file = image(&disk);
+    file.allocate(CAPACITY).unwrap();
+    let mut p = SharedVolume::new(file.clone(), 64 * 1024, Epoch(0), true).unwrap();
+    let mut s = SharedVolume::new(file.clone(), 64 * 1024, Epoch(0), false).unwrap();
+    let write = |at: u64, fill: u8| EpochOp::Write {
+        offset: at,
+        data: Arc::new(vec![fill; 4096]),
+    };
+    for (epoch, fill) in [(1, 1_u8), (2, 2), (3, 3)] {
+        p.write(write(0, fill)).unwrap();
+        p.write(EpochOp::WriteZeroes {
+            offset: 1024,
+            len: 512,
+        })
+        .unwrap();
+        let ops = p.seal(Epoch(epoch)).unwrap();
+        s.stage(Epoch(epoch), ops).unwrap();
+    }
+    assert_eq!(
+        disk.contents("image")[0],
+        0,
+        "nothing uncommitted reaches the storage"
+    );
+    let mut buf = [9_u8; 2048];
+    p.read(0, &mut buf).unwrap();
+    assert!(buf[..1024].iter().all(|&b| b == 3) && buf[1024..1536].iter().all(|&b| b == 0));
+    p.commit(Epoch(1)).unwrap();
+    s.commit(Epoch(1)).unwrap();
+    // The primary dies in the middle of applying; the standby goes on from epoch 2.
+    drop(p);
+    assert!(matches!(s.promote(Epoch(0)), Err(VolumeError::Refused(_))), "I4");
+    s.commit(Epoch(2)).unwrap();
+    s.promote(Epoch(2)).unwrap();
+    let got = disk.contents("image");
+    assert!(got[0] == 2 && got[1024] == 0 && got[2048] == 2, "exactly epoch 2");
+    let big = EpochOp::Write {
+        offset: 0,
+        data: Arc::new(vec![7; 60 * 1024]),
+    };
+    s.write(big.clone()).unwrap();
+    assert!(
+        matches!(s.write(big), Err(VolumeError::Throttled { .. })),
+        "bounded"
+    );
+}

@@ -90,18 +90,19 @@ impl DirtyMap {
         }
     }
 
-    /// Lays the file out anew: nothing is known of any standby.
+    /// Lays the file out anew, for a volume that stands at `at`: nothing changed since.
     ///
     /// # Errors
     /// [`VolumeError::Io`].
-    pub fn format(file: &dyn StorageFile, volume: u64, capacity: u64) -> Result<(), VolumeError> {
-        let map = Self::blank(volume, capacity);
+    pub fn format(file: &dyn StorageFile, volume: u64, capacity: u64, at: Epoch) -> Result<(), VolumeError> {
+        let mut map = Self::blank(volume, capacity);
         let len = (map.stamps.len() as u64 + 2) * PAGE as u64;
         file.allocate(len)
             .map_err(VolumeError::io("allocate", "dirty map", len))?;
         file.zero(0, len, false)
             .map_err(VolumeError::io("clear", "dirty map", 0))?;
-        file.sync().map_err(VolumeError::io("sync", "dirty map", 0))
+        map.start_at(at);
+        map.unsaved().write(file)
     }
 
     /// Reads the file. What cannot be read or trusted counts as changed, never as unchanged; an unreadable header
@@ -193,14 +194,22 @@ impl DirtyMap {
         self.peer_durable = self.peer_durable.max(epoch);
     }
 
-    /// The standby is known to hold exactly this epoch now (a fresh pair of equal images, or a finished copy): start
-    /// to keep track from here. Must be called when no later epoch has operations.
+    /// Every operation after this epoch will be marked, and none before it is: a standby that comes back with this
+    /// epoch or a later one gets a delta. Must be called when no later epoch has operations.
     pub(crate) fn start_at(&mut self, epoch: Epoch) {
         self.old.fill(0);
         self.new.fill(0);
         self.base = Some(epoch);
         self.middle = Some(epoch);
         self.peer_durable = epoch;
+        self.all_unsaved();
+    }
+
+    /// The image is about to change without being marked here: nothing is known any more.
+    pub(crate) fn forget(&mut self) {
+        self.base = None;
+        self.middle = None;
+        self.copy = None;
         self.all_unsaved();
     }
 
@@ -398,13 +407,22 @@ mod tests {
         use crate::storage::Storage as _;
         let disk = crate::testing::FaultStorage::new(1);
         let file = disk.open("changes-0", true).unwrap();
-        DirtyMap::format(&*file, 1, CAPACITY).unwrap();
+        DirtyMap::format(&*file, 1, CAPACITY, Epoch(3)).unwrap();
+        let mut new = DirtyMap::load(&*file, 1, CAPACITY, Epoch(3));
+        assert_eq!(new.base(), Some(Epoch(3)));
+        assert!(
+            !new.begin_copy(Some(Epoch(3))) && new.remaining_bytes() == 0,
+            "nothing changed yet"
+        );
+        new.forget();
+        new.unsaved().write(&*file).unwrap();
         assert_eq!(
             DirtyMap::load(&*file, 1, CAPACITY, Epoch(9)).base(),
             None,
             "nothing known: full copy"
         );
         let mut map = DirtyMap::blank(1, CAPACITY);
+        map.number = 10;
         map.start_at(Epoch(5));
         map.mark(7 * REGION, 1);
         let changes = map.unsaved();

@@ -41,23 +41,6 @@ impl Volume {
         Ok(())
     }
 
-    /// The standby in this slot holds exactly what this volume holds now (both were laid out from equal images): keep
-    /// track of changes from here. Refused when the open epoch has writes.
-    ///
-    /// # Errors
-    /// [`VolumeError::Refused`].
-    pub fn peer_is_equal(&self, slot: usize) -> Result<(), VolumeError> {
-        let mut core = self.handle.shared.core();
-        if core.has_open_writes() {
-            return Err(VolumeError::Refused(
-                "the guest has written already: send a copy instead",
-            ));
-        }
-        let tip = core.progress().tip;
-        core.map(slot)?.start_at(tip);
-        Ok(())
-    }
-
     /// Map phase: plans a copy for the standby in `slot`, which holds `have` durably and nothing after it (`None`: it
     /// holds nothing). A copy that was under way for the slot starts again.
     ///
