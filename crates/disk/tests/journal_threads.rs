@@ -520,7 +520,7 @@ fn the_old_primary_comes_back_with_a_delta() {
 #[test]
 fn the_benchmark_measures() {
     let dir = tempfile::tempdir().unwrap();
-    let rows = volume::bench::measure(dir.path(), 48 << 20).unwrap();
+    let rows = volume::bench::measure(dir.path(), 8 << 20).unwrap();
     for r in &rows {
         println!(
             "{:<22} {:<30} {:>10.1} {:<5} plain {:>10.1}",

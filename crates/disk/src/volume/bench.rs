@@ -24,10 +24,9 @@ pub struct Row {
     pub plain: Option<f64>,
 }
 
-const CAPACITY: u64 = 256 << 20;
 const LONG: Duration = Duration::from_secs(120);
 
-fn plain_file(path: &Path) -> Result<Arc<dyn StorageFile>, VolumeError> {
+fn plain_file(path: &Path, capacity: u64) -> Result<Arc<dyn StorageFile>, VolumeError> {
     let create = || {
         let file = std::fs::OpenOptions::new()
             .read(true)
@@ -36,7 +35,7 @@ fn plain_file(path: &Path) -> Result<Arc<dyn StorageFile>, VolumeError> {
             .truncate(true)
             .open(path)?;
         let file = OsFile::new(file);
-        file.allocate(CAPACITY)?;
+        file.allocate(capacity)?;
         file.sync()?;
         Ok(file)
     };
@@ -45,23 +44,27 @@ fn plain_file(path: &Path) -> Result<Arc<dyn StorageFile>, VolumeError> {
         .map_err(VolumeError::io("create", "benchmark file", 0))
 }
 
-fn places(case: &str, size: u64) -> impl Iterator<Item = u64> {
+fn places(case: &str, size: u64, capacity: u64) -> impl Iterator<Item = u64> {
     let random = case.starts_with("random");
     let mut rng = Rng::new(1);
-    let slots = CAPACITY / size;
+    let slots = capacity / size;
     (0_u64..).map(move |i| if random { rng.below(slots) } else { i % slots } * size)
 }
 
-/// Measures in `dir`, writing about `bytes` per case.
+/// Measures in `dir`, writing about `bytes` per case; takes three times that on disk.
 ///
 /// # Errors
 /// [`VolumeError`] of the volume or of the plain file.
 pub fn measure(dir: &Path, bytes: u64) -> Result<Vec<Row>, VolumeError> {
-    let plain = plain_file(&dir.join("plain.raw"))?;
-    let image = plain_file(&dir.join("image.raw"))?;
+    let capacity = bytes.next_multiple_of(1 << 20).clamp(16 << 20, 1 << 30);
+    let plain = plain_file(&dir.join("plain.raw"), capacity)?;
+    let image = plain_file(&dir.join("image.raw"), capacity)?;
     let storage =
         DirStorage::new(dir.join("volume")).map_err(VolumeError::io("create", "volume directory", 0))?;
-    let options = Options::new(1);
+    let options = Options {
+        journal_bytes: capacity,
+        ..Options::new(1)
+    };
     super::format(&storage, &*image, &options, Epoch::ZERO, Term::ZERO)?;
     let (volume, _) = Volume::open(&storage, image, &options, Term(1), None)?;
     let mut epoch = Epoch::ZERO;
@@ -70,7 +73,7 @@ pub fn measure(dir: &Path, bytes: u64) -> Result<Vec<Row>, VolumeError> {
         let data: Vec<u8> = (0..size).map(|i| (i / 7) as u8).collect();
         let count = (bytes / size as u64).max(1);
         let started = Instant::now();
-        for at in places(case, size as u64).take(count as usize) {
+        for at in places(case, size as u64, capacity).take(count as usize) {
             plain
                 .write_at(at, &data)
                 .map_err(VolumeError::io("write", "benchmark file", at))?;
@@ -82,7 +85,7 @@ pub fn measure(dir: &Path, bytes: u64) -> Result<Vec<Row>, VolumeError> {
 
         let started = Instant::now();
         let mut in_epoch = 0;
-        for at in places(case, size as u64).take(count as usize) {
+        for at in places(case, size as u64, capacity).take(count as usize) {
             volume.write(at, &data)?;
             in_epoch += size;
             if in_epoch >= 4 << 20 {
@@ -117,7 +120,7 @@ pub fn measure(dir: &Path, bytes: u64) -> Result<Vec<Row>, VolumeError> {
     let data = [7_u8; 4096];
     let loops = 200;
     let started = Instant::now();
-    for at in places("random", 4096).take(loops) {
+    for at in places("random", 4096, capacity).take(loops) {
         plain
             .write_at(at, &data)
             .map_err(VolumeError::io("write", "benchmark file", at))?;
@@ -132,7 +135,7 @@ pub fn measure(dir: &Path, bytes: u64) -> Result<Vec<Row>, VolumeError> {
     ] {
         volume.set_mode(mode);
         let started = Instant::now();
-        for at in places("random", 4096).take(loops) {
+        for at in places("random", 4096, capacity).take(loops) {
             volume.write(at, &data)?;
             volume.flush()?;
         }

@@ -215,8 +215,12 @@ impl Shared {
         let mut row = 0;
         // Since when something waits to be applied, to be checkpointed.
         let (mut waiting, mut applied): (Option<Instant>, Option<Instant>) = (None, None);
-        while !self.stop.load(Ordering::Acquire) {
+        loop {
             let mut core = self.core();
+            // Looked at under the lock, under which it is set: so the wake-up cannot fall between look and wait.
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
             let now = Instant::now();
             let pressed = core.pressed();
             if core.wants_apply() {
@@ -228,9 +232,11 @@ impl Shared {
                         let again = self.judge(&mut row, &result);
                         let mut core = self.core();
                         core.complete_apply(&job, result.is_ok());
+                        if !core.wants_apply() {
+                            waiting = None;
+                        }
                         self.tell(core);
                         self.pause(again);
-                        waiting = None;
                         continue;
                     }
                     if core.wants_durable_commit() {
