@@ -11,6 +11,8 @@ pub mod boot;
 pub mod cpuid;
 pub mod devices;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
+pub mod quiesce;
 pub mod state;
 pub mod vcpu;

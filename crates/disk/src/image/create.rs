@@ -45,10 +45,16 @@ pub fn create_raw(path: &Path, bytes: u64) -> Result<(), DiskError> {
 /// Grows the raw image at `path` to `bytes`, with zeroes behind its present end. Growing to its present size is fine.
 ///
 /// # Errors
-/// [`DiskError::InUse`] while a VM has it, [`DiskError::Invalid`] for a smaller size, [`DiskError::File`].
+/// [`DiskError::InUse`] while a VM has it, [`DiskError::Invalid`] for a smaller size or a file that is qcow2,
+/// [`DiskError::File`].
 pub fn grow_raw(path: &Path, bytes: u64) -> Result<(), DiskError> {
     check_size(bytes)?;
-    super::raw::refuse_odd_file_types(path)?;
+    if super::detect(path)? != super::ImageFormat::Raw {
+        return Err(DiskError::Invalid(format!(
+            "{} is a qcow2 image: grow it with `qemu-img resize`, or convert it to raw",
+            path.display()
+        )));
+    }
     let file: File = OpenOptions::new()
         .read(true)
         .write(true)

@@ -71,4 +71,12 @@ impl BlockIo for MemImage {
     fn raw_fd(&self) -> Option<RawFd> {
         None
     }
+
+    fn release(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn reacquire(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
 }

@@ -142,6 +142,19 @@ pub trait BlockIo: Send + Sync {
     /// The file whose byte N is the disk's byte N, where there is one: a device model may then drive it with
     /// io_uring directly. It lives as long as the image.
     fn raw_fd(&self) -> Option<RawFd>;
+
+    /// Gives up the lock, all that was written being in the file, so that another process can take the image over.
+    /// No other call may be made until [`BlockIo::reacquire`].
+    ///
+    /// # Errors
+    /// As [`BlockIo::flush`].
+    fn release(&self) -> Result<(), DiskError>;
+
+    /// Takes the lock again, and forgets what was cached of a file that another process may have changed.
+    ///
+    /// # Errors
+    /// [`DiskError::InUse`] while another process has it.
+    fn reacquire(&self) -> Result<(), DiskError>;
 }
 
 /// How to open an image.

@@ -25,7 +25,7 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 /// More layers than any sane chain of snapshots; each costs a descriptor and caches.
 const LAYERS_MAX: usize = 32;
@@ -39,6 +39,9 @@ pub struct Qcow2Image {
     /// Read side: reads, writes, flushes, which the driver lets run side by side. Write side: discard, which may
     /// move clusters under the feet of others.
     access: ManuallyDrop<RwLock<FormatAccess<Layer>>>,
+    /// The top layer's file, whose lock is released and taken again.
+    top: Mutex<File>,
+    options: ImageOptions,
     /// Set after a panic: the driver's state can no longer be trusted.
     given_up: AtomicBool,
 }
@@ -67,7 +70,7 @@ impl Qcow2Image {
             });
         }
         let mut seen = Vec::new();
-        let (access, capacity) = no_panic("opening a qcow2 image", || {
+        let (access, capacity, top) = no_panic("opening a qcow2 image", || {
             open_qcow2(path, !options.read_only, options.lock, &mut seen)
         })?;
         let capacity_bytes = capacity / SECTOR * SECTOR;
@@ -89,6 +92,8 @@ impl Qcow2Image {
             info,
             path: path.to_owned(),
             access: ManuallyDrop::new(RwLock::new(access)),
+            top: Mutex::new(top),
+            options: options.clone(),
             given_up: AtomicBool::new(false),
         })
     }
@@ -198,6 +203,26 @@ impl BlockIo for Qcow2Image {
     fn raw_fd(&self) -> Option<RawFd> {
         None
     }
+
+    fn release(&self) -> Result<(), DiskError> {
+        if !self.info.read_only {
+            self.flush()?;
+        }
+        let top = self.top.lock().unwrap_or_else(PoisonError::into_inner);
+        lock::set(&top, Mode::None, &self.path)
+    }
+
+    fn reacquire(&self) -> Result<(), DiskError> {
+        let mut top = self.top.lock().unwrap_or_else(PoisonError::into_inner);
+        // Opened anew, since the tables that the driver has cached may be another's past.
+        let mut seen = Vec::new();
+        let (access, _, file) = no_panic("opening a qcow2 image again", || {
+            open_qcow2(&self.path, !self.options.read_only, self.options.lock, &mut seen)
+        })?;
+        *self.access.write().unwrap_or_else(PoisonError::into_inner) = access;
+        *top = file;
+        Ok(())
+    }
 }
 
 impl Drop for Qcow2Image {
@@ -265,9 +290,13 @@ fn open_qcow2(
     writable: bool,
     take_lock: bool,
     seen: &mut Vec<(u64, u64)>,
-) -> Result<(FormatAccess<Layer>, u64), DiskError> {
+) -> Result<(FormatAccess<Layer>, u64, File), DiskError> {
     let file = open_locked(path, writable, take_lock)?;
     remember(&file, path, seen)?;
+    let top = file.try_clone().map_err(|source| DiskError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
     let Checked {
         capacity,
         cluster,
@@ -286,7 +315,7 @@ fn open_qcow2(
         Some((name, format)) => Some(open_backing(path, &name, format.as_deref(), take_lock, seen)?),
     };
     image.set_backing(backing);
-    Ok((FormatAccess::new(image), capacity))
+    Ok((FormatAccess::new(image), capacity, top))
 }
 
 fn open_backing(
@@ -317,7 +346,7 @@ fn open_backing(
         None => detect(&path)?,
     };
     let result = if format == ImageFormat::Qcow2 {
-        open_qcow2(&path, false, take_lock, seen).map(|(access, _)| access)
+        open_qcow2(&path, false, take_lock, seen).map(|(access, ..)| access)
     } else {
         let file = open_locked(&path, false, take_lock)?;
         remember(&file, &path, seen)?;

@@ -360,4 +360,15 @@ impl BlockIo for RawImage {
     fn raw_fd(&self) -> Option<RawFd> {
         Some(self.file.as_raw_fd())
     }
+
+    fn release(&self) -> Result<(), DiskError> {
+        if !self.info.read_only {
+            self.flush()?;
+        }
+        self.unlock()
+    }
+
+    fn reacquire(&self) -> Result<(), DiskError> {
+        self.lock()
+    }
 }

@@ -10,7 +10,7 @@ mod vm;
 
 pub use dirty::{DirtyMethod, DirtyTracker};
 pub use ring::DirtyRing;
-pub use vm::{KvmVm, MachineChips};
+pub use vm::KvmVm;
 
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};

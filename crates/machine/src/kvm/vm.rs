@@ -23,9 +23,6 @@ pub struct KvmVm {
     vcpu_mmap_bytes: usize,
 }
 
-/// The chips that KVM emulates in the kernel, as state.
-pub struct MachineChips;
-
 const STATE_VERSION: u16 = 1;
 
 impl KvmVm {
@@ -134,6 +131,17 @@ impl KvmVm {
     #[must_use]
     pub fn dirty_method(&self) -> DirtyMethod {
         self.dirty.method()
+    }
+
+    /// What a vCPU thread calls after it emptied its full ring.
+    #[must_use]
+    pub fn ring_reset(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let fd = Arc::clone(&self.fd);
+        Arc::new(move || {
+            if let Err(error) = super::DirtyRing::reset(&fd) {
+                tracing::error!(%error, "the dirty rings cannot be reset");
+            }
+        })
     }
 
     /// Guest RAM.

@@ -207,6 +207,27 @@ impl Ram {
         }
     }
 
+    /// Gives pages back to the host: they read as zero from now on, which is a write like any other and is marked.
+    pub fn give_back(&self, first: Gfn, pages: u64) {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let (from, to) = (
+            first.address(),
+            first.address().saturating_add(pages.saturating_mul(PAGE_SIZE)),
+        );
+        for r in self.regions() {
+            let (start, end) = (from.max(r.start), to.min(r.start + r.len));
+            if start >= end {
+                continue;
+            }
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            match fallocate(&self.file, flags, r.file_offset + (start - r.start), end - start) {
+                Ok(()) => self.mark_dirty(start, end - start),
+                // A file system without holes keeps the memory; the guest does not care what it reads there.
+                Err(error) => tracing::debug!(%error, "memory is not given back"),
+            }
+        }
+    }
+
     /// Touches every page, so that a later copy into RAM does not pay for first touch.
     pub fn prefault(&self) {
         self.advise(Advice::LinuxPopulateWrite);

@@ -194,6 +194,11 @@ impl MachineState {
         self.records.push(record);
     }
 
+    /// Adds all records of another state.
+    pub fn append(&mut self, mut other: Self) {
+        self.records.append(&mut other.records);
+    }
+
     /// The records, in the order in which they were saved.
     #[must_use]
     pub fn records(&self) -> &[StateRecord] {

@@ -52,6 +52,8 @@ struct ControlState {
     order: Order,
     /// Threads that are not parked.
     running: usize,
+    /// Grows with every resume, so that a thread takes each order to run exactly once, also a late one.
+    lap: u64,
     /// Threads whose vCPU will not run again.
     ended: usize,
     saves: Vec<SaveSlot>,
@@ -99,6 +101,21 @@ pub struct VcpuStuck {
 /// Bound on the wait for all vCPUs to stop. A host under heavy load may take long; a hang must still end.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
 
+/// A save of all vCPUs under way.
+pub struct PendingSave<'a> {
+    vcpus: &'a Vcpus,
+}
+
+impl PendingSave<'_> {
+    /// Waits for the last vCPU, bounded; records in rising order of index.
+    ///
+    /// # Errors
+    /// The first [`StateError`].
+    pub fn finish(self) -> Result<Vec<StateRecord>, StateError> {
+        self.vcpus.save_finish()
+    }
+}
+
 /// All vCPUs of a machine.
 pub struct Vcpus {
     control: Arc<Control>,
@@ -128,6 +145,7 @@ impl Vcpus {
             state: Mutex::new(ControlState {
                 order: Order::Park,
                 running: fds.len(),
+                lap: 0,
                 ended: 0,
                 saves: fds.iter().map(|_| SaveSlot::default()).collect(),
                 saving: 0,
@@ -168,6 +186,11 @@ impl Vcpus {
                 exits,
             });
         }
+        let late = |e| KvmError::Call {
+            what: "start vCPU threads".into(),
+            source: std::io::Error::other(e),
+        };
+        vcpus.wait_parked().map_err(late)?;
         Ok(vcpus)
     }
 
@@ -191,6 +214,7 @@ impl Vcpus {
         let mut state = self.control.lock();
         if state.order == Order::Park {
             state.order = Order::Run;
+            state.lap += 1;
             state.running = self.threads.len() - state.ended;
             self.control.orders.notify_all();
         }
@@ -214,8 +238,9 @@ impl Vcpus {
         self.wait_parked().inspect_err(|_| {
             // Those that parked run again and count again; the stuck ones never stopped counting.
             let mut state = self.control.lock();
-            state.order = Order::Run;
+            state.lap += 1;
             state.running = self.threads.len() - state.ended;
+            state.order = Order::Run;
             self.control.orders.notify_all();
         })
     }
@@ -256,24 +281,29 @@ impl Vcpus {
         }
     }
 
-    /// Takes the state of all vCPUs; they must be parked. One vCPU is saved here, several by their own threads
-    /// in parallel.
-    ///
-    /// # Errors
-    /// The first [`StateError`].
-    pub fn save(&self) -> Result<Vec<StateRecord>, StateError> {
+    /// Begins to take the state of all vCPUs; they must be parked. One vCPU is saved by whoever finishes, several
+    /// by their own threads in parallel.
+    #[must_use]
+    pub fn save_begin(&self) -> PendingSave<'_> {
+        if self.threads.len() > 1 {
+            let mut control = self.control.lock();
+            for slot in &mut control.saves {
+                *slot = SaveSlot {
+                    wanted: true,
+                    result: None,
+                };
+            }
+            control.saving = self.threads.len();
+            self.control.orders.notify_all();
+        }
+        PendingSave { vcpus: self }
+    }
+
+    fn save_finish(&self) -> Result<Vec<StateRecord>, StateError> {
         if let [only] = self.threads.as_slice() {
             return Ok(vec![state::save(&lock(&only.fd), 0, &self.msr_indices)?]);
         }
         let mut control = self.control.lock();
-        for slot in &mut control.saves {
-            *slot = SaveSlot {
-                wanted: true,
-                result: None,
-            };
-        }
-        control.saving = self.threads.len();
-        self.control.orders.notify_all();
         let started = Instant::now();
         while control.saving > 0 {
             let left = STOP_BOUND.saturating_sub(started.elapsed());
@@ -347,6 +377,7 @@ fn thread_main(mut runner: run::Runner, msrs: &[u32]) {
     let control = Arc::clone(&runner.control);
     let index = runner.index;
     let mut ended = false;
+    let mut lap = 0;
     let mut state = control.lock();
     state.running -= 1;
     control.answers.notify_all();
@@ -366,11 +397,16 @@ fn thread_main(mut runner: run::Runner, msrs: &[u32]) {
             }
             state.saving -= 1;
             control.answers.notify_all();
-        } else if state.order == Order::Run && !ended {
-            runner.arm();
+        } else if state.lap != lap && !ended {
+            // Also when the order has changed to `Park` meanwhile: this thread was counted as running.
+            if state.order == Order::Run {
+                runner.arm();
+            }
             drop(state);
             ended = !runner.run();
             state = control.lock();
+            // Laps that began while this thread could not be stopped are behind it, too.
+            lap = state.lap;
             state.running -= 1;
             state.ended += usize::from(ended);
             control.answers.notify_all();

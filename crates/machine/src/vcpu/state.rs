@@ -124,7 +124,11 @@ pub fn restore(vcpu: &VcpuFd, record: &StateRecord) -> Result<(), StateError> {
     Ok(())
 }
 
-fn set_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), StateError> {
+/// Sets MSRs in an order that KVM takes; one that it refuses but that has the value already is no loss.
+///
+/// # Errors
+/// [`StateError`] names the MSR.
+pub fn set_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), StateError> {
     let rank = |e: &kvm_msr_entry| match e.index {
         MSR_IA32_TSC => 0,
         MSR_IA32_TSC_DEADLINE => 2,

@@ -8,6 +8,7 @@
 
 pub mod balloon;
 pub mod block;
+pub mod common;
 pub mod console;
 pub mod interrupt;
 pub mod net;

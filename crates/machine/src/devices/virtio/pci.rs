@@ -397,25 +397,27 @@ fn config_space(kind: u16, bar: u64, vectors: u16) -> Option<(ConfigSpace, usize
 impl PciFunction for VirtioPci {
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
         if self.in_window_data(offset)
-            && let Some((at, len)) = self.window_target() {
-                let mut value = [0; 4];
-                self.bar(at, Access::Read(&mut value[..len]));
-                let from = usize::from(offset) - self.window - 16;
-                for (i, b) in data.iter_mut().enumerate() {
-                    *b = value.get(from + i).copied().unwrap_or(0);
-                }
-                return;
+            && let Some((at, len)) = self.window_target()
+        {
+            let mut value = [0; 4];
+            self.bar(at, Access::Read(&mut value[..len]));
+            let from = usize::from(offset) - self.window - 16;
+            for (i, b) in data.iter_mut().enumerate() {
+                *b = value.get(from + i).copied().unwrap_or(0);
             }
+            return;
+        }
         self.config.read(offset, data);
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
         if self.in_window_data(offset)
-            && let Some((at, len)) = self.window_target() {
-                let value = self.config.word(self.window + 16).to_le_bytes();
-                self.bar(at, Access::Write(&value[..len]));
-            }
+            && let Some((at, len)) = self.window_target()
+        {
+            let value = self.config.word(self.window + 16).to_le_bytes();
+            self.bar(at, Access::Write(&value[..len]));
+        }
         let control = self.msix_capability + 2;
         if (control..control + 2)
             .any(|c| (usize::from(offset)..usize::from(offset) + data.len()).contains(&c))

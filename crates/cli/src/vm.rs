@@ -1,0 +1,394 @@
+//! `steadfast vm` and `steadfast vmm`.
+
+use crate::console::{self, Current, Terminal};
+use clap::{Args, Subcommand};
+use serde_json::Value;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use steadfast_machine::machine::ThreadHooks;
+use steadfast_types::VmId;
+use steadfast_vmm::control::{Request, Then, ask};
+use steadfast_vmm::process::{Options, Start, run};
+use steadfast_vmm::spec::{
+    Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, VsockSpec, parse_mac, parse_size,
+};
+
+type Done = Result<(), Box<dyn Error>>;
+
+/// How long a verb waits for the VM's answer; a save of much memory to a slow disk takes its time.
+const ANSWER_BOUND: Duration = Duration::from_secs(600);
+
+#[derive(Subcommand)]
+pub enum VmVerb {
+    /// Boot a VM with its console on this terminal.
+    Run(Box<RunArgs>),
+    /// Write a running VM to a file; it ends, unless --then says otherwise.
+    Save {
+        name: VmId,
+        /// The file; it appears only when all is on disk.
+        file: PathBuf,
+        /// stop, pause (until `vm resume`: the restore failed, or `vm stop`) or resume (keep a copy).
+        #[arg(long, default_value = "stop", value_parser = ["stop", "pause", "resume"])]
+        then: String,
+    },
+    /// Go on with a saved VM in a new process, its console on this terminal.
+    Restore {
+        file: PathBuf,
+        #[command(flatten)]
+        process: ProcessArgs,
+    },
+    /// What a running VM is doing.
+    Status { name: VmId },
+    /// Stop all vCPUs and devices of a VM.
+    Pause { name: VmId },
+    /// Let a paused VM go on.
+    Resume { name: VmId },
+    /// Press the power button: the guest shuts itself down.
+    Shutdown { name: VmId },
+    /// End a VM at once, as if its power failed.
+    Stop { name: VmId },
+    /// Type text into a VM's serial port.
+    Type { name: VmId, text: String },
+}
+
+#[derive(Args)]
+pub struct ProcessArgs {
+    /// Append the serial port's output to this file instead of the terminal.
+    #[arg(long)]
+    console: Option<PathBuf>,
+    /// Append debug console output (port 0xe9) to this file.
+    #[arg(long)]
+    debugcon: Option<PathBuf>,
+    /// Start paused; `vm resume` lets it go.
+    #[arg(long)]
+    paused: bool,
+}
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// Disk image to boot from, raw or qcow2: the guest's own kernel and command line are used.
+    image: Option<PathBuf>,
+    /// Kernel to boot instead: bzImage or ELF.
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk for --kernel.
+    #[arg(long, requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; added to the image's own when booting from an image.
+    #[arg(long)]
+    cmdline: Option<String>,
+    /// Flat 64-bit test guest (ELF) that starts on all vCPUs.
+    #[arg(long, conflicts_with_all = ["kernel", "image"])]
+    flat: Option<PathBuf>,
+    /// Name of the VM.
+    #[arg(long, default_value = "vm")]
+    name: VmId,
+    /// Number of vCPUs, 1 to 64.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// RAM, e.g. 512MiB or 4GiB.
+    #[arg(long, default_value = "512MiB", value_parser = parse_size)]
+    memory: u64,
+    /// RAM on huge pages where the host gives them.
+    #[arg(long, conflicts_with = "memory_file")]
+    huge_pages: bool,
+    /// RAM in this file.
+    #[arg(long)]
+    memory_file: Option<PathBuf>,
+    /// CPU that the guest sees: host, x86-64-v2 or x86-64-v3.
+    #[arg(long, default_value = "host")]
+    cpu: String,
+    /// One more disk: PATH[,format=raw|qcow2][,ro][,direct][,queues=N][,serial=TEXT]. May be repeated.
+    #[arg(long, value_parser = parse_disk)]
+    disk: Vec<DiskSpec>,
+    /// Network card: BRIDGE, tap:NAME or socket:OWN:PEER, each with [,mac=..][,mtu=..]. May be repeated.
+    #[arg(long, value_parser = parse_nic)]
+    nic: Vec<NicSpec>,
+    /// cloud-init user-data, given as a NoCloud seed.
+    #[arg(long)]
+    cloud_init: Option<PathBuf>,
+    /// Entropy device.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    rng: bool,
+    /// Memory balloon.
+    #[arg(long)]
+    balloon: bool,
+    /// vsock device: CID:PATH of the host's unix socket.
+    #[arg(long, value_parser = parse_vsock)]
+    vsock: Option<VsockSpec>,
+    /// Virtio console beside the serial port, its output appended to this file.
+    #[arg(long)]
+    virtio_console: Option<PathBuf>,
+    /// UUID or label of the boot file system, where an image has several.
+    #[arg(long)]
+    boot_fs: Option<String>,
+    #[command(flatten)]
+    process: ProcessArgs,
+    /// Print the specification as JSON and exit.
+    #[arg(long)]
+    print_spec: bool,
+}
+
+#[derive(Args)]
+pub struct VmmArgs {
+    /// Specification of the VM, JSON; `-` is stdin.
+    #[arg(long, required_unless_present = "restore")]
+    spec: Option<PathBuf>,
+    /// Saved VM to go on with.
+    #[arg(long, conflicts_with = "spec")]
+    restore: Option<PathBuf>,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    let mut parts = text.split(',');
+    let path = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("a disk needs a path")?;
+    let mut disk = DiskSpec {
+        path: path.into(),
+        format: None,
+        read_only: false,
+        direct: false,
+        queues: 0,
+        serial: String::new(),
+    };
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "ro" => disk.read_only = true,
+            None if part == "direct" => disk.direct = true,
+            Some(("format", v @ ("raw" | "qcow2"))) => disk.format = Some(v.into()),
+            Some(("queues", v)) => disk.queues = v.parse().map_err(|_| format!("queues={v} is no number"))?,
+            Some(("serial", v)) => disk.serial = v.into(),
+            _ => {
+                return Err(format!(
+                    "{part:?} is no disk setting; known: format=raw|qcow2, ro, direct, queues=N, serial=TEXT"
+                ));
+            }
+        }
+    }
+    Ok(disk)
+}
+
+fn parse_nic(text: &str) -> Result<NicSpec, String> {
+    let mut parts = text.split(',');
+    let target = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("a card needs a bridge")?;
+    let to = match target.split_once(':') {
+        None => NicTarget::Bridge(target.into()),
+        Some(("bridge", name)) => NicTarget::Bridge(name.into()),
+        Some(("tap", name)) => NicTarget::Tap(name.into()),
+        Some(("socket", paths)) => {
+            let (own, peer) = paths.split_once(':').ok_or("write socket:OWN:PEER")?;
+            NicTarget::Socket {
+                own: own.into(),
+                peer: peer.into(),
+            }
+        }
+        Some((kind, _)) => {
+            return Err(format!(
+                "{kind:?} is nothing to plug a card into; use BRIDGE, tap:NAME or socket:OWN:PEER"
+            ));
+        }
+    };
+    let mut nic = NicSpec {
+        to,
+        mac: None,
+        mtu: None,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("mac", v)) => nic.mac = Some(parse_mac(v).map(|_| v.to_owned())?),
+            Some(("mtu", v)) => nic.mtu = Some(v.parse().map_err(|_| format!("mtu={v} is no number"))?),
+            _ => {
+                return Err(format!(
+                    "{part:?} is no card setting; known: mac=XX:XX:XX:XX:XX:XX, mtu=N"
+                ));
+            }
+        }
+    }
+    Ok(nic)
+}
+
+fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
+    let (cid, path) = text.split_once(':').ok_or("write CID:PATH")?;
+    let cid = cid
+        .parse()
+        .ok()
+        .filter(|c| (3..u64::from(u32::MAX)).contains(c))
+        .ok_or("the CID is a number from 3")?;
+    Ok(VsockSpec {
+        cid,
+        path: path.into(),
+    })
+}
+
+fn spec_of(args: &RunArgs) -> Result<VmSpec, Box<dyn Error>> {
+    let mut disks = args.disk.clone();
+    let boot = match (&args.flat, &args.kernel, &args.image) {
+        (Some(elf), ..) => Boot::Flat {
+            elf: elf.clone(),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
+        },
+        (None, Some(kernel), image) => {
+            if let Some(image) = image {
+                disks.insert(0, parse_disk(&image.to_string_lossy())?);
+            }
+            Boot::Kernel {
+                kernel: kernel.clone(),
+                initrd: args.initrd.clone(),
+                cmdline: args.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
+            }
+        }
+        (None, None, Some(image)) => {
+            disks.insert(0, parse_disk(&image.to_string_lossy())?);
+            Boot::Disk {
+                file_system: args.boot_fs.clone(),
+                cmdline_extra: args.cmdline.clone().unwrap_or_default(),
+            }
+        }
+        (None, None, None) => return Err("nothing to boot: give a disk image, or --kernel".into()),
+    };
+    Ok(VmSpec {
+        name: args.name.clone(),
+        vcpus: args.cpus,
+        memory_bytes: args.memory,
+        memory: match &args.memory_file {
+            Some(path) => MemoryKind::File(path.clone()),
+            None if args.huge_pages => MemoryKind::Huge,
+            None => MemoryKind::Anonymous,
+        },
+        cpu: args.cpu.parse()?,
+        boot,
+        disks,
+        nics: args.nic.clone(),
+        rng: args.rng,
+        virtio_console: args.virtio_console.clone(),
+        balloon: args.balloon,
+        vsock: args.vsock.clone(),
+        cloud_init: args.cloud_init.clone(),
+        dirty: Dirty::default(),
+    })
+}
+
+/// Where control sockets are: `$STEADFAST_RUN_DIR`, or `/run/steadfast`.
+fn run_dir() -> PathBuf {
+    std::env::var_os("STEADFAST_RUN_DIR").map_or_else(|| PathBuf::from("/run/steadfast"), PathBuf::from)
+}
+
+fn control_path(name: &VmId) -> PathBuf {
+    run_dir().join(format!("{name}.sock"))
+}
+
+fn start(name: &VmId, start: Start, args: &ProcessArgs) -> Done {
+    let dir = run_dir();
+    std::fs::create_dir_all(&dir).map_err(|e| {
+        format!(
+            "{}: {e}; set STEADFAST_RUN_DIR to a folder of yours",
+            dir.display()
+        )
+    })?;
+    let current = Current::default();
+    let escape_to = control_path(name);
+    let terminal = args.console.is_none().then(Terminal::raw);
+    if args.console.is_none() {
+        console::feed(current.clone(), move || {
+            let _ = ask(&escape_to, &Request::Stop, Duration::from_secs(10));
+        });
+    }
+    let (log, debugcon) = (args.console.clone(), args.debugcon.clone());
+    let options = Options {
+        control: Some(control_path(name)),
+        serial: Box::new(move || console::sink(log.as_deref())),
+        debugcon: Box::new(move || debugcon.as_deref().map(|p| console::sink(Some(p)))),
+        on_serial: Box::new(move |port| {
+            *current.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(port.clone());
+        }),
+        paused: args.paused,
+        hooks: ThreadHooks::default(),
+    };
+    let ended = run(start, options);
+    drop(terminal);
+    let ended = ended?;
+    tracing::info!(?ended, "the VM ended");
+    Ok(())
+}
+
+fn saved_name(file: &Path) -> Result<VmId, Box<dyn Error>> {
+    let saved = steadfast_machine::state::SaveReader::open(file)?;
+    let spec: VmSpec = serde_json::from_slice(&saved.spec)?;
+    Ok(spec.name)
+}
+
+/// Runs `steadfast vmm`.
+pub fn run_vmm(args: VmmArgs) -> Done {
+    if let Some(file) = args.restore {
+        return start(&saved_name(&file)?, Start::Restore(file), &args.process);
+    }
+    let path = args.spec.ok_or("give --spec or --restore")?;
+    let text = match path.as_os_str().as_encoded_bytes() {
+        b"-" => std::io::read_to_string(std::io::stdin())?,
+        _ => std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?,
+    };
+    let spec: VmSpec = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+    start(&spec.name.clone(), Start::Boot(Box::new(spec)), &args.process)
+}
+
+/// Runs `steadfast vm VERB`.
+pub fn run_verb(verb: VmVerb, json: bool) -> Done {
+    let (name, request) = match verb {
+        VmVerb::Run(args) => {
+            let spec = spec_of(&args)?;
+            if args.print_spec {
+                println!("{}", serde_json::to_string_pretty(&spec)?);
+                return Ok(());
+            }
+            return start(&spec.name.clone(), Start::Boot(Box::new(spec)), &args.process);
+        }
+        VmVerb::Restore { file, process } => {
+            return start(&saved_name(&file)?, Start::Restore(file), &process);
+        }
+        VmVerb::Save { name, file, then } => {
+            let then = match then.as_str() {
+                "pause" => Then::Pause,
+                "resume" => Then::Resume,
+                _ => Then::Stop,
+            };
+            // The VM's process has another working directory.
+            (
+                name,
+                Request::Save {
+                    path: std::path::absolute(file)?,
+                    then,
+                },
+            )
+        }
+        VmVerb::Status { name } => (name, Request::Status),
+        VmVerb::Pause { name } => (name, Request::Pause),
+        VmVerb::Resume { name } => (name, Request::Resume),
+        VmVerb::Shutdown { name } => (name, Request::PowerButton),
+        VmVerb::Stop { name } => (name, Request::Stop),
+        VmVerb::Type { name, text } => (name, Request::Type { text }),
+    };
+    let answer = ask(&control_path(&name), &request, ANSWER_BOUND)?;
+    print_answer(&answer, json);
+    Ok(())
+}
+
+fn print_answer(answer: &Value, json: bool) {
+    if json {
+        println!("{answer}");
+    } else if let Some(map) = answer.as_object() {
+        for (key, value) in map.iter().filter(|(k, _)| *k != "ok") {
+            match value {
+                Value::String(text) => println!("{key}: {text}"),
+                other => println!("{key}: {other}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The mini guest's services: echo, counter, status, control. Connections are bounded; what a stranger sends is lines of at most
+//! 4 KiB or bytes to echo.
+
+use super::{Guest, control};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::fd::FromRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const CONNECTIONS_MAX: u64 = 128;
+const LINE_BYTES_MAX: u64 = 4096;
+
+type Start<'a> = &'a dyn Fn(&str, Box<dyn FnOnce() + Send>);
+
+/// Starts all services.
+pub fn start(guest: &'static Guest, start: Start) {
+    let listen = |port: u16, serve: fn(&Guest, TcpStream) -> io::Result<()>| {
+        let name = format!("tcp-{port}");
+        start(
+            &name,
+            Box::new(move || {
+                if let Err(e) = accept(guest, port, serve) {
+                    guest.fault(format!("TROUBLE tcp port {port}: {e}"));
+                }
+            }),
+        );
+    };
+    listen(7, |_, stream| echo(stream));
+    listen(8, count);
+    listen(9, |guest, mut stream| {
+        let mut line = serde_json::to_vec(&guest.status())?;
+        line.push(b'\n');
+        stream.write_all(&line)
+    });
+    listen(10, |guest, stream| {
+        lines(stream, |line| control::act(guest, line))
+    });
+    start(
+        "udp-7",
+        Box::new(move || {
+            if let Err(e) = udp_echo() {
+                guest.fault(format!("TROUBLE udp port 7: {e}"));
+            }
+        }),
+    );
+    start("vsock-7", Box::new(move || vsock_echo(guest)));
+    start("power", Box::new(power_button));
+}
+
+fn accept(
+    guest: &'static Guest,
+    port: u16,
+    serve: fn(&Guest, TcpStream) -> io::Result<()>,
+) -> io::Result<()> {
+    static OPEN: AtomicU64 = AtomicU64::new(0);
+    let listener = TcpListener::bind(("0.0.0.0", port))?;
+    loop {
+        let Ok((stream, _)) = listener.accept() else {
+            continue;
+        };
+        if OPEN.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
+            OPEN.fetch_sub(1, Ordering::AcqRel);
+            continue; // Dropping it tells the peer.
+        }
+        std::thread::spawn(move || {
+            // The peer's leaving, in whatever way, is no fault of the guest.
+            let _ = stream.set_nodelay(true);
+            let _ = serve(guest, stream);
+            OPEN.fetch_sub(1, Ordering::AcqRel);
+        });
+    }
+}
+
+fn echo(mut stream: impl Read + Write) -> io::Result<()> {
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        let n = stream.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(());
+        }
+        stream.write_all(&buffer[..n])?;
+    }
+}
+
+/// Answers each line by what `answer` gives.
+fn lines(stream: TcpStream, mut answer: impl FnMut(&str) -> String) -> io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut writer = stream;
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if (&mut reader).take(LINE_BYTES_MAX).read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let mut said = answer(line.trim_end());
+        said.push('\n');
+        writer.write_all(said.as_bytes())?;
+    }
+}
+
+fn count(guest: &Guest, stream: TcpStream) -> io::Result<()> {
+    let mut own = 0u64;
+    lines(stream, |_| {
+        own += 1;
+        format!("COUNT {} {own}", guest.count.fetch_add(1, Ordering::AcqRel) + 1)
+    })
+}
+
+fn udp_echo() -> io::Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:7")?;
+    let mut buffer = [0; 65_536];
+    loop {
+        if let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            // A datagram that cannot be answered is lost, as datagrams are.
+            let _ = socket.send_to(&buffer[..n], from);
+        }
+    }
+}
+
+/// Echo on vsock port 7, one connection at a time. A machine without vsock has none.
+fn vsock_echo(guest: &Guest) {
+    let serve = || -> io::Result<()> {
+        // SAFETY: plain numbers; the descriptor is checked and owned by the File alone. `address` is a whole
+        // `struct sockaddr_vm` with its length, valid for the call.
+        let listener = unsafe {
+            let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+            if fd < 0 {
+                return Ok(());
+            }
+            let listener = std::fs::File::from_raw_fd(fd);
+            let mut address: libc::sockaddr_vm = std::mem::zeroed();
+            address.svm_family = libc::AF_VSOCK as u16;
+            address.svm_port = 7;
+            address.svm_cid = libc::VMADDR_CID_ANY;
+            let length = size_of::<libc::sockaddr_vm>() as u32;
+            if libc::bind(fd, (&raw const address).cast(), length) < 0 || libc::listen(fd, 4) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            listener
+        };
+        loop {
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
+            // SAFETY: an open listening descriptor; the peer's address is not asked for; the result is owned here alone.
+            let stream = unsafe {
+                let fd = libc::accept4(fd, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC);
+                if fd < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                std::fs::File::from_raw_fd(fd)
+            };
+            // The peer's leaving is no fault.
+            let _ = echo(stream);
+        }
+    };
+    if let Err(e) = serve() {
+        guest.fault(format!("TROUBLE vsock port 7: {e}"));
+    }
+}
+
+/// Turns the guest off when its power button is pressed (an input event of type key, code 116, value 1).
+fn power_button() {
+    let Ok(entries) = std::fs::read_dir("/dev/input") else {
+        return;
+    };
+    for entry in entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("event"))
+    {
+        std::thread::spawn(move || {
+            let Ok(mut device) = std::fs::File::open(entry.path()) else {
+                return;
+            };
+            let mut event = [0; 24];
+            while device.read_exact(&mut event).is_ok() {
+                if event[16..18] == [1, 0] && event[18..20] == [116, 0] && event[20..24] == [1, 0, 0, 0] {
+                    crate::inside::sys::power_off();
+                }
+            }
+        });
+    }
+}

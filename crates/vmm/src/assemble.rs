@@ -1,0 +1,432 @@
+//! From a specification to a machine that stands still, with the handles that reach its devices.
+
+use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, made_mac, parse_mac};
+use kvm_bindings::kvm_cpuid_entry2;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use steadfast_disk::boot::{DiscoverOptions, discover};
+use steadfast_disk::image::{BlockIo, ImageFormat, ImageOptions};
+use steadfast_disk::{DiskError, image, seed};
+use steadfast_machine::boot::acpi::{self, AcpiConfig};
+use steadfast_machine::boot::{self, BootError, Entry, initial_msrs, initial_registers};
+use steadfast_machine::cpuid::{self, CpuidError, KvmCaps, WhyNot};
+use steadfast_machine::devices::legacy::{self, OutputSink, Power, SerialPort};
+use steadfast_machine::devices::virtio::DeviceError;
+use steadfast_machine::devices::virtio::balloon::{Balloon, BalloonHandle, PageReclaimer};
+use steadfast_machine::devices::virtio::block::{
+    Block, BlockConfig, BlockHandle, ReportErrors, image_backend,
+};
+use steadfast_machine::devices::virtio::console::{Console, WriteSink};
+use steadfast_machine::devices::virtio::net::{Net, NetConfig, NetHandle};
+use steadfast_machine::devices::virtio::rng::Rng;
+use steadfast_machine::devices::virtio::vsock::Vsock;
+use steadfast_machine::kvm::{DirtyMethod, Hypervisor, KvmError};
+use steadfast_machine::machine::{Builder, Machine, MachineError, ThreadHooks};
+use steadfast_machine::memory::{MemoryError, Ram, RamBacking};
+use steadfast_machine::vcpu::VcpuEvents;
+use steadfast_net::{NetBackend, SocketBackend, Tap, TapBackend, TapError, TapOptions};
+use steadfast_types::Gfn;
+
+/// A VM that cannot be put together. Each names the cause and the way out.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum AssembleError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Discover(#[from] steadfast_disk::boot::BootError),
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("this KVM cannot run a 64-bit Linux guest: {0}")]
+    NoLinux(WhyNot),
+    #[error("{path}: {source}")]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("{0}")]
+    Setting(String),
+}
+
+/// A machine with what reaches its parts from outside. It stands still.
+pub struct Vm {
+    /// The machine.
+    pub machine: Machine,
+    /// Its specification, with every format filled in.
+    pub spec: VmSpec,
+    /// The serial port.
+    pub serial: Arc<Mutex<SerialPort>>,
+    /// Power button and reset.
+    pub power: Arc<Mutex<Power>>,
+    /// Disks in order; the seed, if any, is last.
+    pub disks: Vec<BlockHandle>,
+    /// Network cards in order.
+    pub nics: Vec<NetHandle>,
+    /// The balloon, if there is one.
+    pub balloon: Option<BalloonHandle>,
+    /// Images that must stay open, and locked, while the VM lives.
+    #[allow(dead_code, reason = "keeps the locks")]
+    images: Vec<Arc<dyn BlockIo>>,
+    supported: kvm_bindings::CpuId,
+}
+
+/// Who hears of the guest: vCPU events and device events.
+pub trait GuestEvents: VcpuEvents + legacy::EventSink {}
+impl<T: VcpuEvents + legacy::EventSink> GuestEvents for T {}
+
+/// What the VM's surroundings give it.
+pub struct Surroundings<E> {
+    /// Hears of shutdown, reset, panic.
+    pub events: Arc<E>,
+    /// Takes the serial port's output.
+    pub serial: Box<dyn OutputSink>,
+    /// Takes debug console output (port 0xe9).
+    pub debugcon: Option<Box<dyn OutputSink>>,
+    /// Run first on each thread.
+    pub hooks: ThreadHooks,
+}
+
+/// Puts the machine of `spec` together. Nothing is loaded and nothing runs yet: [`Vm::boot`] or a restore follows.
+///
+/// # Errors
+/// [`AssembleError`].
+pub fn assemble<E: GuestEvents + 'static>(
+    spec: &VmSpec,
+    around: Surroundings<E>,
+) -> Result<Vm, AssembleError> {
+    let hypervisor = Hypervisor::open()?;
+    let supported = hypervisor.supported_cpuid()?;
+    if !matches!(spec.boot, Boot::Flat { .. }) {
+        cpuid::can_run_linux_64(&supported).map_err(AssembleError::NoLinux)?;
+    }
+    let mut spec = spec.clone();
+    let mut images = Vec::new();
+    for disk in &mut spec.disks {
+        images.push(open_disk(disk)?);
+    }
+    if let Some(user_data) = &spec.cloud_init {
+        images.push(seed_image(&spec, user_data)?);
+    }
+    let backing = match &spec.memory {
+        MemoryKind::Anonymous => RamBacking::Memfd,
+        MemoryKind::Huge => RamBacking::MemfdHuge,
+        MemoryKind::File(path) => RamBacking::File(path.clone()),
+    };
+    let ram = Ram::new(spec.memory_bytes, &backing)?;
+    let dirty = match spec.dirty {
+        Dirty::Auto => DirtyMethod::Auto,
+        Dirty::Log => DirtyMethod::Log,
+        Dirty::LogManual => DirtyMethod::LogManual,
+        Dirty::Ring => DirtyMethod::Ring,
+    };
+    let mut b = Builder::new(&hypervisor, ram, spec.vcpus, dirty, around.hooks)?;
+    let sink: Arc<dyn legacy::EventSink> = Arc::clone(&around.events) as _;
+    let serial = SerialPort::new(b.line(legacy::serial::COM1_IRQ)?, around.serial)
+        .map_err(|e| AssembleError::Setting(format!("serial port: {e}")))?;
+    let serial = b.add_ports(&[(legacy::serial::COM1_PORT, legacy::serial::PORTS)], serial)?;
+    let power = Power::new(b.line(legacy::power::GED_IRQ)?, Arc::clone(&sink));
+    let power = b.add_ports(&[(legacy::power::PORT, legacy::power::PORTS)], power)?;
+    b.add_ports(
+        &[(legacy::i8042::PORT, legacy::i8042::PORTS)],
+        legacy::I8042::new(Arc::clone(&sink)),
+    )?;
+    b.add_ports(
+        &[(legacy::pvpanic::PORT, legacy::pvpanic::PORTS)],
+        legacy::PvPanic::new(sink),
+    )?;
+    b.add_ports(&[(legacy::rtc::PORT, legacy::rtc::PORTS)], legacy::Rtc::default())?;
+    b.add_stateless_ports(
+        legacy::debugcon::PORT,
+        legacy::debugcon::PORTS,
+        Arc::new(Mutex::new(legacy::DebugCon::new(around.debugcon))),
+    )?;
+    let mut disks = Vec::new();
+    for (i, io) in images.iter().enumerate() {
+        let settings = spec.disks.get(i);
+        disks.push(add_disk(&mut b, i, settings, io, spec.vcpus)?);
+    }
+    let mut nics = Vec::new();
+    for (i, nic) in spec.nics.iter().enumerate() {
+        nics.push(add_nic(&mut b, &spec, i, nic)?);
+    }
+    let balloon = add_others(&mut b, &spec)?;
+    let leaves = (0..spec.vcpus)
+        .map(|v| leaves(&supported, &spec, v))
+        .collect::<Result<Vec<_>, _>>()?;
+    let machine = b.build(around.events, |v| {
+        leaves.get(v as usize).cloned().unwrap_or_default()
+    })?;
+    Ok(Vm {
+        machine,
+        spec,
+        serial,
+        power,
+        disks,
+        nics,
+        balloon,
+        images,
+        supported,
+    })
+}
+
+fn leaves(
+    supported: &kvm_bindings::CpuId,
+    spec: &VmSpec,
+    vcpu: u32,
+) -> Result<Vec<kvm_cpuid_entry2>, AssembleError> {
+    let caps = KvmCaps {
+        tsc_deadline: true,
+        invariant_tsc: false,
+        tsc_khz: None,
+    };
+    Ok(cpuid::build(supported, &spec.cpu, vcpu, spec.vcpus, &caps)?
+        .as_slice()
+        .to_vec())
+}
+
+fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
+    let format = disk
+        .format
+        .as_deref()
+        .map(str::parse::<ImageFormat>)
+        .transpose()?;
+    let options = ImageOptions {
+        format,
+        read_only: disk.read_only,
+        direct: disk.direct,
+        lock: true,
+    };
+    let image = image::open(&disk.path, &options)?;
+    // The format is fixed at first sight: a guest that writes a qcow2 header into a raw disk changes nothing.
+    disk.format = match image.info().format {
+        ImageFormat::Raw => Some("raw".into()),
+        ImageFormat::Qcow2 => Some("qcow2".into()),
+        ImageFormat::Memory => disk.format.take(),
+    };
+    Ok(image)
+}
+
+fn seed_image(spec: &VmSpec, user_data: &Path) -> Result<Arc<dyn BlockIo>, AssembleError> {
+    let text = std::fs::read(user_data).map_err(|source| AssembleError::File {
+        path: user_data.to_owned(),
+        source,
+    })?;
+    let seed = seed::Seed {
+        user_data: text,
+        local_hostname: spec.name.to_string(),
+        instance_id: Some(spec.name.to_string()),
+        network_config: None,
+    };
+    Ok(Arc::new(seed.to_image().map_err(|e| {
+        AssembleError::Setting(format!("cloud-init seed: {e}"))
+    })?))
+}
+
+fn add_disk(
+    b: &mut Builder,
+    index: usize,
+    settings: Option<&DiskSpec>,
+    io: &Arc<dyn BlockIo>,
+    vcpus: u32,
+) -> Result<BlockHandle, AssembleError> {
+    let name = format!("block{index}");
+    let host = |e: std::io::Error| AssembleError::Setting(format!("{name}: {e}"));
+    let backend = image_backend(Arc::clone(io)).map_err(host)?;
+    let queues = match settings.map_or(0, |s| s.queues) {
+        0 => u16::try_from(vcpus).unwrap_or(8).min(8),
+        n => n,
+    };
+    let block = Block::new(
+        BlockConfig {
+            serial: settings.map_or_else(|| "cloud-init".to_owned(), |s| s.serial.clone()),
+            queues,
+            rate: Default::default(),
+            policy: Box::new(ReportErrors),
+            name: name.clone(),
+        },
+        backend,
+    )?;
+    let handle = block.handle();
+    b.add_virtio(Box::new(block), &format!("io-{name}"))?;
+    Ok(handle)
+}
+
+fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Result<NetHandle, AssembleError> {
+    let mac = match &nic.mac {
+        Some(text) => parse_mac(text).map_err(AssembleError::Setting)?,
+        None => made_mac(&spec.name, index),
+    };
+    let tap = |name: String, bridge: Option<String>| -> Result<Box<dyn NetBackend>, AssembleError> {
+        let tap = Tap::open(&TapOptions {
+            name,
+            bridge,
+            mtu: nic.mtu,
+        })?;
+        Ok(Box::new(TapBackend::new(tap)))
+    };
+    let backend =
+        match &nic.to {
+            NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
+            NicTarget::Tap(name) => tap(name.clone(), None)?,
+            NicTarget::Socket { own, peer } => Box::new(SocketBackend::bind(own, peer).map_err(
+                |source| AssembleError::File {
+                    path: own.clone(),
+                    source,
+                },
+            )?),
+        };
+    let config = NetConfig {
+        name: format!("net{index}"),
+        mac,
+        mtu: nic.mtu,
+        tx_rate: Default::default(),
+        rx_rate: Default::default(),
+    };
+    let net = Net::new(config, backend)?;
+    let handle = net.handle();
+    b.add_virtio(Box::new(net), &format!("io-net{index}"))?;
+    Ok(handle)
+}
+
+/// Devices that share one I/O thread: none of them carries much.
+fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<Option<BalloonHandle>, AssembleError> {
+    const THREAD: &str = "io-misc";
+    let setting = |what: &str, e: std::io::Error| AssembleError::Setting(format!("{what}: {e}"));
+    if spec.rng {
+        let rng = Rng::new("rng0", Default::default()).map_err(|e| setting("rng0", e))?;
+        b.add_virtio(Box::new(rng), THREAD)?;
+    }
+    if let Some(path) = &spec.virtio_console {
+        let file = File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .map_err(|source| AssembleError::File {
+                path: path.clone(),
+                source,
+            })?;
+        let console =
+            Console::new("console0", Box::new(WriteSink(file))).map_err(|e| setting("console0", e))?;
+        b.add_virtio(Box::new(console), THREAD)?;
+    }
+    if let Some(vsock) = &spec.vsock {
+        b.add_virtio(Box::new(Vsock::new("vsock0", vsock.cid, &vsock.path)?), THREAD)?;
+    }
+    if !spec.balloon {
+        return Ok(None);
+    }
+    let balloon =
+        Balloon::new("balloon0", Box::new(Reclaimer(b.ram().clone()))).map_err(|e| setting("balloon0", e))?;
+    let handle = balloon.handle();
+    b.add_virtio(Box::new(balloon), THREAD)?;
+    Ok(Some(handle))
+}
+
+/// Gives pages that the guest does not use back to the host.
+struct Reclaimer(Ram);
+
+impl PageReclaimer for Reclaimer {
+    fn reclaim(&self, first_gfn: u64, pages: u64) {
+        self.0.give_back(Gfn(first_gfn), pages);
+    }
+}
+
+impl Vm {
+    /// Gives the images' locks up, so that another process can take the disks over. The machine stands still and has
+    /// been drained.
+    pub fn release_disks(&self) {
+        for image in &self.images {
+            if let Err(error) = image.release() {
+                tracing::warn!(%error, "an image could not be released");
+            }
+        }
+    }
+
+    /// Takes the images back before the machine goes on.
+    ///
+    /// # Errors
+    /// [`AssembleError::Disk`] while another process has one of them.
+    pub fn take_disks(&self) -> Result<(), AssembleError> {
+        Ok(self.images.iter().try_for_each(|i| i.reacquire())?)
+    }
+
+    /// Loads what the specification boots and sets the first registers.
+    ///
+    /// # Errors
+    /// [`AssembleError`].
+    pub fn boot(&self) -> Result<(), AssembleError> {
+        let ram = self.machine.ram();
+        let read = |path: &Path| {
+            std::fs::read(path).map_err(|source| AssembleError::File {
+                path: path.to_owned(),
+                source,
+            })
+        };
+        let entry = match &self.spec.boot {
+            Boot::Kernel {
+                kernel,
+                initrd,
+                cmdline,
+            } => {
+                let rsdp = acpi::build(ram, &AcpiConfig::full(self.spec.vcpus))?;
+                let initrd = initrd.as_deref().map(read).transpose()?;
+                boot::linux(ram, &read(kernel)?, initrd.as_deref(), cmdline, Some(rsdp))?
+            }
+            Boot::Disk {
+                file_system,
+                cmdline_extra,
+            } => {
+                let disk = self.images.first().ok_or_else(|| {
+                    AssembleError::Setting(
+                        "booting from disk needs a disk: give an image, or --kernel".into(),
+                    )
+                })?;
+                let options = DiscoverOptions {
+                    boot_fs: file_system.clone(),
+                    ..Default::default()
+                };
+                let plan = discover(disk, &options)?;
+                tracing::info!(source = %plan.source, title = ?plan.title, cmdline = %plan.cmdline, "booting from disk");
+                let cmdline = format!("{} {cmdline_extra}", plan.cmdline);
+                let rsdp = acpi::build(ram, &AcpiConfig::full(self.spec.vcpus))?;
+                boot::linux(
+                    ram,
+                    &plan.kernel,
+                    plan.initrd.as_deref(),
+                    cmdline.trim(),
+                    Some(rsdp),
+                )?
+            }
+            Boot::Flat { elf, cmdline } => boot::flat(ram, &read(elf)?, cmdline, self.spec.vcpus)?,
+        };
+        self.enter(&entry)
+    }
+
+    fn enter(&self, entry: &Entry) -> Result<(), AssembleError> {
+        for v in 0..self.spec.vcpus {
+            self.machine.set_msrs(v, &initial_msrs())?;
+            if entry.starts(v) {
+                self.machine
+                    .set_registers(v, |base| initial_registers(entry, v, base))?;
+                self.machine.make_runnable(v)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What KVM supports on this host.
+    #[must_use]
+    pub fn supported_cpuid(&self) -> &kvm_bindings::CpuId {
+        &self.supported
+    }
+}

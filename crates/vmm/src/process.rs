@@ -1,0 +1,404 @@
+//! The main loop of a VM's process: it owns the machine and does one thing at a time.
+//!
+//! ```text
+//! guest events (shutdown, reset, panic) --+
+//! control requests ----------------------+--> main loop --> machine
+//! console input --> serial port (direct)
+//! ```
+
+use crate::assemble::{AssembleError, Surroundings, Vm, assemble};
+use crate::control::{self, Call, Request, Then, failure};
+use crate::spec::VmSpec;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use steadfast_machine::devices::legacy::{EventSink, GuestEvent, OutputSink};
+use steadfast_machine::machine::ThreadHooks;
+use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
+use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
+
+/// A VM's process that ended, or could not begin.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ProcessError {
+    #[error(transparent)]
+    Assemble(#[from] AssembleError),
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    #[error("the saved machine's specification does not parse: {0}")]
+    Spec(serde_json::Error),
+    #[error("control socket: {0}")]
+    Control(std::io::Error),
+    #[error("{0}")]
+    Restore(#[from] steadfast_machine::machine::MachineError),
+    #[error("the guest ended with a fault: {0:?}")]
+    GuestFault(VcpuEvent),
+}
+
+/// Why the process may end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The guest turned itself off.
+    Shutdown,
+    /// The control socket said `stop`.
+    Stopped,
+    /// The VM was saved and its process is no longer needed.
+    Saved,
+}
+
+/// How a VM starts.
+pub enum Start {
+    /// From power-on.
+    Boot(Box<VmSpec>),
+    /// From a saved file.
+    Restore(PathBuf),
+}
+
+/// What a VM's process is given.
+pub struct Options {
+    /// Path of the control socket; none: the VM cannot be reached.
+    pub control: Option<PathBuf>,
+    /// Makes the sink of the serial port; called again after a guest reset.
+    pub serial: Box<dyn Fn() -> Box<dyn OutputSink>>,
+    /// Makes the sink of the debug console.
+    pub debugcon: Box<dyn Fn() -> Option<Box<dyn OutputSink>>>,
+    /// Takes the serial port whenever there is a new one, to feed it input.
+    pub on_serial: Box<dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>)>,
+    /// Stays paused after a boot or restore until `resume`.
+    pub paused: bool,
+    /// Run first on each thread of the machine.
+    pub hooks: ThreadHooks,
+}
+
+enum Event {
+    Guest(GuestEvent),
+    Vcpu(VcpuEvent),
+    Control(Call),
+}
+
+/// Notes guest events; a guest that repeats them finds the queue full and is not heard again until it is read.
+struct Notes {
+    queue: SyncSender<Event>,
+    lost: AtomicU64,
+}
+
+impl Notes {
+    fn note(&self, event: Event) {
+        if let Err(TrySendError::Full(_)) = self.queue.try_send(event) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl EventSink for Notes {
+    fn guest_event(&self, event: GuestEvent) {
+        self.note(Event::Guest(event));
+    }
+}
+
+impl VcpuEvents for Notes {
+    fn vcpu_event(&self, event: VcpuEvent) {
+        let event = match event {
+            VcpuEvent::Reset => Event::Guest(GuestEvent::Reset),
+            VcpuEvent::Shutdown => Event::Guest(GuestEvent::Shutdown),
+            fault => Event::Vcpu(fault),
+        };
+        self.note(event);
+    }
+}
+
+/// Events that wait at most; guest events beyond are dropped and counted.
+const EVENTS_MAX: usize = 64;
+/// How often output that a full sink refused is offered again.
+const FLUSH_EVERY: Duration = Duration::from_millis(20);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Running {
+    Yes,
+    Paused,
+}
+
+struct Process {
+    vm: Vm,
+    options: Options,
+    notes: Arc<Notes>,
+    running: Running,
+    panics: u64,
+    resets: u64,
+    started: Instant,
+    last_pause_us: u64,
+}
+
+fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, AssembleError> {
+    let around = Surroundings {
+        events: Arc::clone(notes),
+        serial: (options.serial)(),
+        debugcon: (options.debugcon)(),
+        hooks: options.hooks.clone(),
+    };
+    let vm = assemble(spec, around)?;
+    (options.on_serial)(&vm.serial);
+    Ok(vm)
+}
+
+fn restore(path: &Path, options: &Options, notes: &Arc<Notes>) -> Result<Vm, ProcessError> {
+    let mut saved = SaveReader::open(path)?;
+    let spec: VmSpec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
+    let state = std::mem::take(&mut saved.state);
+    let vm = build(&spec, options, notes)?;
+    saved.load(vm.machine.ram())?;
+    vm.machine.restore(state)?;
+    Ok(vm)
+}
+
+/// Runs a VM until it ends.
+///
+/// # Errors
+/// [`ProcessError`]; a guest that only resets or panics is no error.
+pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
+    let (queue, events) = sync_channel(EVENTS_MAX);
+    let notes = Arc::new(Notes {
+        queue,
+        lost: AtomicU64::new(0),
+    });
+    let vm = match &start {
+        Start::Boot(spec) => {
+            let vm = build(spec, &options, &notes)?;
+            vm.boot()?;
+            vm
+        }
+        Start::Restore(path) => restore(path, &options, &notes)?,
+    };
+    let (calls, incoming) = sync_channel::<Call>(4);
+    if let Some(path) = &options.control {
+        control::serve(path, calls).map_err(ProcessError::Control)?;
+        let queue = notes.queue.clone();
+        let forward = std::thread::Builder::new()
+            .name("control-queue".into())
+            .spawn(move || {
+                for call in incoming {
+                    // Requests wait for room; only guest events are dropped.
+                    if queue.send(Event::Control(call)).is_err() {
+                        return;
+                    }
+                }
+            });
+        forward.map_err(ProcessError::Control)?;
+    }
+    let mut process = Process {
+        vm,
+        running: Running::Paused,
+        notes,
+        panics: 0,
+        resets: 0,
+        started: Instant::now(),
+        last_pause_us: 0,
+        options,
+    };
+    if !process.options.paused {
+        process.resume();
+    }
+    let ended = process.serve(&events);
+    process.leave_control();
+    ended
+}
+
+impl Process {
+    fn serve(&mut self, events: &Receiver<Event>) -> Result<Ended, ProcessError> {
+        loop {
+            let event = match events.recv_timeout(FLUSH_EVERY) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.flush_console();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Stopped),
+            };
+            let ended = match event {
+                Event::Guest(GuestEvent::Shutdown) => Some(Ended::Shutdown),
+                Event::Guest(GuestEvent::Reset) => {
+                    self.reset()?;
+                    None
+                }
+                Event::Guest(panic @ (GuestEvent::Panic | GuestEvent::CrashLoaded)) => {
+                    self.panics += 1;
+                    tracing::warn!(event = ?panic, "the guest's kernel panicked");
+                    None
+                }
+                // A triple fault is how a PC resets itself when all else fails.
+                Event::Vcpu(VcpuEvent::TripleFault(vcpu)) => {
+                    tracing::warn!(vcpu, "triple fault: the guest is reset");
+                    self.reset()?;
+                    None
+                }
+                Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
+                Event::Control(call) => {
+                    let (answer, ended) = self.control(&call.request);
+                    if ended.is_some() {
+                        // Before the answer: whoever asked may start the next process of this name at once.
+                        self.leave_control();
+                    }
+                    // The asker may have gone; what it asked is done all the same.
+                    let _ = call.answer.send(answer);
+                    ended
+                }
+            };
+            if let Some(ended) = ended {
+                self.flush_console();
+                if ended != Ended::Saved {
+                    self.pause();
+                }
+                return Ok(ended);
+            }
+        }
+    }
+
+    /// Takes the control socket's name away, once: a later one of this name is another process's.
+    fn leave_control(&mut self) {
+        if let Some(path) = self.options.control.take() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    fn flush_console(&self) {
+        self.vm
+            .serial
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .flush_output();
+    }
+
+    fn resume(&mut self) {
+        self.vm.machine.resume();
+        self.running = Running::Yes;
+    }
+
+    fn pause(&mut self) -> bool {
+        match self.vm.machine.quiesce() {
+            Ok(mut stopped) => {
+                let drained = stopped.drain();
+                if let Err(error) = &drained {
+                    tracing::warn!(%error, "a device did not come to rest");
+                }
+                stopped.keep_stopped();
+                self.running = Running::Paused;
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the VM cannot be stopped");
+                false
+            }
+        }
+    }
+
+    /// Power-on again: kernel and command line are read anew, as the guest's own upgrades left them.
+    fn reset(&mut self) -> Result<(), ProcessError> {
+        self.resets += 1;
+        self.pause();
+        let spec = self.vm.spec.clone();
+        self.vm.release_disks();
+        let vm = build(&spec, &self.options, &self.notes)?;
+        vm.boot()?;
+        self.vm = vm;
+        self.resume();
+        Ok(())
+    }
+
+    fn control(&mut self, request: &Request) -> (Value, Option<Ended>) {
+        match request {
+            Request::Status => (self.status(), None),
+            Request::Pause => match self.running == Running::Paused || self.pause() {
+                true => (json!({"ok": true}), None),
+                false => (failure(&"the VM could not be stopped; see its log"), None),
+            },
+            Request::Resume => {
+                if let Err(error) = self.vm.take_disks() {
+                    return (failure(&error), None);
+                }
+                self.resume();
+                (json!({"ok": true}), None)
+            }
+            Request::Save { path, then } => match self.save(path, *then) {
+                Ok(answer) => (answer, (*then == Then::Stop).then_some(Ended::Saved)),
+                Err(error) => (failure(&error), None),
+            },
+            Request::PowerButton => {
+                self.vm
+                    .power
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .press_power_button();
+                (json!({"ok": true}), None)
+            }
+            Request::Stop => (json!({"ok": true}), Some(Ended::Stopped)),
+            Request::Type { text } => {
+                let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                let taken = serial.enqueue_input(text.as_bytes());
+                (json!({"ok": true, "taken": taken}), None)
+            }
+        }
+    }
+
+    /// Writes the VM to `path`. If anything fails the VM goes on as if nothing had been asked.
+    fn save(&mut self, path: &Path, then: Then) -> Result<Value, String> {
+        let was = self.running;
+        let began = Instant::now();
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let mut stopped = self.vm.machine.quiesce().map_err(|e| text(&e))?;
+        let result = (|| {
+            stopped.drain().map_err(|e| text(&e))?;
+            let state = stopped.save().map_err(|e| text(&e))?;
+            let state_us = began.elapsed().as_micros() as u64;
+            let spec = serde_json::to_vec(&self.vm.spec).map_err(|e| text(&e))?;
+            let ram = self.vm.machine.ram();
+            SaveWriter::create(path, &spec, &state, ram.bytes())
+                .and_then(|w| w.finish(ram))
+                .map_err(|e| text(&e))?;
+            Ok::<_, String>((state_us, state.bytes()))
+        })();
+        let (state_us, state_bytes) = match result {
+            Ok(done) => done,
+            Err(e) => {
+                if was == Running::Paused {
+                    stopped.keep_stopped();
+                }
+                return Err(e);
+            }
+        };
+        if then == Then::Resume && was == Running::Yes {
+            drop(stopped);
+        } else {
+            stopped.keep_stopped();
+            self.running = Running::Paused;
+            if then != Then::Resume {
+                // Whoever restores the file takes the disks now.
+                self.vm.release_disks();
+            }
+        }
+        self.last_pause_us = began.elapsed().as_micros() as u64;
+        Ok(
+            json!({"ok": true, "state_us": state_us, "state_bytes": state_bytes, "pause_us": self.last_pause_us}),
+        )
+    }
+
+    fn status(&self) -> Value {
+        let disks: Vec<_> = self.vm.disks.iter().map(|d| format!("{:?}", d.stats())).collect();
+        json!({
+            "ok": true,
+            "name": self.vm.spec.name,
+            "state": if self.running == Running::Yes { "running" } else { "paused" },
+            "vcpus": self.vm.spec.vcpus,
+            "memory_bytes": self.vm.spec.memory_bytes,
+            "exits": self.vm.machine.vcpus().exits(),
+            "guest_panics": self.panics,
+            "guest_resets": self.resets,
+            "events_lost": self.notes.lost.load(Ordering::Relaxed),
+            "uptime_ms": self.started.elapsed().as_millis() as u64,
+            "last_pause_us": self.last_pause_us,
+            "disks": disks,
+        })
+    }
+}
