@@ -583,3 +583,44 @@ fn shared_volume_replays_what_was_committed_and_nothing_else() {
         "bounded"
     );
 }
+
+#[test]
+fn a_dead_image_is_served_from_the_peer() {
+    let (a, b) = (laid_out(1), laid_out(2));
+    let (p, s) = (primary(&a), standby(&b));
+    let mut rng = Rng::new(6);
+    let mut model = vec![0; CAPACITY as usize];
+    for epoch in 1..=10 {
+        (0..10).for_each(|_| random_write(&p, &mut model, &mut rng));
+        replicate(&p, &s, Epoch(epoch));
+    }
+    p.wait_applied(Epoch(10), LONG).unwrap();
+    p.set_peer(peer(s.clone()));
+    for kind in [Kind::Read, Kind::Write, Kind::Sync] {
+        a.inject(Fault {
+            file: Some("image".into()),
+            kind,
+            after: 0,
+            count: u64::MAX,
+            misdirect: None,
+        });
+    }
+    for at in [0, 7 * BLOCK + 512, 100 * BLOCK] {
+        let mut buf = vec![0; 3 * BLOCK as usize];
+        p.read(at, &mut buf).unwrap();
+        assert!(
+            buf == model[at as usize..at as usize + buf.len()],
+            "row 11: never shown to the guest"
+        );
+    }
+    // Writes still go to the standby, and the owner is told to hand over.
+    random_write(&p, &mut model, &mut rng);
+    replicate(&p, &s, Epoch(11));
+    let until = Instant::now() + LONG;
+    while p.fault().is_none() {
+        assert!(Instant::now() < until, "the fault must be reported");
+        std::thread::yield_now();
+    }
+    drop(p);
+    assert!(all(&s.promote(Term(2)).unwrap()) == model);
+}

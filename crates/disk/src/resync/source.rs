@@ -1,6 +1,7 @@
 //! The primary's half of a copy to a standby, and the word that a standby holds an epoch.
 
 use super::map::REGION;
+use crate::scrub::Repaired;
 use crate::volume::{Core, EpochOp, PEERS, ReadFault, Sealed, Volume, VolumeError};
 use std::sync::Arc;
 use steadfast_types::Epoch;
@@ -147,7 +148,15 @@ impl Volume {
             loop {
                 match crate::volume::read_view(shared, Some(residue.epoch), offset, &mut data)? {
                     Ok(_) => break,
-                    Err(ReadFault::Block(at)) => crate::scrub::repair(shared, at)?,
+                    Err(ReadFault::Block(at)) => match crate::scrub::repair(shared, at)? {
+                        Repaired::Written => {}
+                        Repaired::Served(_) => {
+                            return Err(VolumeError::Damaged {
+                                what: "image block",
+                                at,
+                            });
+                        }
+                    },
                     Err(ReadFault::Other(e)) => return Err(e),
                 }
             }
