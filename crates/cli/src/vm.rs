@@ -7,9 +7,9 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use steadfast_machine::machine::ThreadHooks;
+use steadfast_protect::ProtectSpec;
 use steadfast_types::{HostId, VmId};
 use steadfast_vmm::control::{Request, Then, ask};
-use steadfast_protect::ProtectSpec;
 use steadfast_vmm::process::{Ended, Options, ProcessError, Start, run};
 use steadfast_vmm::spec::{
     Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, VsockSpec, parse_mac, parse_size,
@@ -358,8 +358,11 @@ pub fn run_vmm(args: VmmArgs) -> Done {
         return start(&name, Start::Boot(Box::new(spec)), &args.process);
     };
     let text = std::fs::read_to_string(&protect).map_err(|e| format!("{}: {e}", protect.display()))?;
-    let protect: ProtectSpec = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
-    with_options(&name, &args.process, |options| steadfast_protect::run(spec, protect, options))
+    let protect: ProtectSpec =
+        serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
+    with_options(&name, &args.process, |options| {
+        steadfast_protect::run(spec, protect, options)
+    })
 }
 
 /// Runs `steadfast vm VERB`.

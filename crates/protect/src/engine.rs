@@ -35,7 +35,7 @@ use steadfast_wire::{Frame, StagedRecord, vm_hash};
 /// The NICs' queues of the present machine.
 pub type Holds = Arc<Mutex<Vec<Arc<Hold>>>>;
 /// Builds a machine that stands still, its NICs behind [`Holds`].
-pub type MakeVm = Box<dyn Fn() -> Result<Vm, AssembleError>>;
+pub type MakeVm = Box<dyn FnOnce() -> Result<Vm, AssembleError>>;
 
 /// Inputs handled before the clock is looked at again.
 const BATCH: usize = 64;
@@ -82,7 +82,6 @@ pub struct Engine {
     pub(crate) replica: Replica,
     pub(crate) vm: Vm,
     pub(crate) vm_hash: u64,
-    pub(crate) make_vm: MakeVm,
     pub(crate) holds: Holds,
     pub(crate) peers: BTreeMap<HostId, Peer>,
     pub(crate) capture: Capture,
@@ -128,12 +127,17 @@ impl Engine {
             speculate: false,
             ..Settings::default()
         };
-        let replica = Replica::new(0, parts.spec.host.clone(), Instance(instance), settings, EpochRef::ZERO);
+        let replica = Replica::new(
+            0,
+            parts.spec.host.clone(),
+            Instance(instance),
+            settings,
+            EpochRef::ZERO,
+        );
         Ok(Self {
             replica,
             vm,
             vm_hash: vm_hash(&parts.name),
-            make_vm: parts.make_vm,
             holds: parts.holds,
             peers,
             capture: Capture::new(PageArena::new(4096, 256 << 20)),
@@ -157,6 +161,7 @@ impl Engine {
     /// # Errors
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
+        crate::raise_priority("the engine");
         if self.start {
             self.step(Event::ColdStart)?;
         }
@@ -187,7 +192,11 @@ impl Engine {
                 self.step(Event::Tick)?;
             }
             if console.elapsed() >= CONSOLE_EVERY {
-                self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner).flush_output();
+                self.vm
+                    .serial
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .flush_output();
                 console = Instant::now();
             }
         }
@@ -225,15 +234,28 @@ impl Engine {
             Action::Release { through } => self.release(through),
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
-            Action::SendChunk { to, message, join, seq, have: _ } => self.send_chunk(&to, message, join, seq)?,
+            Action::SendChunk {
+                to,
+                message,
+                join,
+                seq,
+                have: _,
+            } => self.send_chunk(&to, message, join, seq)?,
             Action::BeginJoin { join } => self.begin_join(join),
             Action::StoreChunk { join, seq } => self.store_chunk(join, seq),
             Action::Stage { epoch, flush } => self.stage(epoch, flush),
             Action::Apply { through } => self.apply(through),
             Action::Truncate { after } => self.truncate(after),
             Action::Speculate { at } => self.note(format!("speculation at {at} is not enabled")),
-            Action::DiscardSpeculation => self.events.push_back(Event::SpeculationDiscarded { intact: true }),
-            Action::Promote { term, at, released, running: _ } => self.promote(term, at, released)?,
+            Action::DiscardSpeculation => self
+                .events
+                .push_back(Event::SpeculationDiscarded { intact: true }),
+            Action::Promote {
+                term,
+                at,
+                released,
+                running: _,
+            } => self.promote(term, at, released)?,
             Action::ColdBoot { term, at } => self.cold_boot(term, at)?,
             Action::StopGuest { keep } => self.stop_guest(keep)?,
             Action::Notice(notice) => self.note(format!("{notice:?}")),
@@ -264,11 +286,13 @@ impl Engine {
                 self.inputs.heard(event);
                 match event {
                     GuestEvent::Shutdown => return Ok(Some(Ended::Shutdown)),
-                    GuestEvent::Reset => self.reset_guest()?,
-                    GuestEvent::Panic | GuestEvent::CrashLoaded => self.note("the guest's kernel panicked".into()),
+                    GuestEvent::Reset => return Ok(Some(Ended::Reset)),
+                    GuestEvent::Panic | GuestEvent::CrashLoaded => {
+                        self.note("the guest's kernel panicked".into())
+                    }
                 }
             }
-            Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
+            Input::Vcpu(VcpuEvent::TripleFault(_)) => return Ok(Some(Ended::Reset)),
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
         }
@@ -277,7 +301,9 @@ impl Engine {
 
     fn link_event(&mut self, host: &HostId, event: steadfast_wire::Event) -> Result<(), ProcessError> {
         use steadfast_wire::Event as E;
-        let Some(peer) = self.peers.get_mut(host) else { return Ok(()) };
+        let Some(peer) = self.peers.get_mut(host) else {
+            return Ok(());
+        };
         match event {
             E::SessionUp { .. } => {
                 peer.connected = true;
@@ -307,7 +333,9 @@ impl Engine {
     /// A frame: a message, or a piece of the bulk of the message before it. The protocol hears of a message with bulk
     /// only when all of it is here and valid.
     fn received(&mut self, host: &HostId, frame: Frame) -> Result<(), ProcessError> {
-        let Some(peer) = self.peers.get_mut(host) else { return Ok(()) };
+        let Some(peer) = self.peers.get_mut(host) else {
+            return Ok(());
+        };
         peer.link.sender().consumed(&frame);
         let event = if frame.kind == steadfast_wire::Kind::Control {
             match codec::decode(frame.payload()) {
@@ -315,7 +343,10 @@ impl Engine {
                     peer.pending = Some(m);
                     None
                 }
-                Some(message) => Some(Event::Message { from: host.clone(), message }),
+                Some(message) => Some(Event::Message {
+                    from: host.clone(),
+                    message,
+                }),
                 None => {
                     self.note(format!("{host} sent a message that does not parse"));
                     None
@@ -325,7 +356,10 @@ impl Engine {
             match peer.stager.chunk(frame) {
                 Ok(Staged::Complete(record)) => {
                     self.arrived = Some(record);
-                    peer.pending.take().map(|message| Event::Message { from: host.clone(), message })
+                    peer.pending.take().map(|message| Event::Message {
+                        from: host.clone(),
+                        message,
+                    })
                 }
                 Ok(Staged::Partial | Staged::Duplicate) => None,
                 Err(error) => {
@@ -346,8 +380,14 @@ impl Engine {
     }
 
     fn send(&mut self, to: &HostId, message: Message) {
-        let Some(peer) = self.peers.get_mut(to) else { return };
-        let mut frames = vec![Frame::control(self.vm_hash, message.term, codec::encode(&message))];
+        let Some(peer) = self.peers.get_mut(to) else {
+            return;
+        };
+        let mut frames = vec![Frame::control(
+            self.vm_hash,
+            message.term,
+            codec::encode(&message),
+        )];
         if let Body::Epoch(header) = &message.body {
             let epoch = header.epoch.epoch;
             let Some((_, record)) = self.sealed.iter().find(|(e, _)| *e == epoch) else {
@@ -376,7 +416,11 @@ impl Engine {
                 json!({"ok": true})
             }
             Request::PowerButton => {
-                self.vm.power.lock().unwrap_or_else(PoisonError::into_inner).press_power_button();
+                self.vm
+                    .power
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .press_power_button();
                 json!({"ok": true})
             }
             Request::Type { text } => {

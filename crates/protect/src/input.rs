@@ -37,7 +37,12 @@ pub struct Inputs {
 impl Inputs {
     /// Wraps the queue.
     pub fn new(queue: Sender<Input>) -> Self {
-        Self { queue, shutdown: Arc::default(), reset: Arc::default(), panic: Arc::default() }
+        Self {
+            queue,
+            shutdown: Arc::default(),
+            reset: Arc::default(),
+            panic: Arc::default(),
+        }
     }
 
     /// Puts something into the queue. After the engine ended it goes nowhere.

@@ -28,7 +28,13 @@ pub struct Join {
 impl Join {
     /// Everything is missing.
     pub fn new(join: u64, regions: &[(u64, u64)]) -> Self {
-        let mut it = Self { join, missing: Vec::new(), count: 0, sent: BTreeMap::new(), rounds: 0 };
+        let mut it = Self {
+            join,
+            missing: Vec::new(),
+            count: 0,
+            sent: BTreeMap::new(),
+            rounds: 0,
+        };
         for &(start, len) in regions {
             for page in start / PAGE_SIZE..(start + len) / PAGE_SIZE {
                 it.add(Gfn(page));
@@ -114,8 +120,18 @@ impl Peer {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(vm: &VmId, spec: &ProtectSpec, peer: &PeerSpec, pages: Vec<(u64, u64)>, inputs: &Inputs) -> Result<Self, OpenError> {
-        let role = if spec.host < peer.host { Role::Listen } else { Role::Connect };
+    pub fn open(
+        vm: &VmId,
+        spec: &ProtectSpec,
+        peer: &PeerSpec,
+        pages: Vec<(u64, u64)>,
+        inputs: &Inputs,
+    ) -> Result<Self, OpenError> {
+        let role = if spec.host < peer.host {
+            Role::Listen
+        } else {
+            Role::Connect
+        };
         let paths = peer.paths.iter().map(|a| PathConfig::new(*a)).collect();
         let security = match &spec.tls {
             Some(tls) => Security::Tls(TlsFiles {
@@ -126,12 +142,25 @@ impl Peer {
             }),
             None => Security::Plain,
         };
-        let mut config = LinkConfig::new(vm.clone(), spec.host.clone(), peer.host.clone(), role, paths, security);
+        let mut config = LinkConfig::new(
+            vm.clone(),
+            spec.host.clone(),
+            peer.host.clone(),
+            role,
+            paths,
+            security,
+        );
         config.manual_credit = true;
         config.silent_ms = spec.suspect_ms.max(50);
         config.backoff_ms = (5, 100);
         let (host, to) = (peer.host.clone(), inputs.clone());
-        let link = Link::open(config, move |event| to.send(Input::Link(host.clone(), event)))?;
+        let mut raised = false;
+        let link = Link::open(config, move |event| {
+            if !std::mem::replace(&mut raised, true) {
+                crate::raise_priority("a link");
+            }
+            to.send(Input::Link(host.clone(), event));
+        })?;
         let encoder = Encoder::new(vm_hash(vm), &EncodeConfig::default(), link.pool().clone());
         let valid = move |g: Gfn| pages.iter().any(|&(s, l)| (s..s + l).contains(&g.address()));
         Ok(Self {
@@ -183,7 +212,14 @@ impl Peer {
     ///
     /// # Errors
     /// [`EncodeError`].
-    pub fn encode_epoch(&mut self, term: Term, epoch: Epoch, record: &Record, flush: bool, out: &mut Vec<Frame>) -> Result<(), EncodeError> {
+    pub fn encode_epoch(
+        &mut self,
+        term: Term,
+        epoch: Epoch,
+        record: &Record,
+        flush: bool,
+        out: &mut Vec<Frame>,
+    ) -> Result<(), EncodeError> {
         if self.next != Some(epoch) {
             self.encoder.reset();
         }
@@ -200,13 +236,24 @@ impl Peer {
     ///
     /// # Errors
     /// [`EncodeError`].
-    pub fn encode_chunk(&mut self, term: Term, join: u64, seq: u64, pages: SealedPages, out: &mut Vec<Frame>) -> Result<(), EncodeError> {
+    pub fn encode_chunk(
+        &mut self,
+        term: Term,
+        join: u64,
+        seq: u64,
+        pages: SealedPages,
+        out: &mut Vec<Frame>,
+    ) -> Result<(), EncodeError> {
         if seq == 0 {
             self.encoder.reset();
         }
         // After the last chunk the base epoch follows, in the same stream of records.
         self.next = None;
-        let record = Record { pages: Some(pages), state: Vec::new(), boundary: 0 };
+        let record = Record {
+            pages: Some(pages),
+            state: Vec::new(),
+            boundary: 0,
+        };
         self.encode(term, RecordId::Copy { join, seq }, &record, false, out)
     }
 
@@ -215,7 +262,14 @@ impl Peer {
         self.next = Some(epoch);
     }
 
-    fn encode(&mut self, term: Term, id: RecordId, record: &Record, flush: bool, out: &mut Vec<Frame>) -> Result<(), EncodeError> {
+    fn encode(
+        &mut self,
+        term: Term,
+        id: RecordId,
+        record: &Record,
+        flush: bool,
+        out: &mut Vec<Frame>,
+    ) -> Result<(), EncodeError> {
         self.encoder.begin(term, id)?;
         if let Some(pages) = &record.pages {
             for (gfn, page) in pages.iter() {
@@ -225,7 +279,13 @@ impl Peer {
         if !record.state.is_empty() {
             self.encoder.device(&record.state, out)?;
         }
-        self.encoder.finish(Trailer { has_flush: flush, output_boundary: record.boundary }, out)?;
+        self.encoder.finish(
+            Trailer {
+                has_flush: flush,
+                output_boundary: record.boundary,
+            },
+            out,
+        )?;
         Ok(())
     }
 }
@@ -260,7 +320,10 @@ mod tests {
         assert_eq!(j.chunk(2).len(), 953);
         assert_eq!(j.remaining(), 0);
         let again = j.chunk(1);
-        assert_eq!((again.len(), again[0], j.remaining()), (1024, Gfn(1024), 953 * 4096));
+        assert_eq!(
+            (again.len(), again[0], j.remaining()),
+            (1024, Gfn(1024), 953 * 4096)
+        );
         j.add(Gfn(0));
         assert_eq!(j.take_all().len(), 954);
         assert_eq!(j.remaining(), 0);

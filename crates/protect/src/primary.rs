@@ -3,7 +3,6 @@
 use crate::engine::Engine;
 use crate::peer::{Join, Record};
 use std::sync::PoisonError;
-use std::time::Instant;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
@@ -24,7 +23,9 @@ impl Engine {
     /// Whether any host mirrors this VM, or is being filled.
     fn mirrored(&self) -> bool {
         match self.replica.status() {
-            Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some()),
+            Status::Primary(p) => {
+                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some())
+            }
             Status::Standby(_) => false,
         }
     }
@@ -39,8 +40,20 @@ impl Engine {
             for h in &holds {
                 h.cut(epoch.0);
             }
-            self.sealed.push_back((epoch, Record { pages: None, state: Vec::new(), boundary: boundary() }));
-            self.events.push_back(Event::Sealed(SealedEpoch { epoch, bytes: 0, flush: false, pause_us: 0 }));
+            self.sealed.push_back((
+                epoch,
+                Record {
+                    pages: None,
+                    state: Vec::new(),
+                    boundary: boundary(),
+                },
+            ));
+            self.events.push_back(Event::Sealed(SealedEpoch {
+                epoch,
+                bytes: 0,
+                flush: false,
+                pause_us: 0,
+            }));
             return Ok(());
         }
         let mut extra: Vec<Gfn> = Vec::new();
@@ -64,9 +77,9 @@ impl Engine {
                 self.cut_failures += 1;
                 self.note(format!("cut {epoch} failed: {error}"));
                 if self.cut_failures >= CUT_FAILURES_MAX {
-                    return Err(ProcessError::Assemble(steadfast_vmm::AssembleError::Setting(format!(
-                        "{CUT_FAILURES_MAX} cuts in a row failed: {error}"
-                    ))));
+                    return Err(ProcessError::Assemble(steadfast_vmm::AssembleError::Setting(
+                        format!("{CUT_FAILURES_MAX} cuts in a row failed: {error}"),
+                    )));
                 }
                 return self.cut(epoch, bases, freeze);
             }
@@ -85,21 +98,45 @@ impl Engine {
         c.pages += sealed.pages.gfns().len() as u64;
         c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
         c.last = sealed.times;
-        let record = Record { pages: Some(sealed.pages), state: sealed.state, boundary: emitted };
+        let record = Record {
+            pages: Some(sealed.pages),
+            state: sealed.state,
+            boundary: emitted,
+        };
         let bytes = record.bytes();
         self.sealed.push_back((epoch, record));
-        self.events.push_back(Event::Sealed(SealedEpoch { epoch, bytes, flush: false, pause_us }));
+        self.events.push_back(Event::Sealed(SealedEpoch {
+            epoch,
+            bytes,
+            flush: false,
+            pause_us,
+        }));
         Ok(())
     }
 
     /// Sends one chunk of a full copy, read while the guest runs: what it writes meanwhile is dirty and comes again.
-    pub(crate) fn send_chunk(&mut self, to: &HostId, message: Message, join: u64, seq: u64) -> Result<(), ProcessError> {
+    pub(crate) fn send_chunk(
+        &mut self,
+        to: &HostId,
+        message: Message,
+        join: u64,
+        seq: u64,
+    ) -> Result<(), ProcessError> {
         let mirrored_by_others = match self.replica.status() {
             Status::Primary(p) => p.members.iter().any(|m| m.in_sync),
             Status::Standby(_) => return Ok(()),
         };
-        let regions: Vec<_> = self.vm.machine.ram().regions().iter().map(|r| (r.start, r.len)).collect();
-        let Some(peer) = self.peers.get_mut(to) else { return Ok(()) };
+        let regions: Vec<_> = self
+            .vm
+            .machine
+            .ram()
+            .regions()
+            .iter()
+            .map(|r| (r.start, r.len))
+            .collect();
+        let Some(peer) = self.peers.get_mut(to) else {
+            return Ok(());
+        };
         let state = match &mut peer.join {
             Some(j) if j.join == join => j,
             other => other.insert(Join::new(join, &regions)),
@@ -115,20 +152,32 @@ impl Engine {
                     }
                     dirty.iter().for_each(|g| state.add(*g));
                 }
-                Err(error) => tracing::warn!(%error, "a round of the full copy failed; its pages come with the base epoch"),
+                Err(error) => {
+                    tracing::warn!(%error, "a round of the full copy failed; its pages come with the base epoch")
+                }
             }
         }
         let remaining = state.remaining();
         let copied = self.capture.copy_live(&self.vm.machine, &pages);
-        let mut frames = vec![Frame::control(self.vm_hash, message.term, crate::codec::encode(&message))];
+        let mut frames = vec![Frame::control(
+            self.vm_hash,
+            message.term,
+            crate::codec::encode(&message),
+        )];
         let encoded = copied.map_err(|e| e.to_string()).and_then(|pages| {
-            peer.encode_chunk(message.term, join, seq, pages, &mut frames).map_err(|e| e.to_string())
+            peer.encode_chunk(message.term, join, seq, pages, &mut frames)
+                .map_err(|e| e.to_string())
         });
         match encoded {
             Ok(()) => peer.send(frames),
             Err(error) => self.note(format!("chunk {seq} for {to}: {error}")),
         }
-        self.events.push_back(Event::ChunkSent { to: to.clone(), join, seq, remaining });
+        self.events.push_back(Event::ChunkSent {
+            to: to.clone(),
+            join,
+            seq,
+            remaining,
+        });
         Ok(())
     }
 
@@ -159,7 +208,12 @@ impl Engine {
         self.set_holds(HoldMode::Hold);
         self.vm.machine.start_dirty_tracking()?;
         self.vm.machine.resume();
-        let wanted: Vec<HostId> = self.peers.values().filter(|p| p.wanted).map(|p| p.host.clone()).collect();
+        let wanted: Vec<HostId> = self
+            .peers
+            .values()
+            .filter(|p| p.wanted)
+            .map(|p| p.host.clone())
+            .collect();
         for host in wanted {
             self.events.push_back(Event::AddStandby(host));
         }
@@ -170,37 +224,6 @@ impl Engine {
         for h in self.holds.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             h.set_mode(mode);
         }
-    }
-
-    /// The guest asked for a reset: it is built and booted anew. To a standby that is a change of all of its memory.
-    pub(crate) fn reset_guest(&mut self) -> Result<(), ProcessError> {
-        if matches!(self.replica.status(), Status::Standby(_)) {
-            return Ok(());
-        }
-        let began = Instant::now();
-        self.rebuild()?;
-        self.vm.boot()?;
-        self.set_holds(HoldMode::Hold);
-        self.vm.machine.start_dirty_tracking()?;
-        for r in self.vm.machine.ram().regions() {
-            self.vm.machine.ram().mark_dirty(r.start, r.len);
-        }
-        self.vm.machine.resume();
-        self.note(format!("guest reset took {} us", began.elapsed().as_micros()));
-        Ok(())
-    }
-
-    /// A fresh machine in place of the present one, which ends first.
-    pub(crate) fn rebuild(&mut self) -> Result<(), ProcessError> {
-        self.set_holds(HoldMode::Mute);
-        self.vm.machine.quiesce().map(|q| q.keep_stopped()).unwrap_or_else(|error| {
-            tracing::error!(%error, "the old machine cannot be stopped; it ends with its process");
-        });
-        self.vm.release_disks();
-        self.holds.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        let vm = (self.make_vm)().map_err(ProcessError::from)?;
-        self.vm = vm;
-        Ok(())
     }
 }
 

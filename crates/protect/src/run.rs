@@ -32,6 +32,11 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     }
     let store = FileStore::new(protect.store.clone(), spec.name.clone())
         .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+    if protect.start {
+        store
+            .create(&protect.host)
+            .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+    }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
     if let Some(path) = &options.control {
@@ -54,7 +59,10 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                     // Silent until the protocol says that this instance may speak.
                     let wake = Box::new(move || outputs.send(Input::Output));
                     let hold = Hold::new(backend, HoldMode::Mute, HELD_BYTES_MAX, wake);
-                    holds.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&hold));
+                    holds
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(Arc::clone(&hold));
                     Box::new(HoldBackend(hold))
                 })),
             };
@@ -87,6 +95,10 @@ fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<()>
     let inputs = inputs.clone();
     std::thread::Builder::new()
         .name("control-queue".into())
-        .spawn(move || incoming.into_iter().for_each(|call| inputs.send(Input::Control(call))))?;
+        .spawn(move || {
+            incoming
+                .into_iter()
+                .for_each(|call| inputs.send(Input::Control(call)))
+        })?;
     Ok(())
 }

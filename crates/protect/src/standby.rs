@@ -7,7 +7,9 @@ use steadfast_epoch::io::Event;
 use steadfast_epoch::message::EpochRef;
 use steadfast_machine::machine::MachineError;
 use steadfast_machine::memory::Ram;
+use steadfast_machine::quiesce::Quiesced;
 use steadfast_machine::state::{MachineState, StateError};
+use steadfast_net::HoldMode;
 use steadfast_types::{Epoch, Gfn, Term};
 use steadfast_vmm::process::ProcessError;
 use steadfast_wire::PageSink;
@@ -52,7 +54,8 @@ impl Engine {
         self.staged.insert(epoch.epoch, record);
         self.events.push_back(Event::Staged { epoch });
         if flush {
-            self.events.push_back(Event::JournalSynced { through: epoch.epoch });
+            self.events
+                .push_back(Event::JournalSynced { through: epoch.epoch });
         }
     }
 
@@ -104,24 +107,20 @@ impl Engine {
         }
         let took = began.elapsed().as_micros() as u64;
         self.counters.promote_us = Some(took);
-        self.note(format!("promoted under term {term} at epoch {at}, released {released}, in {took} us"));
+        self.note(format!(
+            "promoted under term {term} at epoch {at}, released {released}, in {took} us"
+        ));
         Ok(())
     }
 
-    /// This instance has lost the right to run: its machine ends, nothing that waits gets out.
+    /// This instance has lost the right to run, or has handed it over: its machine stops here and now, and nothing that
+    /// waits gets out. Its process ends; a new one begins as an empty standby.
     pub(crate) fn stop_guest(&mut self, keep: bool) -> Result<(), ProcessError> {
-        self.note(format!("the guest stops here (keep: {keep})"));
-        self.sealed.clear();
-        self.staged.clear();
-        for peer in self.peers.values_mut() {
-            peer.join = None;
-            peer.reset_stream();
+        self.set_holds(HoldMode::Mute);
+        self.note(format!("the guest stops here (handed over: {keep})"));
+        if let Err(error) = self.vm.machine.quiesce().map(Quiesced::keep_stopped) {
+            tracing::error!(%error, "the machine does not stop; it ends with its process");
         }
-        self.rebuild()?;
-        if keep {
-            // The state that was handed over is gone with its machine: this host is filled anew.
-            self.events.push_back(Event::StateLost);
-        }
-        Ok(())
+        Err(ProcessError::Fenced)
     }
 }

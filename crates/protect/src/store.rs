@@ -9,7 +9,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
-use steadfast_epoch::arbiter::{CasOutcome, Instance, Nonce, StoreId, StoreReply, VmRecord, compare_and_swap};
+use steadfast_epoch::arbiter::{
+    CasOutcome, Instance, Nonce, StoreId, StoreReply, VmRecord, compare_and_swap,
+};
 use steadfast_epoch::message::EpochRef;
 use steadfast_types::{Epoch, HostId, Term, VmId};
 
@@ -60,9 +62,15 @@ impl Written {
             owner: self.owner,
             in_sync: self.in_sync,
             acks: self.acks,
-            nonce: Nonce { instance: Instance(self.nonce.0), count: self.nonce.1 },
+            nonce: Nonce {
+                instance: Instance(self.nonce.0),
+                count: self.nonce.1,
+            },
             store: StoreId(self.record_store),
-            handover: self.handover.map(|(e, t)| EpochRef { epoch: Epoch(e), term: Term(t) }),
+            handover: self.handover.map(|(e, t)| EpochRef {
+                epoch: Epoch(e),
+                term: Term(t),
+            }),
         };
         (StoreId(self.store), record)
     }
@@ -84,9 +92,27 @@ impl FileStore {
         Ok(Self { dir, vm })
     }
 
+    /// Writes the record of a VM that was never started, which `owner` may start; one that exists stays as it is.
+    ///
+    /// # Errors
+    /// The folder cannot be read or written.
+    pub fn create(&self, owner: &HostId) -> io::Result<()> {
+        self.locked(|s| match s.current()? {
+            (_, Some(_)) => Ok(()),
+            (id, None) => {
+                let first = VmRecord::new(owner.clone(), id);
+                replace(&s.path(), &serde_json::to_vec(&Written::of(id, &first))?)
+            }
+        })
+    }
+
     fn locked<T>(&self, f: impl FnOnce(&Self) -> io::Result<T>) -> io::Result<T> {
         let path = self.dir.join(format!("{}.lock", self.vm));
-        let lock = File::options().create(true).truncate(false).write(true).open(path)?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)?;
         flock(&lock, FlockOperation::LockExclusive)?;
         f(self)
     }
@@ -99,7 +125,11 @@ impl FileStore {
     fn id(&self) -> io::Result<StoreId> {
         let path = self.dir.join("store-id");
         match std::fs::read_to_string(&path) {
-            Ok(text) => text.trim().parse().map(StoreId).map_err(|_| io::Error::other("store-id is damaged")),
+            Ok(text) => text
+                .trim()
+                .parse()
+                .map(StoreId)
+                .map_err(|_| io::Error::other("store-id is damaged")),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let id = random_u64()?.max(1);
                 replace(&path, id.to_string().as_bytes())?;
@@ -174,7 +204,10 @@ pub enum Ask {
 ///
 /// # Errors
 /// The thread cannot be started.
-pub fn serve(mut store: Box<dyn Store>, reply: impl Fn(StoreReply) + Send + 'static) -> io::Result<Sender<Ask>> {
+pub fn serve(
+    mut store: Box<dyn Store>,
+    reply: impl Fn(StoreReply) + Send + 'static,
+) -> io::Result<Sender<Ask>> {
     let (ask, asked) = channel();
     std::thread::Builder::new().name("store".into()).spawn(move || {
         for question in asked {
@@ -186,7 +219,10 @@ pub fn serve(mut store: Box<dyn Store>, reply: impl Fn(StoreReply) + Send + 'sta
                         StoreReply::Failed { id }
                     }
                 },
-                Ask::Cas(id, expect, record) => StoreReply::Cas { id, outcome: store.cas(&expect, &record) },
+                Ask::Cas(id, expect, record) => StoreReply::Cas {
+                    id,
+                    outcome: store.cas(&expect, &record),
+                },
             });
         }
     })?;
@@ -207,11 +243,19 @@ mod tests {
         let (id, none) = one.read().unwrap();
         assert_eq!((two.read().unwrap().0, none), (id, None));
         let first = VmRecord::new(a.clone(), id);
-        let mine = |owner: &HostId, term| VmRecord { term: Term(term), ..VmRecord::new(owner.clone(), id) };
+        one.create(&a).unwrap();
+        two.create(&b).unwrap();
+        assert_eq!(two.read().unwrap().1, Some(first.clone()));
+        let mine = |owner: &HostId, term| VmRecord {
+            term: Term(term),
+            ..VmRecord::new(owner.clone(), id)
+        };
         assert_eq!(one.cas(&first, &mine(&a, 1)), CasOutcome::Done);
         let seen = two.read().unwrap().1.unwrap();
         assert_eq!(seen, mine(&a, 1));
         assert_eq!(two.cas(&seen, &mine(&b, 2)), CasOutcome::Done);
-        assert!(matches!(one.cas(&seen, &mine(&a, 2)), CasOutcome::Conflict { current, .. } if current.owner == b));
+        assert!(
+            matches!(one.cas(&seen, &mine(&a, 2)), CasOutcome::Conflict { current, .. } if current.owner == b)
+        );
     }
 }

@@ -38,7 +38,11 @@ impl fmt::Display for Total {
             self.longest_single_us / 1000
         )?;
         for (k, row) in Kind::ALL {
-            writeln!(f, "  {:>8} {k:?} (row {row})", self.coverage.kinds.get(&k).unwrap_or(&0))?;
+            writeln!(
+                f,
+                "  {:>8} {k:?} (row {row})",
+                self.coverage.kinds.get(&k).unwrap_or(&0)
+            )?;
         }
         for (s, n) in &self.coverage.steps {
             writeln!(f, "  {n:>8} killed at {s:?}")?;

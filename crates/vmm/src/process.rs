@@ -34,6 +34,8 @@ pub enum ProcessError {
     Control(std::io::Error),
     #[error("{0}")]
     Restore(#[from] steadfast_machine::machine::MachineError),
+    #[error("another host runs this VM now, this instance has stopped; start it again to mirror the VM here")]
+    Fenced,
     #[error("the guest ended with a fault: {0:?}")]
     GuestFault(VcpuEvent),
 }
@@ -47,6 +49,8 @@ pub enum Ended {
     Stopped,
     /// The VM was saved and its process is no longer needed.
     Saved,
+    /// The guest asked for a reset, and whoever runs this process boots it anew.
+    Reset,
 }
 
 /// How a VM starts.
@@ -334,7 +338,10 @@ impl Process {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
-            Request::HandOver { .. } => (failure(&"the VM is not protected: there is no host to hand it over to"), None),
+            Request::HandOver { .. } => (
+                failure(&"the VM is not protected: there is no host to hand it over to"),
+                None,
+            ),
             Request::Stop => (json!({"ok": true}), Some(Ended::Stopped)),
             Request::Type { text } => {
                 let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);

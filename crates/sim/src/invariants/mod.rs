@@ -60,7 +60,10 @@ impl Checks {
     /// Records the first violation.
     pub fn fail(&mut self, what: &str, how: String) {
         if self.failed.is_none() {
-            self.failed = Some(Violation { what: what.to_owned(), how });
+            self.failed = Some(Violation {
+                what: what.to_owned(),
+                how,
+            });
         }
     }
 
