@@ -37,6 +37,6 @@ pub enum Sabotage {
     CountOwnStarvation,
     /// Fault 48: messages of an old term are accepted.
     AcceptOldTerm,
-    /// Liveness: lost epochs are never asked for again.
+    /// Liveness: lost epochs are never sent again, and a standby that waits for them is never given up.
     NeverResend,
 }

@@ -227,6 +227,8 @@ impl Primary {
             Event::RemoveStandby(host) => self.members.retain(|m| m.host != host),
             Event::HandOver(to) => self.hand_over(now, to, out),
             Event::CancelHandOver => self.cancel_hand_over(out),
+            // Where outputs are not held, nobody waits for the cut.
+            Event::Output if !self.settings.hold_outputs => {}
             Event::Output => {
                 self.cutting.output_since.get_or_insert(now);
             }

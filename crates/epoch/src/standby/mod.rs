@@ -12,6 +12,7 @@
 //! what it has acknowledged or may; both only grow within one primary's stream. Only a primary of a later term may
 //! make it drop staged epochs (`Resume`), and never behind what is applied (I3).
 
+mod poll;
 mod receive;
 mod sessions;
 
@@ -301,7 +302,7 @@ impl Standby {
 
     /// The highest term seen.
     #[must_use]
-    pub fn term(&self) -> Term {
+    pub fn seen(&self) -> Term {
         self.seen
     }
 
