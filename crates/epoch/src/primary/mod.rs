@@ -26,6 +26,7 @@ use crate::invariants;
 use crate::io::{Action, Event, Notice};
 use crate::message::{Body, EpochRef, Message};
 use crate::progress::Progress;
+use crate::sabotage::Sabotage;
 use crate::settings::Settings;
 use cutting::Cutting;
 use handover::{Handover, HandoverStep};
@@ -377,7 +378,7 @@ impl Primary {
     pub fn phase(&self) -> Phase {
         if self.handover.is_some() {
             Phase::HandingOver
-        } else if self.holding() {
+        } else if self.holding() && !self.settings.broken(Sabotage::AlwaysProtected) {
             Phase::Holding
         } else if !self.record.in_sync.is_empty() {
             Phase::Protected

@@ -174,6 +174,8 @@ impl Standby {
         self.seen = seen;
         self.term = seen;
         self.owner = Some(owner);
+        // The new owner comes first if both have to find out by themselves.
+        self.rank = Some(1);
         self.committed = at.epoch;
         self.released = at.epoch;
         self.stable = at.epoch;
