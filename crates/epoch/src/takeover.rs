@@ -48,6 +48,8 @@ pub(crate) struct Takeover {
     pub(crate) polled: Option<VmRecord>,
     pub(crate) next_poll: Micros,
     pub(crate) rounds: u64,
+    /// It is this standby's turn, so it may run the guest before it is granted.
+    first: bool,
 }
 
 impl Standby {
@@ -128,9 +130,18 @@ impl Standby {
             polled: None,
             next_poll: 0,
             rounds: 0,
+            first: speculate,
         });
-        if let Some(at) = at
-            && speculate
+        // What cannot be undone waits for the store's first answer: with the store lost and the primary heard again, this
+        // standby must be able to follow on.
+        if speculate && self.settings.can_roll_back {
+            self.speculate(out);
+        }
+    }
+
+    /// Runs the guest from the state to go on from, outputs held.
+    fn speculate(&mut self, out: &mut Vec<Action>) {
+        if let Some(at) = self.takeover.as_ref().filter(|t| t.first).and_then(|t| t.at)
             && self.settings.speculate
             && !self.speculating
         {
@@ -163,6 +174,8 @@ impl Standby {
         self.retry_at = 0;
         if self.takeover.is_none() && !self.undoing {
             self.ask(true, out);
+            // The old primary has stopped for good.
+            self.speculate(out);
         }
         self.store.not_before = now;
     }
@@ -395,6 +408,7 @@ impl Standby {
         let Some(at) = self.takeover.as_ref().map(|t| t.at) else {
             return;
         };
+        self.speculate(out);
         let trust = self.settings.broken(Sabotage::TrustRestoredStore);
         let floor = if trust {
             rec.term
