@@ -383,6 +383,11 @@ impl Standby {
                 self.store.not_before = now.saturating_add(self.settings.suspect_us);
             }
             Err(why) => {
+                if why == Refusal::NotInSync && at.is_some() {
+                    // No longer a standby of this VM: nothing to suspect until somebody says Hello.
+                    self.owner = None;
+                    self.session = Session::Idle;
+                }
                 out.push(Action::Notice(Notice::TakeoverRefused(why)));
                 self.refuse(now, out);
             }

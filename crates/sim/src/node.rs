@@ -194,7 +194,9 @@ impl World {
             }
             Action::Throttle { .. } => {}
             Action::Notice(n) => match n {
-                Notice::Suspected(_) => self.checks.suspicions += 1,
+                Notice::Suspected(_) if self.store.record.in_sync.contains(&self.hosts[h].id) => {
+                    self.checks.suspicions += 1;
+                }
                 Notice::Alone => self.checks.alone += 1,
                 _ => {}
             },
