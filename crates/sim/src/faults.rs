@@ -301,7 +301,11 @@ impl Plan {
                 at,
                 kind,
                 us,
+<<<<<<< HEAD
                 dice: rng.next(),
+=======
+                dice: rng.draw(),
+>>>>>>> epoch
             });
         };
         match profile {
@@ -505,8 +509,12 @@ impl World {
                 if begin {
                     let h = if f.dice & 1 == 0 { p } else { any };
                     // A slow host stands still for less than the detector's bound; a standby may for longer.
-                    let bound = if slow && h == p { 30_000 } else { u64::MAX };
-                    self.hosts[h].frozen_until = self.now + f.us.min(bound);
+                    let us = match (slow, h == p) {
+                        (true, true) => f.us.min(30_000),
+                        (true, false) => 90_000 + f.dice % 55_000,
+                        _ => f.us,
+                    };
+                    self.hosts[h].frozen_until = self.now + us;
                 }
                 ends = false;
             }

@@ -3,14 +3,20 @@
 use crate::disk::Entry;
 use crate::faults::Kind;
 use crate::guest::{PAGES, Request, State};
-use crate::invariants::{i1, i2, i3, i4, i5, i6};
+use crate::invariants::{i1, i2, i3, i4, i5, i6, old_term};
 use crate::world::{Bulk, Ev, Guest, Local, Record, Tracker, World};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use steadfast_epoch::{
+<<<<<<< HEAD
     Action, Body, CasOutcome, Event, Message, Notice, Sabotage, SealedEpoch, StoreReply, VmRecord,
 };
 use steadfast_types::Epoch;
+=======
+    Action, Body, CasOutcome, EpochRef, Event, Message, Notice, Sabotage, SealedEpoch, StoreReply, VmRecord,
+};
+use steadfast_types::{Epoch, HostId};
+>>>>>>> epoch
 
 const ITEMS: u16 = (1 << (PAGES + 1)) - 1;
 
@@ -99,8 +105,13 @@ impl World {
                 seq,
                 ..
             } => self.send_chunk(h, &to, message, join, seq),
+<<<<<<< HEAD
             Action::StoreRead { id } => self.to_store(h, id, None),
             Action::StoreCas { id, expect, record } => self.to_store(h, id, Some((expect, record))),
+=======
+            Action::StoreRead { id } => self.ask_store(h, id, None),
+            Action::StoreCas { id, expect, record } => self.ask_store(h, id, Some((expect, record))),
+>>>>>>> epoch
             Action::Cut { epoch, bases, freeze } => self.cut(h, epoch, &bases, freeze),
             Action::ResumeGuest => {
                 if let Some(g) = self.hosts[h].guest.as_mut() {
@@ -194,14 +205,16 @@ impl World {
             }
             Action::Throttle { .. } => {}
             Action::Notice(n) => match n {
-                Notice::Suspected(_) => self.checks.suspicions += 1,
+                Notice::Suspected(_) if self.store.record.in_sync.contains(&self.hosts[h].id) => {
+                    self.checks.suspicions += 1;
+                }
                 Notice::Alone => self.checks.alone += 1,
                 _ => {}
             },
         }
     }
 
-    fn send(&mut self, h: usize, to: &steadfast_types::HostId, message: Message) {
+    fn send(&mut self, h: usize, to: &HostId, message: Message) {
         let to = self.index(to);
         let bulk = match &message.body {
             Body::Epoch(e) => {
@@ -228,7 +241,7 @@ impl World {
         self.transmit(h, to, &message, bulk);
     }
 
-    fn send_chunk(&mut self, h: usize, to: &steadfast_types::HostId, message: Message, join: u64, seq: u64) {
+    fn send_chunk(&mut self, h: usize, to: &HostId, message: Message, join: u64, seq: u64) {
         let i = self.index(to);
         let host = &mut self.hosts[h];
         let Some(g) = host.guest.as_ref() else { return };
@@ -271,7 +284,7 @@ impl World {
         self.soon(h, 30, Local::Plain(e));
     }
 
-    fn cut(&mut self, h: usize, epoch: Epoch, bases: &[steadfast_types::HostId], freeze: bool) {
+    fn cut(&mut self, h: usize, epoch: Epoch, bases: &[HostId], freeze: bool) {
         let bases: Vec<usize> = bases.iter().map(|b| self.index(b)).collect();
         let pause = 100 + self.rng.below(300);
         let host = &mut self.hosts[h];
@@ -284,7 +297,11 @@ impl World {
             }
         }
         host.cutting = Some(Record {
+<<<<<<< HEAD
             epoch: steadfast_epoch::EpochRef {
+=======
+            epoch: EpochRef {
+>>>>>>> epoch
                 epoch,
                 term: Default::default(),
             },
@@ -296,7 +313,7 @@ impl World {
         self.soon(h, pause, Local::Sealed(epoch));
     }
 
-    fn stage(&mut self, h: usize, epoch: steadfast_epoch::EpochRef, flush: bool) {
+    fn stage(&mut self, h: usize, epoch: EpochRef, flush: bool) {
         let us = 20 + self.rng.below(150);
         let fsync = 50 + self.rng.below(self.hosts[h].fsync_us);
         let host = &mut self.hosts[h];
@@ -409,7 +426,7 @@ impl World {
         self.hosts[h].released = self.hosts[h].released.max(through.0);
     }
 
-    fn cold_boot(&mut self, h: usize, at: steadfast_epoch::EpochRef) {
+    fn cold_boot(&mut self, h: usize, at: EpochRef) {
         let found = self.hosts[h].disk.recover();
         i2::acts(self, h, "boots");
         let disk = found.map_or(0, |e| e.disk);
@@ -521,6 +538,7 @@ impl World {
                 let instance = host.instance;
                 self.checks.stage_asked = false;
                 let epoch = h.epoch;
+<<<<<<< HEAD
                 self.watch_stage(
                     to,
                     Event::Message {
@@ -529,6 +547,9 @@ impl World {
                     },
                     epoch,
                 );
+=======
+                self.watch_stage(to, from_id, message, epoch);
+>>>>>>> epoch
                 let host = &mut self.hosts[to];
                 let same =
                     host.instance == instance && host.records.get(&e).is_some_and(|(_, t)| *t == token);
@@ -576,13 +597,29 @@ impl World {
         }
     }
 
-    fn watch_stage(&mut self, h: usize, e: Event, epoch: steadfast_epoch::EpochRef) {
+    fn watch_stage(&mut self, h: usize, from: HostId, message: Message, epoch: EpochRef) {
         let now = self.local_time(h);
+<<<<<<< HEAD
         self.log(|| format!("{} <- {e:?}", self.hosts[h].id));
         let Some(r) = self.hosts[h].replica.as_mut() else {
             return;
         };
         let actions = r.handle(now, e);
+=======
+        self.log(|| format!("{} <- {from}: {message:?}", self.hosts[h].id));
+        let Some(r) = self.hosts[h].replica.as_mut() else {
+            return;
+        };
+        let seen = r.term();
+        let actions = r.handle(
+            now,
+            Event::Message {
+                from,
+                message: message.clone(),
+            },
+        );
+        old_term::acted(self, h, seen, &message, &actions);
+>>>>>>> epoch
         self.checks.stage_asked = actions
             .iter()
             .any(|a| matches!(a, Action::Stage { epoch: x, .. } if *x == epoch));
@@ -633,7 +670,7 @@ impl World {
         self.give(h, Event::Output);
     }
 
-    fn to_store(&mut self, h: usize, id: u64, cas: Option<(VmRecord, VmRecord)>) {
+    fn ask_store(&mut self, h: usize, id: u64, cas: Option<(VmRecord, VmRecord)>) {
         let i = self.hosts[h].instance;
         if self.store_cut[h] > 0 {
             return;

@@ -370,7 +370,7 @@ impl World {
     pub fn boot(&mut self, h: usize) {
         self.instances += 1;
         let instance = self.instances;
-        let seed = self.rng.next() >> 1;
+        let seed = self.rng.draw() >> 1;
         let now = self.local_time(h);
         let settings = self.settings.clone();
         let host = &mut self.hosts[h];

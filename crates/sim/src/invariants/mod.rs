@@ -10,6 +10,7 @@ pub mod i6;
 pub mod i7;
 pub mod i8;
 pub mod liveness;
+pub mod old_term;
 
 use crate::guest::State;
 use std::collections::{BTreeMap, HashMap};
