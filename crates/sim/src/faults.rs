@@ -301,11 +301,7 @@ impl Plan {
                 at,
                 kind,
                 us,
-<<<<<<< HEAD
-                dice: rng.next(),
-=======
                 dice: rng.draw(),
->>>>>>> epoch
             });
         };
         match profile {

@@ -8,15 +8,9 @@ use crate::world::{Bulk, Ev, Guest, Local, Record, Tracker, World};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use steadfast_epoch::{
-<<<<<<< HEAD
-    Action, Body, CasOutcome, Event, Message, Notice, Sabotage, SealedEpoch, StoreReply, VmRecord,
-};
-use steadfast_types::Epoch;
-=======
     Action, Body, CasOutcome, EpochRef, Event, Message, Notice, Sabotage, SealedEpoch, StoreReply, VmRecord,
 };
 use steadfast_types::{Epoch, HostId};
->>>>>>> epoch
 
 const ITEMS: u16 = (1 << (PAGES + 1)) - 1;
 
@@ -105,13 +99,8 @@ impl World {
                 seq,
                 ..
             } => self.send_chunk(h, &to, message, join, seq),
-<<<<<<< HEAD
-            Action::StoreRead { id } => self.to_store(h, id, None),
-            Action::StoreCas { id, expect, record } => self.to_store(h, id, Some((expect, record))),
-=======
             Action::StoreRead { id } => self.ask_store(h, id, None),
             Action::StoreCas { id, expect, record } => self.ask_store(h, id, Some((expect, record))),
->>>>>>> epoch
             Action::Cut { epoch, bases, freeze } => self.cut(h, epoch, &bases, freeze),
             Action::ResumeGuest => {
                 if let Some(g) = self.hosts[h].guest.as_mut() {
@@ -297,11 +286,7 @@ impl World {
             }
         }
         host.cutting = Some(Record {
-<<<<<<< HEAD
-            epoch: steadfast_epoch::EpochRef {
-=======
             epoch: EpochRef {
->>>>>>> epoch
                 epoch,
                 term: Default::default(),
             },
@@ -538,18 +523,7 @@ impl World {
                 let instance = host.instance;
                 self.checks.stage_asked = false;
                 let epoch = h.epoch;
-<<<<<<< HEAD
-                self.watch_stage(
-                    to,
-                    Event::Message {
-                        from: from_id,
-                        message,
-                    },
-                    epoch,
-                );
-=======
                 self.watch_stage(to, from_id, message, epoch);
->>>>>>> epoch
                 let host = &mut self.hosts[to];
                 let same =
                     host.instance == instance && host.records.get(&e).is_some_and(|(_, t)| *t == token);
@@ -599,13 +573,6 @@ impl World {
 
     fn watch_stage(&mut self, h: usize, from: HostId, message: Message, epoch: EpochRef) {
         let now = self.local_time(h);
-<<<<<<< HEAD
-        self.log(|| format!("{} <- {e:?}", self.hosts[h].id));
-        let Some(r) = self.hosts[h].replica.as_mut() else {
-            return;
-        };
-        let actions = r.handle(now, e);
-=======
         self.log(|| format!("{} <- {from}: {message:?}", self.hosts[h].id));
         let Some(r) = self.hosts[h].replica.as_mut() else {
             return;
@@ -619,7 +586,6 @@ impl World {
             },
         );
         old_term::acted(self, h, seen, &message, &actions);
->>>>>>> epoch
         self.checks.stage_asked = actions
             .iter()
             .any(|a| matches!(a, Action::Stage { epoch: x, .. } if *x == epoch));

@@ -461,12 +461,8 @@ impl Primary {
             } else {
                 0
             };
-<<<<<<< HEAD
-            if m.stall >= self.settings.ack_timeout_us && !m.stalled {
-=======
             let blind = self.settings.broken(Sabotage::NeverResend);
             if m.stall >= self.settings.ack_timeout_us && !m.stalled && !blind {
->>>>>>> epoch
                 m.stalled = true;
                 out.push(Action::Notice(Notice::StandbyStalled(m.host.clone())));
             }
