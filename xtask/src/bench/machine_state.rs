@@ -1,8 +1,7 @@
 //! The pause of a cut on this machine's KVM with the flat guest `pulse`: stop, state save, dirty harvest, page copy.
 //!
-//! Each round lets the guest dirty all pages of its set, then does what a cut does: stops the machine, lets the vCPU
-//! threads save their state, takes the dirty pages, copies them into memory that was touched before, collects all state,
-//! and lets the machine go on.
+//! Each round lets the guest dirty all pages of its set, then does what a cut does: stops the machine, takes the state
+//! of every part, takes the dirty pages, copies them into memory that was touched before, and lets the machine go on.
 //! The pages lie in an even spread over all RAM up to 3 GiB, the worst case for bitmaps and caches.
 
 use super::row::{Goal, Row, median, percentile};
@@ -85,7 +84,7 @@ impl VcpuEvents for NoEvent {
 fn run(quick: bool) -> Result<Report> {
     let hypervisor = Hypervisor::open().context("this benchmark needs KVM")?;
     let methods = [DirtyMethod::Log, DirtyMethod::LogManual, DirtyMethod::Ring];
-    let rounds = if quick { 5 } else { 51 };
+    let rounds = if quick { 5 } else { 31 };
     let base = |method| Case {
         pages: 1000,
         ram_mib: 512,
@@ -143,9 +142,9 @@ fn run(quick: bool) -> Result<Report> {
         let mut parts = Vec::new();
         for (metric, values) in [
             ("stop", &mut t.stop),
+            ("save", &mut t.save),
             ("harvest", &mut t.harvest),
             ("copy", &mut t.copy),
-            ("save", &mut t.save),
             ("resume", &mut t.resume),
         ] {
             let r = row(metric, values);
@@ -173,7 +172,7 @@ fn run(quick: bool) -> Result<Report> {
     let chart = Chart {
         title: "Pause of a cut, 512 MiB of RAM, 1 vCPU",
         unit: "us, median",
-        parts: &["stop", "harvest", "copy", "save", "resume"],
+        parts: &["stop", "save", "harvest", "copy", "resume"],
         bars,
     };
     Ok(Report {
@@ -182,8 +181,7 @@ fn run(quick: bool) -> Result<Report> {
         notes: format!(
             "Guest `pulse`, devices virtio-rng and virtio-console. Medians of {rounds} cuts; pages spread evenly over \
              RAM; the copy goes into memory that was touched before. `pause` is all of it, from the kick to the last \
-             vCPU told to run. The vCPU threads save while pages are harvested and copied; `save` is what was left of it \
-             afterwards, with the chips and devices. With more vCPUs than cores, `stop` holds the time until the host has given each vCPU \
+             vCPU told to run. With more vCPUs than cores, `stop` holds the time until the host has given each vCPU \
              thread a turn."
         ),
     })
@@ -279,8 +277,8 @@ fn measure(hypervisor: &Hypervisor, case: Case, rounds: usize) -> Result<Times> 
         let start = Instant::now();
         let mut q = m.quiesce()?;
         let stopped = Instant::now();
-        // The vCPUs' threads save while this one harvests and copies.
-        q.save_begin();
+        let state = q.save()?;
+        let saved = Instant::now();
         q.harvest(&mut dirty)?;
         let harvested = Instant::now();
         if dirty.len() * 4096 > arena.len() {
@@ -291,8 +289,6 @@ fn measure(hypervisor: &Hypervisor, case: Case, rounds: usize) -> Result<Times> 
         }
         let copied_pages = m.ram().copy_pages(&dirty, &mut arena);
         let copied = Instant::now();
-        let state = q.save()?;
-        let saved = Instant::now();
         drop(q);
         let end = Instant::now();
         if copied_pages != dirty.len() {
@@ -311,10 +307,10 @@ fn measure(hypervisor: &Hypervisor, case: Case, rounds: usize) -> Result<Times> 
         if round >= 2 {
             let us = |a: Instant, b: Instant| (b - a).as_secs_f64() * 1e6;
             t.stop.push(us(start, stopped));
-            t.harvest.push(us(stopped, harvested));
+            t.save.push(us(stopped, saved));
+            t.harvest.push(us(saved, harvested));
             t.copy.push(us(harvested, copied));
-            t.save.push(us(copied, saved));
-            t.resume.push(us(saved, end));
+            t.resume.push(us(copied, end));
             t.pause.push(us(start, end));
             t.pages.push(dirty.len() as f64);
         }
