@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_machine::devices::legacy::{EventSink, GuestEvent, OutputSink};
+use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
 use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
@@ -134,6 +135,8 @@ struct Process {
     resets: u64,
     started: Instant,
     last_pause_us: u64,
+    /// The guest is on a new TAP, perhaps on another host: at its first step it tells the network where it is now.
+    announce: bool,
 }
 
 fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, AssembleError> {
@@ -201,6 +204,7 @@ pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
         resets: 0,
         started: Instant::now(),
         last_pause_us: 0,
+        announce: matches!(start, Start::Restore(_)),
         options,
     };
     if !process.options.paused {
@@ -279,6 +283,9 @@ impl Process {
     fn resume(&mut self) {
         self.vm.machine.resume();
         self.running = Running::Yes;
+        if std::mem::take(&mut self.announce) {
+            self.vm.nics.iter().for_each(NetHandle::announce);
+        }
     }
 
     fn pause(&mut self) -> bool {
