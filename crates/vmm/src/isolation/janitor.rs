@@ -65,10 +65,11 @@ pub struct Janitor {
 
 impl Janitor {
     /// Forks the janitor, which removes `files` and then `folders` (in order; empty ones only) once this process ends.
+    /// It lives in the cgroups `home`, not in those that it is to remove.
     ///
     /// # Errors
     /// No pipe or no process to be had.
-    pub fn start(files: Vec<Leftover>, folders: Vec<PathBuf>) -> io::Result<Self> {
+    pub fn start(files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) -> io::Result<Self> {
         let (wait, alive) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         // SAFETY: the child runs only the code below. It allocates little, which glibc's fork allows also when other
         // threads exist (its allocator is made consistent), takes no lock of ours, and leaves by _exit.
@@ -76,7 +77,7 @@ impl Janitor {
             -1 => Err(io::Error::last_os_error()),
             0 => {
                 drop(alive);
-                serve(&wait, &files, &folders);
+                serve(&wait, files, folders, home);
                 // SAFETY: ends the child without running the parent's exit handlers.
                 unsafe { libc::_exit(0) }
             }
@@ -85,12 +86,16 @@ impl Janitor {
     }
 }
 
-fn serve(wait: &OwnedFd, files: &[Leftover], folders: &[PathBuf]) {
+fn serve(wait: &OwnedFd, files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) {
     // Its own session: a Ctrl-C at the terminal is for the VM.
     let _ = rustix::process::setsid();
     close_all_but(wait.as_raw_fd());
     // SAFETY: the name is a literal with a final zero.
     unsafe { libc::prctl(libc::PR_SET_NAME, c"vm-janitor".as_ptr(), 0, 0, 0) };
+    for group in home {
+        // Zero is whoever writes. If this fails the VM's group cannot be removed, which harms nobody.
+        let _ = std::fs::write(group.join("cgroup.procs"), "0");
+    }
     let mut buf = [0; 1];
     while let Err(rustix::io::Errno::INTR) = rustix::io::read(wait, &mut buf) {}
     for file in files {

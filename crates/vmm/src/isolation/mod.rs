@@ -125,8 +125,9 @@ impl Isolation {
             .map(|g| g.folders().map(Path::to_owned).collect())
             .unwrap_or_default();
         let janitor = if user::is_root() || !folders.is_empty() {
-            let files = sockets.iter().filter_map(|p| Leftover::of(p).ok()).collect();
-            Some(Janitor::start(files, folders).map_err(IsolationError::Janitor)?)
+            let files: Vec<_> = sockets.iter().filter_map(|p| Leftover::of(p).ok()).collect();
+            let home = group.map(Cgroup::before).unwrap_or_default();
+            Some(Janitor::start(&files, &folders, home).map_err(IsolationError::Janitor)?)
         } else {
             None
         };

@@ -314,6 +314,8 @@ const IOCTLS_MAIN: Ioctls = &[
     kvm(0xe1),            // SET_DEVICE_ATTR
     (0x5401, WHOLE),      // TCGETS
     (0x5402, WHOLE),      // TCSETS
+    (0x802c_542a, WHOLE), // TCGETS2
+    (0x402c_542b, WHOLE), // TCSETS2
     (0x5413, WHOLE),      // TIOCGWINSZ
     (0x5451, WHOLE),      // FIOCLEX
     (0x1268, WHOLE),      // BLKSSZGET
@@ -358,6 +360,7 @@ const MAIN: &[Rule] = &[
         libc::SYS_rt_sigaction,
         libc::SYS_set_robust_list,
         libc::SYS_statx,
+        libc::SYS_sysinfo,
         libc::SYS_unlink,
     ]),
     Bits(libc::SYS_prctl, 0, WHOLE, libc::PR_SET_NAME as u64),

@@ -125,16 +125,18 @@ fn limit(resource: libc::__rlimit_resource_t, most: u64) -> Result<(), UserError
     check(unsafe { libc::getrlimit(resource, &raw mut now) }, || {
         "read a resource limit".into()
     })?;
-    // Only root may raise the upper bound.
-    let most = if is_root() { most } else { most.min(now.rlim_max) };
-    let new = libc::rlimit {
-        rlim_cur: most,
-        rlim_max: most,
+    let set = |most: u64| {
+        let new = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: most,
+        };
+        // SAFETY: setrlimit reads one rlimit through the pointer.
+        check(unsafe { libc::setrlimit(resource, &raw const new) }, || {
+            format!("set resource limit {resource} to {most}")
+        })
     };
-    // SAFETY: setrlimit reads one rlimit through the pointer.
-    check(unsafe { libc::setrlimit(resource, &raw const new) }, || {
-        format!("set resource limit {resource} to {most}")
-    })
+    // Only CAP_SYS_RESOURCE may raise the upper bound, which root in a container may lack.
+    set(most).or_else(|_| set(most.min(now.rlim_max)))
 }
 
 /// Gives up all privileges of the process: user, groups, capabilities, core dumps, and the way back.

@@ -50,10 +50,33 @@ struct Hierarchy {
     controllers: Vec<Controller>,
 }
 
+impl Hierarchy {
+    /// The group that a process with this `/proc/PID/cgroup` is in.
+    fn folder_of(&self, proc_cgroup: &str) -> Option<PathBuf> {
+        // "4:memory:/steadfast/db", "0::/steadfast/db"
+        let path = proc_cgroup.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (names, path) = (fields.next()?, fields.next()?);
+            let known = |n| Controller::by_name(Version::V1, n);
+            let ours = match self.version {
+                Version::V2 => names.is_empty(),
+                Version::V1 => names
+                    .split(',')
+                    .filter_map(known)
+                    .any(|c| self.controllers.contains(&c)),
+            };
+            ours.then_some(path)
+        })?;
+        Some(self.mount.join(path.trim_start_matches('/')))
+    }
+}
+
 /// The cgroup of one VM: a folder per hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
     folders: Vec<(Hierarchy, PathBuf)>,
+    /// Where the process was before, per hierarchy.
+    before: Vec<PathBuf>,
 }
 
 /// What the host has mounted. Controllers in v2 win over v1.
@@ -120,7 +143,12 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`]; nothing of it stays then.
     pub fn enter(parent: &Path, name: &VmId) -> Result<Self, CgroupError> {
-        Self::enter_in(mounted(), parent, name, &std::process::id().to_string())
+        let hierarchies = mounted();
+        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let before = hierarchies.iter().filter_map(|h| h.folder_of(&own)).collect();
+        let mut this = Self::enter_in(hierarchies, parent, name, &std::process::id().to_string())?;
+        this.before = before;
+        Ok(this)
     }
 
     fn enter_in(
@@ -136,7 +164,10 @@ impl Cgroup {
         if hierarchies.is_empty() {
             return Err(CgroupError::NoHierarchy("cpu, memory or io"));
         }
-        let mut this = Self { folders: Vec::new() };
+        let mut this = Self {
+            folders: Vec::new(),
+            before: Vec::new(),
+        };
         let done = hierarchies.into_iter().try_for_each(|hierarchy| {
             let above = hierarchy.mount.join(parent);
             let folder = above.join(name.as_str());
@@ -182,31 +213,26 @@ impl Cgroup {
     fn found(hierarchies: Vec<Hierarchy>, proc_cgroup: &str, name: &VmId) -> Option<Self> {
         let mut folders = Vec::new();
         for hierarchy in hierarchies {
-            // "4:memory:/steadfast/db", "0::/steadfast/db"
-            let path = proc_cgroup.lines().find_map(|line| {
-                let mut fields = line.splitn(3, ':').skip(1);
-                let (names, path) = (fields.next()?, fields.next()?);
-                let ours = match hierarchy.version {
-                    Version::V2 => names.is_empty(),
-                    Version::V1 => names.split(',').any(|n| {
-                        Controller::by_name(Version::V1, n)
-                            .is_some_and(|c| hierarchy.controllers.contains(&c))
-                    }),
-                };
-                ours.then_some(path)
-            })?;
-            let path = Path::new(path.trim_start_matches('/'));
-            if path.file_name()? == name.as_str() {
-                let folder = hierarchy.mount.join(path);
+            let folder = hierarchy.folder_of(proc_cgroup)?;
+            if folder.file_name()? == name.as_str() {
                 folders.push((hierarchy, folder));
             }
         }
-        (!folders.is_empty()).then_some(Self { folders })
+        (!folders.is_empty()).then_some(Self {
+            folders,
+            before: Vec::new(),
+        })
     }
 
     /// Its folders, one per hierarchy.
     pub fn folders(&self) -> impl Iterator<Item = &Path> {
         self.folders.iter().map(|(_, folder)| folder.as_path())
+    }
+
+    /// The groups that the process left for this one.
+    #[must_use]
+    pub fn before(&self) -> &[PathBuf] {
+        &self.before
     }
 
     /// Sets the limits that are given; others stay as they are. `disks` are the devices (major, minor) to which
