@@ -142,8 +142,8 @@ impl Vm {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         tasks
             .filter_map(|t| std::fs::read_to_string(t.unwrap().path().join("status")).ok())
-            // KVM's own kernel threads are listed too: a vCPU thread is their parent.
-            .filter(|text| !text.starts_with("Name:\tkvm-"))
+            // Kernel threads of KVM and io_uring are listed too, with the filters of the thread that caused them.
+            .filter(|text| !text.starts_with("Name:\tkvm-") && !text.starts_with("Name:\tiou-"))
             .map(|text| {
                 text.lines()
                     .filter_map(|l| l.split_once(':'))
