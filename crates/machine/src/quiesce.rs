@@ -12,7 +12,7 @@ use crate::devices::virtio::pci::VirtioPci;
 use crate::kvm::{KvmError, KvmVm};
 use crate::machine::{Machine, lock};
 use crate::state::{MachineState, StateError};
-use crate::vcpu::{PendingSave, VcpuStuck};
+use crate::vcpu::VcpuStuck;
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 use steadfast_types::Gfn;
@@ -43,8 +43,6 @@ pub struct Quiesced<'m> {
     // Taken and given back around the drop, so that devices are free before vCPUs run.
     held: Option<Held<'m>>,
     resume: bool,
-    /// vCPU states that are being taken; see [`Quiesced::save_begin`].
-    saving: Option<PendingSave<'m>>,
     /// How long it took to stop.
     pub times: QuiesceTimes,
 }
@@ -89,20 +87,12 @@ impl Machine {
             machine: self,
             held: Some(held),
             resume: true,
-            saving: None,
             times,
         })
     }
 }
 
 impl<'m> Quiesced<'m> {
-    /// Lets the vCPU threads begin to save, while the caller harvests and copies pages; [`Quiesced::save`] collects.
-    pub fn save_begin(&mut self) {
-        if self.saving.is_none() {
-            self.saving = Some(self.machine.vcpus.save_begin(true));
-        }
-    }
-
     /// Takes the state of every part. Several vCPUs save in parallel, while this thread saves the devices.
     ///
     /// # Errors
@@ -112,8 +102,7 @@ impl<'m> Quiesced<'m> {
         let Some(held) = &mut self.held else {
             return Ok(state);
         };
-        let begun = self.saving.take();
-        let vcpus = begun.unwrap_or_else(|| self.machine.vcpus.save_begin(false));
+        let vcpus = self.machine.vcpus.save_begin();
         let mut devices = MachineState::default();
         for part in &mut held.parts {
             devices.push(part.save()?);
@@ -174,10 +163,6 @@ impl<'m> Quiesced<'m> {
 
 impl Drop for Quiesced<'_> {
     fn drop(&mut self) {
-        // A save that nobody collected: its threads must be back before they are told to run.
-        if let Some(begun) = self.saving.take() {
-            let _ = begun.finish();
-        }
         self.held = None;
         if self.resume {
             self.machine.vcpus.resume();

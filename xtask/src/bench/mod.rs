@@ -25,6 +25,17 @@ pub struct Args {
     /// Fewer cases and rounds; nothing is kept.
     #[arg(long)]
     quick: bool,
+    /// Only cases whose name contains this; nothing is kept.
+    #[arg(long, default_value = "")]
+    case: String,
+}
+
+/// How much of a benchmark is wanted.
+pub struct Extent<'a> {
+    /// Fewer cases and rounds.
+    pub quick: bool,
+    /// Only cases whose name contains this.
+    pub case: &'a str,
 }
 
 /// What a benchmark found.
@@ -43,8 +54,8 @@ pub struct Bench {
     pub name: &'static str,
     /// One line for the list and the heading.
     pub what: &'static str,
-    /// Measures; the argument is `--quick`.
-    pub run: fn(bool) -> Result<Report>,
+    /// Measures.
+    pub run: fn(&Extent) -> Result<Report>,
 }
 
 /// All benchmarks.
@@ -64,7 +75,10 @@ pub fn run(root: &Path, args: &Args) -> Result<bool> {
     let Some(bench) = benches.iter().find(|b| b.name == name) else {
         bail!("no benchmark {name}; `cargo xtask bench` lists them");
     };
-    let report = (bench.run)(args.quick)?;
+    let report = (bench.run)(&Extent {
+        quick: args.quick,
+        case: &args.case,
+    })?;
     let table = markdown::table(&report.rows);
     if args.json {
         for row in &report.rows {
@@ -73,7 +87,7 @@ pub fn run(root: &Path, args: &Args) -> Result<bool> {
     } else {
         println!("{table}");
     }
-    if !args.quick {
+    if !args.quick && args.case.is_empty() {
         keep(root, bench, &report, &table)?;
     }
     let missed: Vec<&Row> = report.rows.iter().filter(|r| r.met == Some(false)).collect();

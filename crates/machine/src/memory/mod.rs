@@ -134,6 +134,20 @@ impl Ram {
         Ok(ram)
     }
 
+    /// Maps `bytes` of RAM onto a file that is already open for reading and writing, as [`RamBacking::File`].
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn on_file(file: File, bytes: u64) -> Result<Self, MemoryError> {
+        if bytes < RAM_BYTES_MIN || !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(MemoryError::Size(bytes));
+        }
+        ftruncate(&file, bytes).map_err(|e| MemoryError::Map(format!("setting the size to {bytes}: {e}")))?;
+        let ram = Self::map(file, bytes)?;
+        ram.advise(Advice::LinuxDontDump);
+        Ok(ram)
+    }
+
     fn map(file: File, bytes: u64) -> Result<Self, MemoryError> {
         let mut regions = Vec::new();
         let file = Arc::new(file);

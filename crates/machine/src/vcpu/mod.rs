@@ -104,8 +104,6 @@ pub const STOP_BOUND: Duration = Duration::from_secs(20);
 /// A save of all vCPUs under way.
 pub struct PendingSave<'a> {
     vcpus: &'a Vcpus,
-    /// The vCPUs' own threads are at it; otherwise whoever finishes does it.
-    by_threads: bool,
 }
 
 impl PendingSave<'_> {
@@ -114,7 +112,7 @@ impl PendingSave<'_> {
     /// # Errors
     /// The first [`StateError`].
     pub fn finish(self) -> Result<Vec<StateRecord>, StateError> {
-        self.vcpus.save_finish(self.by_threads)
+        self.vcpus.save_finish()
     }
 }
 
@@ -283,12 +281,11 @@ impl Vcpus {
         }
     }
 
-    /// Begins to take the state of all vCPUs; they must be parked. Several are saved by their own threads in parallel;
-    /// so is a single one if the caller has other work meanwhile (`ahead`), else whoever finishes saves it.
+    /// Begins to take the state of all vCPUs; they must be parked. One vCPU is saved by whoever finishes, several
+    /// by their own threads in parallel.
     #[must_use]
-    pub fn save_begin(&self, ahead: bool) -> PendingSave<'_> {
-        let by_threads = ahead || self.threads.len() > 1;
-        if by_threads {
+    pub fn save_begin(&self) -> PendingSave<'_> {
+        if self.threads.len() > 1 {
             let mut control = self.control.lock();
             for slot in &mut control.saves {
                 *slot = SaveSlot {
@@ -299,14 +296,11 @@ impl Vcpus {
             control.saving = self.threads.len();
             self.control.orders.notify_all();
         }
-        PendingSave {
-            vcpus: self,
-            by_threads,
-        }
+        PendingSave { vcpus: self }
     }
 
-    fn save_finish(&self, by_threads: bool) -> Result<Vec<StateRecord>, StateError> {
-        if let ([only], false) = (self.threads.as_slice(), by_threads) {
+    fn save_finish(&self) -> Result<Vec<StateRecord>, StateError> {
+        if let [only] = self.threads.as_slice() {
             return Ok(vec![state::save(&lock(&only.fd), 0, &self.msr_indices)?]);
         }
         let mut control = self.control.lock();
