@@ -50,7 +50,7 @@ fn read(random: bool, disk: &str, ms: u64) -> io::Result<(u64, u64)> {
     let size = if random { SMALL } else { MIB };
     let places = (sectors * 512 / size as u64).max(1);
     // On the heap, aligned as direct reads want it.
-    let mut buffer = vec![Buffer([0; MIB])];
+    let mut buffer = Box::new(Buffer([0; MIB]));
     let start = clock::read(libc::CLOCK_MONOTONIC);
     let (mut operations, mut word) = (0u64, 1u64);
     loop {
@@ -66,7 +66,7 @@ fn read(random: bool, disk: &str, ms: u64) -> io::Result<(u64, u64)> {
         } else {
             operations % places
         };
-        file.read_exact_at(&mut buffer[0].0[..size], place * size as u64)?;
+        file.read_exact_at(&mut buffer.0[..size], place * size as u64)?;
         operations += 1;
     }
 }
