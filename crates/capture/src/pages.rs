@@ -27,7 +27,13 @@ impl PageArena {
     pub fn new(first_pages: usize, keep_bytes: usize) -> Self {
         let slab = vec![[1u8; PAGE_SIZE as usize]; first_pages];
         let bytes = slab.capacity() * PAGE_SIZE as usize;
-        Self { free: Arc::new(Mutex::new(Free { slabs: vec![slab], bytes })), keep_bytes }
+        Self {
+            free: Arc::new(Mutex::new(Free {
+                slabs: vec![slab],
+                bytes,
+            })),
+            keep_bytes,
+        }
     }
 
     /// An empty slab with room for `pages` if one is at hand: the largest.
@@ -57,7 +63,11 @@ impl PageArena {
     /// Starts a set of pages for about `pages` pages.
     #[must_use]
     pub fn begin(&self, pages: usize) -> SealedPages {
-        SealedPages { gfns: Vec::with_capacity(pages), slab: self.take(pages), arena: self.clone() }
+        SealedPages {
+            gfns: Vec::with_capacity(pages),
+            slab: self.take(pages),
+            arena: self.clone(),
+        }
     }
 }
 

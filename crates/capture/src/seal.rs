@@ -63,7 +63,10 @@ impl Capture {
     /// With an arena for cuts of about `pages` pages.
     #[must_use]
     pub fn new(arena: PageArena) -> Self {
-        Self { arena, dirty: Vec::new() }
+        Self {
+            arena,
+            dirty: Vec::new(),
+        }
     }
 
     /// Stops the machine, seals what changed since the last cut and also the pages `extra` (rising), calls `at_cut`

@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::time::Duration;
 use steadfast_machine::machine::ThreadHooks;
-use steadfast_types::VmId;
+use steadfast_protect::ProtectSpec;
+use steadfast_types::{HostId, VmId};
 use steadfast_vmm::control::{self, Request, Then, ask};
 use steadfast_vmm::isolation::Isolation;
 use steadfast_vmm::isolation::cgroup::{self, Cgroup, CpuMax, IoMax, Limits, MemoryMax, limits};
 use steadfast_vmm::isolation::seccomp::SeccompMode;
 use steadfast_vmm::isolation::user::UserChoice;
-use steadfast_vmm::process::{Options, Start, run};
+use steadfast_vmm::process::{Ended, Options, ProcessError, Start, run};
 use steadfast_vmm::spec::{
     Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, VsockSpec, parse_mac, parse_size,
 };
@@ -51,6 +52,8 @@ pub enum VmVerb {
     Resume { name: VmId },
     /// Press the power button: the guest shuts itself down.
     Shutdown { name: VmId },
+    /// Hand a protected VM over to a standby in sync (planned promote, live migration).
+    HandOver { name: VmId, to: HostId },
     /// End a VM at once, as if its power failed.
     Stop { name: VmId },
     /// Show a running VM's limits, or change those that are given.
@@ -196,6 +199,12 @@ pub struct VmmArgs {
     /// Saved VM to go on with.
     #[arg(long, conflicts_with = "spec")]
     restore: Option<PathBuf>,
+    /// How the VM is protected (JSON): this host's name, its peers, the store.
+    #[arg(long, requires = "spec")]
+    protect: Option<PathBuf>,
+    /// File name of the control socket instead of the VM's name, where one host runs several instances of a VM.
+    #[arg(long)]
+    instance: Option<VmId>,
     #[command(flatten)]
     process: ProcessArgs,
 }
@@ -344,6 +353,14 @@ fn control_path(name: &VmId) -> PathBuf {
 }
 
 fn start(name: &VmId, start: Start, args: &ProcessArgs) -> Done {
+    with_options(name, args, |options| run(start, options))
+}
+
+fn with_options(
+    name: &VmId,
+    args: &ProcessArgs,
+    run: impl FnOnce(Options) -> Result<Ended, ProcessError>,
+) -> Done {
     let dir = run_dir();
     std::fs::create_dir_all(&dir).map_err(|e| {
         format!(
@@ -381,7 +398,7 @@ fn start(name: &VmId, start: Start, args: &ProcessArgs) -> Done {
         hooks: ThreadHooks::default(),
         isolation: Some(args.isolation()?),
     };
-    let ended = run(start, options);
+    let ended = run(options);
     drop(terminal);
     let ended = ended?;
     tracing::info!(?ended, "the VM ended");
@@ -405,7 +422,16 @@ pub fn run_vmm(args: VmmArgs) -> Done {
         _ => std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?,
     };
     let spec: VmSpec = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    start(&spec.name.clone(), Start::Boot(Box::new(spec)), &args.process)
+    let name = args.instance.clone().unwrap_or_else(|| spec.name.clone());
+    let Some(protect) = args.protect else {
+        return start(&name, Start::Boot(Box::new(spec)), &args.process);
+    };
+    let text = std::fs::read_to_string(&protect).map_err(|e| format!("{}: {e}", protect.display()))?;
+    let protect: ProtectSpec =
+        serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
+    with_options(&name, &args.process, |options| {
+        steadfast_protect::run(spec, protect, options)
+    })
 }
 
 /// Runs `steadfast vm VERB`.
@@ -442,6 +468,7 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
         VmVerb::Pause { name } => (name, Request::Pause),
         VmVerb::Resume { name } => (name, Request::Resume),
         VmVerb::Shutdown { name } => (name, Request::PowerButton),
+        VmVerb::HandOver { name, to } => (name, Request::HandOver { to }),
         VmVerb::Stop { name } => (name, Request::Stop),
         VmVerb::Type { name, text } => (name, Request::Type { text }),
     };

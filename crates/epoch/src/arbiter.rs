@@ -311,6 +311,7 @@ pub fn may_take_over(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -118,7 +118,7 @@ impl Replica {
     pub fn term(&self) -> Term {
         match &self.role {
             Role::Primary(p) => p.term(),
-            Role::Standby(s) => s.term(),
+            Role::Standby(s) => s.seen(),
         }
     }
 

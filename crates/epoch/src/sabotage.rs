@@ -35,8 +35,10 @@ pub enum Sabotage {
     CommitWithoutFsync,
     /// I7: time during which the standby itself did not run counts as the primary's silence.
     CountOwnStarvation,
+    /// I8: a primary calls itself protected as long as the record lists a standby, heard or not.
+    AlwaysProtected,
     /// Fault 48: messages of an old term are accepted.
     AcceptOldTerm,
-    /// Liveness: lost epochs are never asked for again.
+    /// Liveness: lost epochs are never sent again, and a standby that waits for them is never given up.
     NeverResend,
 }

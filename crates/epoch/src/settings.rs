@@ -43,8 +43,9 @@ pub struct Settings {
     pub acks_required: u8,
     /// Run the guest, outputs held, while the grant is awaited.
     pub speculate: bool,
-    /// The runtime can undo a speculative run and stand exactly where it was. Without it, a standby that has begun to
-    /// speculate does not go back to following before the store has decided.
+    /// The runtime can undo a speculative run and stand exactly where it was. Then the run begins with the suspicion;
+    /// without it only when the store has answered that a takeover is allowed, since a standby that has begun does not go
+    /// back to following before the store has decided.
     pub can_roll_back: bool,
     /// A handover whose last epoch is not acknowledged within this time is cancelled and the guest runs on.
     pub handover_timeout_us: Micros,

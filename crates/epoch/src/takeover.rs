@@ -26,28 +26,30 @@ use crate::Micros;
 use crate::arbiter::{CasOutcome, Fate, Proposal, Refusal, StoreId, StoreReply, VmRecord};
 use crate::arbiter::{may_cold_start, may_take_over};
 use crate::io::{Action, Notice};
-use crate::message::{Body, EpochRef, Message};
+use crate::message::EpochRef;
 use crate::primary::{Flight, Inheritance, Primary, Window};
 use crate::sabotage::Sabotage;
 use crate::standby::{Session, Standby, StandbyStep};
 use std::collections::BTreeMap;
-use steadfast_types::{HostId, Term};
+use steadfast_types::HostId;
 
 /// A takeover under way.
 #[derive(Clone, Debug)]
 pub(crate) struct Takeover {
     /// The epoch to go on from; `None`: start from the disks.
-    at: Option<EpochRef>,
+    pub(crate) at: Option<EpochRef>,
     /// Whose silence it is about.
     suspect: Option<HostId>,
     proposal: Option<Proposal>,
     /// The record to propose on, while others are polled.
-    polling: Option<(StoreId, VmRecord)>,
-    polls: BTreeMap<HostId, (EpochRef, bool)>,
+    pub(crate) polling: Option<(StoreId, VmRecord)>,
+    pub(crate) polls: BTreeMap<HostId, (EpochRef, bool)>,
     /// The record that the answers in `polls` are about.
-    polled: Option<VmRecord>,
-    next_poll: Micros,
-    rounds: u64,
+    pub(crate) polled: Option<VmRecord>,
+    pub(crate) next_poll: Micros,
+    pub(crate) rounds: u64,
+    /// It is this standby's turn, so it may run the guest before it is granted.
+    first: bool,
 }
 
 impl Standby {
@@ -128,9 +130,18 @@ impl Standby {
             polled: None,
             next_poll: 0,
             rounds: 0,
+            first: speculate,
         });
-        if let Some(at) = at
-            && speculate
+        // What cannot be undone waits for the store's first answer: with the store lost and the primary heard again, this
+        // standby must be able to follow on.
+        if speculate && self.settings.can_roll_back {
+            self.speculate(out);
+        }
+    }
+
+    /// Runs the guest from the state to go on from, outputs held.
+    fn speculate(&mut self, out: &mut Vec<Action>) {
+        if let Some(at) = self.takeover.as_ref().filter(|t| t.first).and_then(|t| t.at)
             && self.settings.speculate
             && !self.speculating
         {
@@ -163,6 +174,8 @@ impl Standby {
         self.retry_at = 0;
         if self.takeover.is_none() && !self.undoing {
             self.ask(true, out);
+            // The old primary has stopped for good.
+            self.speculate(out);
         }
         self.store.not_before = now;
     }
@@ -286,7 +299,7 @@ impl Standby {
     }
 
     /// With the store out of reach and the primary heard, go back to following; a proposal under way is remembered.
-    fn return_if_heard(&mut self, now: Micros, out: &mut Vec<Action>) -> bool {
+    pub(crate) fn return_if_heard(&mut self, now: Micros, out: &mut Vec<Action>) -> bool {
         let heard = self.silence < self.settings.suspect_us / 2 && self.owner.is_some();
         let back = self.takeover.as_ref().is_some_and(|t| t.at.is_some()) && heard && self.may_return();
         if back {
@@ -370,6 +383,11 @@ impl Standby {
                 self.store.not_before = now.saturating_add(self.settings.suspect_us);
             }
             Err(why) => {
+                if why == Refusal::NotInSync && at.is_some() {
+                    // No longer a standby of this VM: nothing to suspect until somebody says Hello.
+                    self.owner = None;
+                    self.session = Session::Idle;
+                }
                 out.push(Action::Notice(Notice::TakeoverRefused(why)));
                 self.refuse(now, out);
             }
@@ -391,10 +409,11 @@ impl Standby {
         StandbyStep::Stay
     }
 
-    fn propose(&mut self, now: Micros, store: StoreId, rec: VmRecord, out: &mut Vec<Action>) {
+    pub(crate) fn propose(&mut self, now: Micros, store: StoreId, rec: VmRecord, out: &mut Vec<Action>) {
         let Some(at) = self.takeover.as_ref().map(|t| t.at) else {
             return;
         };
+        self.speculate(out);
         let trust = self.settings.broken(Sabotage::TrustRestoredStore);
         let floor = if trust {
             rec.term
@@ -427,90 +446,6 @@ impl Standby {
         });
         if let Some(t) = self.takeover.as_mut() {
             t.proposal = Some(Proposal { expect: rec, record });
-        }
-    }
-
-    /// Polls the others until enough have promised; gives way to one who has more.
-    fn poll_step(&mut self, now: Micros, out: &mut Vec<Action>) {
-        let me = self.me.clone();
-        let resend = self.settings.resend_us;
-        let durable = self.durable_through();
-        let Some(t) = self.takeover.as_mut() else { return };
-        let (Some((store, rec)), Some(at)) = (t.polling.clone(), t.at) else {
-            return;
-        };
-        let newer = |r: &EpochRef| (r.term, r.epoch) > (at.term, at.epoch) && r.epoch > at.epoch;
-        let promised = t
-            .polls
-            .values()
-            .filter(|(staged, yes)| *yes && !newer(staged))
-            .count();
-        let behind = t.polls.values().any(|(staged, _)| newer(staged));
-        // A flush that was committed by the fsyncs of others must be on this disk too before this host is named as the
-        // owner, whose disk is the one that counts (I5).
-        if !behind && promised >= rec.polls_needed() && durable >= at.epoch {
-            t.polling = None;
-            self.propose(now, store, rec, out);
-            return;
-        }
-        if now < t.next_poll {
-            return;
-        }
-        t.next_poll = now.saturating_add(resend);
-        t.rounds += 1;
-        for to in rec.in_sync.iter().filter(|&h| *h != me) {
-            let message = Message {
-                term: rec.term,
-                session: 0,
-                body: Body::Poll,
-            };
-            out.push(Action::Send {
-                to: to.clone(),
-                message,
-            });
-        }
-        // From time to time look at the record again: another, who has more, may have taken over.
-        if t.rounds.is_multiple_of(4) {
-            t.polling = None;
-        }
-    }
-
-    /// Another standby of the VM asks what is here, and for the promise.
-    pub(crate) fn polled(&mut self, from: &HostId, term: Term, out: &mut Vec<Action>) {
-        let Some(staged) = self.intact() else { return };
-        // Who hears the primary well does not help to depose it (I7).
-        let silent = self.takeover.is_some() || self.silence >= self.settings.suspect_us / 2;
-        let promised = silent && self.term <= term && !self.undoing;
-        if promised {
-            self.promised = self.promised.max(term);
-        }
-        let message = Message {
-            term,
-            session: 0,
-            body: Body::PollReply { staged, promised },
-        };
-        out.push(Action::Send {
-            to: from.clone(),
-            message,
-        });
-    }
-
-    pub(crate) fn poll_reply(
-        &mut self,
-        now: Micros,
-        from: &HostId,
-        term: Term,
-        staged: EpochRef,
-        promised: bool,
-        out: &mut Vec<Action>,
-    ) {
-        let Some(t) = self.takeover.as_mut() else { return };
-        if t.polling
-            .as_ref()
-            .is_some_and(|(_, r)| r.term == term && r.in_sync.contains(from))
-        {
-            t.polls.insert(from.clone(), (staged, promised));
-            self.poll_step(now, out);
         }
     }
 

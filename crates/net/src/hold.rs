@@ -134,7 +134,10 @@ impl Hold {
         let mut q = self.queue();
         let mut until = q.gone;
         while let Some(&(epoch, boundary)) = q.boundaries.front().filter(|(e, _)| *e <= through) {
-            assert!(epoch <= through, "I1: a frame of epoch {epoch} would leave at the release of {through}");
+            assert!(
+                epoch <= through,
+                "I1: a frame of epoch {epoch} would leave at the release of {through}"
+            );
             until = until.max(boundary);
             q.boundaries.pop_front();
         }
@@ -157,7 +160,9 @@ impl Queue {
     fn let_go(&mut self, until: u64, send: bool) -> u64 {
         let mut left = 0;
         while self.gone < until {
-            let Some(mut frame) = self.frames.pop_front() else { break };
+            let Some(mut frame) = self.frames.pop_front() else {
+                break;
+            };
             self.gone += 1;
             self.bytes -= frame.len();
             if send {

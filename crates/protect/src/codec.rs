@@ -69,7 +69,10 @@ impl Reader<'_> {
         Some(if self.flag()? { Some(f(self)?) } else { None })
     }
     fn r(&mut self) -> Option<EpochRef> {
-        Some(EpochRef { epoch: Epoch(self.n()?), term: Term(self.n()?) })
+        Some(EpochRef {
+            epoch: Epoch(self.n()?),
+            term: Term(self.n()?),
+        })
     }
     fn cursors(&mut self) -> Option<Cursors> {
         Some(Cursors {
@@ -103,7 +106,11 @@ pub fn encode(message: &Message) -> Vec<u8> {
         }
         Body::Epoch(h) => {
             tag(&mut w, 5);
-            w.r(h.epoch).r(h.prev).flag(h.flush).n(h.bytes).flag(h.base.is_some());
+            w.r(h.epoch)
+                .r(h.prev)
+                .flag(h.flush)
+                .n(h.bytes)
+                .flag(h.base.is_some());
             if let Some(base) = h.base {
                 w.n(base.join).n(base.chunks);
             }
@@ -132,7 +139,12 @@ pub fn encode(message: &Message) -> Vec<u8> {
             }
             w.n(v.instance.0).r(v.disk);
         }
-        Body::Ack { staged, durable, echo, top } => {
+        Body::Ack {
+            staged,
+            durable,
+            echo,
+            top,
+        } => {
             tag(&mut w, 9);
             w.r(*staged).n(durable.0).n(*echo).n(top.0);
         }
@@ -166,14 +178,25 @@ pub fn decode(bytes: &[u8]) -> Option<Message> {
     let body = match r.byte()? {
         1 => Body::Hello,
         2 => Body::Resume { after: r.r()? },
-        3 => Body::Join { join: r.n()?, next: r.n()? },
-        4 => Body::Chunk { join: r.n()?, seq: r.n()? },
+        3 => Body::Join {
+            join: r.n()?,
+            next: r.n()?,
+        },
+        4 => Body::Chunk {
+            join: r.n()?,
+            seq: r.n()?,
+        },
         5 => Body::Epoch(EpochHeader {
             epoch: r.r()?,
             prev: r.r()?,
             flush: r.flag()?,
             bytes: r.n()?,
-            base: r.option(|r| Some(Base { join: r.n()?, chunks: r.n()? }))?,
+            base: r.option(|r| {
+                Some(Base {
+                    join: r.n()?,
+                    chunks: r.n()?,
+                })
+            })?,
             cursors: r.cursors()?,
         }),
         6 => Body::Heartbeat {
@@ -181,7 +204,10 @@ pub fn decode(bytes: &[u8]) -> Option<Message> {
             cursors: r.cursors()?,
             rank: r.option(|r| u8::try_from(r.n()?).ok())?,
         },
-        7 => Body::Handover { at: r.r()?, released: Epoch(r.n()?) },
+        7 => Body::Handover {
+            at: r.r()?,
+            released: Epoch(r.n()?),
+        },
         8 => Body::Welcome(Welcome {
             staged: r.option(Reader::r)?,
             applied: r.r()?,
@@ -190,13 +216,25 @@ pub fn decode(bytes: &[u8]) -> Option<Message> {
             instance: Instance(r.n()?),
             disk: r.r()?,
         }),
-        9 => Body::Ack { staged: r.r()?, durable: Epoch(r.n()?), echo: r.n()?, top: Term(r.n()?) },
-        10 => Body::ChunkAck { join: r.n()?, next: r.n()?, echo: r.n()? },
+        9 => Body::Ack {
+            staged: r.r()?,
+            durable: Epoch(r.n()?),
+            echo: r.n()?,
+            top: Term(r.n()?),
+        },
+        10 => Body::ChunkAck {
+            join: r.n()?,
+            next: r.n()?,
+            echo: r.n()?,
+        },
         11 => Body::Resend { after: r.r()? },
         12 => Body::NoSession,
         13 => Body::Fenced,
         14 => Body::Poll,
-        15 => Body::PollReply { staged: r.r()?, promised: r.flag()? },
+        15 => Body::PollReply {
+            staged: r.r()?,
+            promised: r.flag()?,
+        },
         _ => return None,
     };
     r.0.is_empty().then_some(Message { term, session, body })
@@ -208,7 +246,12 @@ mod tests {
 
     fn samples() -> Vec<Body> {
         let r = EpochRef::new(300, 7);
-        let cursors = Cursors { sent: Epoch(9), committed: Epoch(8), released: Epoch(7), stable: Epoch(u64::MAX) };
+        let cursors = Cursors {
+            sent: Epoch(9),
+            committed: Epoch(8),
+            released: Epoch(7),
+            stable: Epoch(u64::MAX),
+        };
         vec![
             Body::Hello,
             Body::Resume { after: r },
@@ -222,9 +265,20 @@ mod tests {
                 base: Some(Base { join: 3, chunks: 4 }),
                 cursors,
             }),
-            Body::Heartbeat { seq: 5, cursors, rank: Some(2) },
-            Body::Heartbeat { seq: 5, cursors, rank: None },
-            Body::Handover { at: r, released: Epoch(1) },
+            Body::Heartbeat {
+                seq: 5,
+                cursors,
+                rank: Some(2),
+            },
+            Body::Heartbeat {
+                seq: 5,
+                cursors,
+                rank: None,
+            },
+            Body::Handover {
+                at: r,
+                released: Epoch(1),
+            },
             Body::Welcome(Welcome {
                 staged: Some(r),
                 applied: r,
@@ -234,20 +288,36 @@ mod tests {
                 disk: r,
             }),
             Body::Welcome(Welcome::default()),
-            Body::Ack { staged: r, durable: Epoch(2), echo: 3, top: Term(4) },
-            Body::ChunkAck { join: 1, next: 2, echo: 3 },
+            Body::Ack {
+                staged: r,
+                durable: Epoch(2),
+                echo: 3,
+                top: Term(4),
+            },
+            Body::ChunkAck {
+                join: 1,
+                next: 2,
+                echo: 3,
+            },
             Body::Resend { after: r },
             Body::NoSession,
             Body::Fenced,
             Body::Poll,
-            Body::PollReply { staged: r, promised: true },
+            Body::PollReply {
+                staged: r,
+                promised: true,
+            },
         ]
     }
 
     #[test]
     fn every_message_comes_back_and_no_prefix_does() {
         for body in samples() {
-            let m = Message { term: Term(200), session: 1 << 33, body };
+            let m = Message {
+                term: Term(200),
+                session: 1 << 33,
+                body,
+            };
             let bytes = encode(&m);
             assert_eq!(decode(&bytes), Some(m.clone()));
             for cut in 0..bytes.len() {
@@ -266,7 +336,11 @@ mod tests {
             let bytes: Vec<u8> = (0..seed % 40)
                 .map(|i| {
                     seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1 + i);
-                    if i == 0 { VERSION } else { (seed >> 56) as u8 & if i < 4 { 0x0f } else { 0xff } }
+                    if i == 0 {
+                        VERSION
+                    } else {
+                        (seed >> 56) as u8 & if i < 4 { 0x0f } else { 0xff }
+                    }
                 })
                 .collect();
             let _ = decode(&bytes);

@@ -217,7 +217,7 @@ fn disks(rig: &Rig) {
     server
         .exec("dd if=/dev/zero of=/data/big bs=1M count=8 && rm /data/big")
         .unwrap();
-    // Last, as the kernel may turn the file system read-only: reads and writes fail, past the page cache.
+    // Reads and writes fail, past the page cache. The kernel may turn the file system read-only for it; a restart cures that.
     server.disk_fault(DiskFault::Fail).unwrap();
     let read = server
         .shell(
@@ -233,6 +233,8 @@ fn disks(rig: &Rig) {
     server
         .exec("dd if=/dev/mapper/data of=/dev/null iflag=direct bs=4k count=1")
         .unwrap();
+    server.reboot().unwrap();
+    server.exec("touch /data/writable").unwrap();
 }
 
 fn starved(rig: &Rig) {
@@ -247,7 +249,14 @@ fn starved(rig: &Rig) {
     let free = work();
     server.starve(10).unwrap();
     let starved = work();
+    // Frozen, it gets no turns at all.
+    server.freeze().unwrap();
+    assert!(!pings(rig, 0, "s2"), "a starved server that is frozen answers");
+    server.thaw().unwrap();
     server.starve(100).unwrap();
+    rig.server(0)
+        .wait_for("ping -c 1 -W 1 s2", Duration::from_secs(10))
+        .unwrap();
     assert!(
         starved > free * 2,
         "a starved server took {starved:?}, a free one {free:?}"

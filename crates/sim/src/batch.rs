@@ -38,7 +38,11 @@ impl fmt::Display for Total {
             self.longest_single_us / 1000
         )?;
         for (k, row) in Kind::ALL {
-            writeln!(f, "  {:>8} {k:?} (row {row})", self.coverage.kinds.get(&k).unwrap_or(&0))?;
+            writeln!(
+                f,
+                "  {:>8} {k:?} (row {row})",
+                self.coverage.kinds.get(&k).unwrap_or(&0)
+            )?;
         }
         for (s, n) in &self.coverage.steps {
             writeln!(f, "  {n:>8} killed at {s:?}")?;
@@ -59,7 +63,7 @@ fn quiet_panics() {
     ONCE.call_once(|| {
         let usual = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            let text = info.payload_as_str().unwrap_or_default();
+            let text = info.payload().downcast_ref::<String>().map_or("", String::as_str);
             let ours = text.starts_with('I') && text.as_bytes().get(1).is_some_and(u8::is_ascii_digit);
             if !ours {
                 usual(info);

@@ -33,7 +33,11 @@ impl Disk {
 
     /// Everything up to this epoch is fsynced.
     pub fn sync(&mut self, through: Epoch) {
-        let n = self.journal.iter().take_while(|e| e.epoch.epoch <= through).count();
+        let n = self
+            .journal
+            .iter()
+            .take_while(|e| e.epoch.epoch <= through)
+            .count();
         self.synced = self.synced.max(n);
     }
 
@@ -50,7 +54,12 @@ impl Disk {
 
     /// Moves what is fsynced and committed into the image.
     pub fn checkpoint(&mut self, committed: Epoch) {
-        let n = self.journal.iter().take_while(|e| e.epoch.epoch <= committed).count().min(self.synced);
+        let n = self
+            .journal
+            .iter()
+            .take_while(|e| e.epoch.epoch <= committed)
+            .count()
+            .min(self.synced);
         if n > 0 {
             self.image = Some(self.journal[n - 1]);
             self.journal.drain(..n);
@@ -84,7 +93,10 @@ mod tests {
         for _ in 0..50 {
             let mut d = Disk::default();
             for e in 1..=6 {
-                d.append(Entry { epoch: EpochRef::new(e, 1), disk: e as u32 });
+                d.append(Entry {
+                    epoch: EpochRef::new(e, 1),
+                    disk: e as u32,
+                });
             }
             d.sync(Epoch(3));
             d.checkpoint(Epoch(2));

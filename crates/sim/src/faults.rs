@@ -9,33 +9,33 @@ use steadfast_epoch::{Action, Body, Event};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs)]
 pub enum Kind {
-    PowerPrimary,       // [1]
-    PowerStandby,       // [2]
-    PowerAll,           // [3]
-    Freeze,             // [4]
-    KillProcess,        // [6]
-    TornWrites,         // [15]
-    CorruptWire,        // [19]
-    PartitionBoth,      // [22]
-    PartitionOneWay,    // [23]
-    StoreCutFromHost,   // [24]
-    PeerCutStoreOk,     // [24, the reverse]
-    Clog,               // [25]
-    Chaos,              // [26] delay, loss, duplication, reordering
-    Drift,              // [28]
-    Starve,             // [30]
-    StoreDown,          // [32]
-    StoreLeaderKilled,  // [33] a short outage in which answers are lost
+    PowerPrimary,        // [1]
+    PowerStandby,        // [2]
+    PowerAll,            // [3]
+    Freeze,              // [4]
+    KillProcess,         // [6]
+    TornWrites,          // [15]
+    CorruptWire,         // [19]
+    PartitionBoth,       // [22]
+    PartitionOneWay,     // [23]
+    StoreCutFromHost,    // [24]
+    PeerCutStoreOk,      // [24, the reverse]
+    Clog,                // [25]
+    Chaos,               // [26] delay, loss, duplication, reordering
+    Drift,               // [28]
+    Starve,              // [30]
+    StoreDown,           // [32]
+    StoreLeaderKilled,   // [33] a short outage in which answers are lost
     StoreDownInTakeover, // [34]
-    StoreSlow,          // [35]
-    StoreRestored,      // [37]
-    KilledInEpoch,      // [38]
-    KilledInPromotion,  // [39]
-    KilledInResync,     // [40]
-    KilledInMigration,  // [41]
-    SecondFault,        // [45]
-    QuorumChurn,        // [46]
-    OldFrames,          // [48]
+    StoreSlow,           // [35]
+    StoreRestored,       // [37]
+    KilledInEpoch,       // [38]
+    KilledInPromotion,   // [39]
+    KilledInResync,      // [40]
+    KilledInMigration,   // [41]
+    SecondFault,         // [45]
+    QuorumChurn,         // [46]
+    OldFrames,           // [48]
     Handover,
     CancelHandover,
     ClientCut,
@@ -188,9 +188,12 @@ impl Step {
     /// Which row it belongs to.
     fn kind(self) -> Kind {
         match self {
-            Self::Speculate | Self::Promote | Self::StoreCas | Self::StoreRead | Self::Discard | Self::Stop => {
-                Kind::KilledInPromotion
-            }
+            Self::Speculate
+            | Self::Promote
+            | Self::StoreCas
+            | Self::StoreRead
+            | Self::Discard
+            | Self::Stop => Kind::KilledInPromotion,
             Self::Welcome
             | Self::Resume
             | Self::BeginJoin
@@ -294,12 +297,23 @@ impl Plan {
             let kind = kind.unwrap_or_else(|| rng.pick(&usual));
             let us = rng.pick(&[20_000, 60_000, 120_000, 200_000, 400_000, 800_000]);
             let (at, us) = (rng.range(from, to), rng.range(us / 2, us));
-            faults.push(Fault { at, kind, us, dice: rng.next() });
+            faults.push(Fault {
+                at,
+                kind,
+                us,
+                dice: rng.draw(),
+            });
         };
         match profile {
             Profile::Slow => {
                 for _ in 0..3 {
-                    let kind = rng.pick(&[Kind::Starve, Kind::Clog, Kind::SlowDisk, Kind::Drift, Kind::Freeze]);
+                    let kind = rng.pick(&[
+                        Kind::Starve,
+                        Kind::Clog,
+                        Kind::SlowDisk,
+                        Kind::Drift,
+                        Kind::Freeze,
+                    ]);
                     fault(rng, Some(kind), BEGIN, HEAL - 300_000);
                 }
             }
@@ -309,7 +323,13 @@ impl Plan {
                 let from = rng.range(BEGIN, HEAL - 900_000);
                 let left = rng.pick(&[0, 0, 0, 1, 2, 5, 20]);
                 let after = rng.per_mille(500);
-                kill = Some(KillAt { step, left, after, from, back_us: rng.range(20_000, 500_000) });
+                kill = Some(KillAt {
+                    step,
+                    left,
+                    after,
+                    from,
+                    back_us: rng.range(20_000, 500_000),
+                });
                 if let Some(k) = step.trigger() {
                     fault(rng, Some(k), from, from + 50_000);
                 }
@@ -321,7 +341,14 @@ impl Plan {
             }
         }
         let keeps_frames = faults.iter().any(|f| f.kind == Kind::OldFrames);
-        Self { profile, faults, kill, back: Vec::new(), now: 0, keeps_frames }
+        Self {
+            profile,
+            faults,
+            kill,
+            back: Vec::new(),
+            now: 0,
+            keeps_frames,
+        }
     }
 
     /// Whether the process is to be killed at this action: before (`false`) or after it (`true`).
@@ -396,8 +423,14 @@ impl Coverage {
     /// Kinds and steps that never happened.
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
-        let kinds = Kind::ALL.iter().filter(|k| !self.kinds.contains_key(&k.0)).map(|k| format!("{:?}", k.0));
-        let steps = Step::ALL.iter().filter(|s| !self.steps.contains_key(s)).map(|s| format!("kill at {s:?}"));
+        let kinds = Kind::ALL
+            .iter()
+            .filter(|k| !self.kinds.contains_key(&k.0))
+            .map(|k| format!("{:?}", k.0));
+        let steps = Step::ALL
+            .iter()
+            .filter(|s| !self.steps.contains_key(s))
+            .map(|s| format!("kill at {s:?}"));
         kinds.chain(steps).collect()
     }
 }
@@ -472,8 +505,12 @@ impl World {
                 if begin {
                     let h = if f.dice & 1 == 0 { p } else { any };
                     // A slow host stands still for less than the detector's bound; a standby may for longer.
-                    let bound = if slow && h == p { 30_000 } else { u64::MAX };
-                    self.hosts[h].frozen_until = self.now + f.us.min(bound);
+                    let us = match (slow, h == p) {
+                        (true, true) => f.us.min(30_000),
+                        (true, false) => 90_000 + f.dice % 55_000,
+                        _ => f.us,
+                    };
+                    self.hosts[h].frozen_until = self.now + us;
                 }
                 ends = false;
             }
@@ -487,7 +524,11 @@ impl World {
             }
             Kind::SlowDisk => self.hosts[any].fsync_us = if begin { 40_000 } else { 2_000 },
             Kind::Drift => {
-                let ppm = if slow { 980_000 + f.dice % 40_000 } else { 900_000 + f.dice % 200_000 };
+                let ppm = if slow {
+                    980_000 + f.dice % 40_000
+                } else {
+                    900_000 + f.dice % 200_000
+                };
                 // The local clock must not jump: only its rate changes.
                 let before = self.local_time(any);
                 let clock = &mut self.hosts[any].clock;
@@ -574,9 +615,20 @@ impl World {
             Kind::OldFrames => {
                 if begin {
                     counted = !self.old_frames.is_empty();
-                    for (k, (from, to, message, bulk)) in std::mem::take(&mut self.old_frames).into_iter().enumerate() {
+                    for (k, (from, to, message, bulk)) in
+                        std::mem::take(&mut self.old_frames).into_iter().enumerate()
+                    {
                         let at = self.now + k as u64 * f.us / 64;
-                        self.at(at, Ev::Net { from, to, message, bulk, corrupt: false });
+                        self.at(
+                            at,
+                            Ev::Net {
+                                from,
+                                to,
+                                message,
+                                bulk,
+                                corrupt: false,
+                            },
+                        );
                     }
                 }
                 ends = false;
@@ -585,7 +637,11 @@ impl World {
                 let (p, s) = (self.hosts[p].id.clone(), self.hosts[s].id.clone());
                 let h = self.index(&p);
                 counted = begin && self.hosts[h].up && self.store.record.in_sync.contains(&s);
-                let e = if begin { Event::HandOver(s) } else { Event::CancelHandOver };
+                let e = if begin {
+                    Event::HandOver(s)
+                } else {
+                    Event::CancelHandOver
+                };
                 if self.hosts[h].up && self.hosts[h].frozen_until <= self.now {
                     self.give(h, e);
                 }
@@ -596,7 +652,13 @@ impl World {
             }
             Kind::Hints => {
                 let (a, b) = (self.hosts[any].id.clone(), self.hosts[other].id.clone());
-                let e = |id| if f.dice & 1 == 0 { Event::Connected(id) } else { Event::Disconnected(id) };
+                let e = |id| {
+                    if f.dice & 1 == 0 {
+                        Event::Connected(id)
+                    } else {
+                        Event::Disconnected(id)
+                    }
+                };
                 for (h, id) in [(any, b), (other, a)] {
                     if self.hosts[h].up && self.hosts[h].frozen_until <= self.now {
                         self.give(h, e(id));
@@ -613,7 +675,9 @@ impl World {
         }
         if begin && counted {
             self.coverage.count(f.kind);
-            if self.store.record.in_sync.is_empty() || self.plan.faults.iter().any(|o| o.at < f.at && o.at + o.us > f.at) {
+            if self.store.record.in_sync.is_empty()
+                || self.plan.faults.iter().any(|o| o.at < f.at && o.at + o.us > f.at)
+            {
                 self.coverage.count(Kind::SecondFault);
             }
         }
@@ -623,7 +687,11 @@ impl World {
     }
 
     fn bump(&mut self, h: usize, begin: bool, store: bool) {
-        let c = if store { &mut self.store_cut[h] } else { &mut self.client_cut[h] };
+        let c = if store {
+            &mut self.store_cut[h]
+        } else {
+            &mut self.client_cut[h]
+        };
         *c = if begin { *c + 1 } else { c.saturating_sub(1) };
     }
 
@@ -631,7 +699,13 @@ impl World {
     pub fn come_back(&mut self) {
         let now = self.now;
         self.plan.tell_time(now);
-        let due: Vec<_> = self.plan.back.iter().filter(|b| b.1 <= now).map(|b| b.0).collect();
+        let due: Vec<_> = self
+            .plan
+            .back
+            .iter()
+            .filter(|b| b.1 <= now)
+            .map(|b| b.0)
+            .collect();
         self.plan.back.retain(|b| b.1 > now);
         for h in due {
             if h < self.hosts.len() && !self.hosts[h].up {
@@ -646,11 +720,20 @@ impl World {
         self.healing = true;
         self.plan.end();
         for l in self.links.iter_mut().flatten() {
-            *l = crate::world::Link { last_arrival: l.last_arrival, ..Default::default() };
+            *l = crate::world::Link {
+                last_arrival: l.last_arrival,
+                ..Default::default()
+            };
         }
         self.store_cut.fill(0);
         self.client_cut.fill(0);
-        if self.store.down && self.plan.faults.iter().any(|f| f.kind == Kind::StoreRestored && f.at + 400_000 > self.now) {
+        if self.store.down
+            && self
+                .plan
+                .faults
+                .iter()
+                .any(|f| f.kind == Kind::StoreRestored && f.at + 400_000 > self.now)
+        {
             self.store.restore(&mut self.rng);
         }
         self.store.down = false;

@@ -27,7 +27,11 @@ pub struct History(Vec<Node>);
 
 impl Default for History {
     fn default() -> Self {
-        Self(vec![Node { parent: 0, depth: 0, flushed: false }])
+        Self(vec![Node {
+            parent: 0,
+            depth: 0,
+            flushed: false,
+        }])
     }
 }
 
@@ -35,7 +39,11 @@ impl History {
     /// Adds a state.
     pub fn step(&mut self, parent: u32, flushed: bool) -> u32 {
         let depth = self.0[parent as usize].depth + 1;
-        self.0.push(Node { parent, depth, flushed });
+        self.0.push(Node {
+            parent,
+            depth,
+            flushed,
+        });
         u32::try_from(self.0.len() - 1).unwrap_or(u32::MAX)
     }
 
@@ -124,8 +132,17 @@ impl State {
             return None;
         }
         if r.number == number && number > 0 {
-            let reply = Reply { client: r.client, number, node };
-            return Some(Stepped { reply, page: None, wrote: false, flushed: false });
+            let reply = Reply {
+                client: r.client,
+                number,
+                node,
+            };
+            return Some(Stepped {
+                reply,
+                page: None,
+                wrote: false,
+                flushed: false,
+            });
         }
         let flushed = r.op == Op::Flush;
         let wrote = r.op != Op::Memory;
@@ -137,8 +154,17 @@ impl State {
             self.disk = node;
         }
         self.last[r.client] = (r.number, node);
-        let reply = Reply { client: r.client, number: r.number, node };
-        Some(Stepped { reply, page: Some(page), wrote, flushed })
+        let reply = Reply {
+            client: r.client,
+            number: r.number,
+            node,
+        };
+        Some(Stepped {
+            reply,
+            page: Some(page),
+            wrote,
+            flushed,
+        })
     }
 
     /// The state after a boot from this disk: memory is gone. What the disk's writer had answered is known again, as a
@@ -148,7 +174,12 @@ impl State {
         let node = h.step(disk, false);
         let mut pages = [0; PAGES];
         pages[node as usize % PAGES] = node;
-        Self { node, pages, disk, last: [(0, 0); CLIENTS] }
+        Self {
+            node,
+            pages,
+            disk,
+            last: [(0, 0); CLIENTS],
+        }
     }
 }
 
@@ -160,7 +191,11 @@ mod tests {
     fn two_executions_of_one_request_are_two_histories() {
         let mut h = History::default();
         let a = State::default();
-        let r = Request { client: 0, number: 1, op: Op::Write };
+        let r = Request {
+            client: 0,
+            number: 1,
+            op: Op::Write,
+        };
         let (mut x, mut y) = (a, a);
         x.take(&mut h, r);
         y.take(&mut h, r);

@@ -14,7 +14,11 @@ fn main() -> ExitCode {
     if let Some(seed) = number(&args, "--seed") {
         let r = run(seed, Sabotage::None, true);
         println!("{r:#?}");
-        return if r.violation.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        return if r.violation.is_some() {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        };
     }
     let Some(seeds) = number(&args, "--seeds") else {
         eprintln!("usage: steadfast-sim --seeds N [--from S] | --seed S");
@@ -22,5 +26,9 @@ fn main() -> ExitCode {
     };
     let total = batch::run_seeds(number(&args, "--from").unwrap_or(0), seeds, 20);
     print!("{total}");
-    if total.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if total.failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -17,12 +17,17 @@ impl World {
             let host = &self.hosts[h];
             host.up
                 && host.replica.as_ref().is_some_and(|r| {
-                    r.primary().is_some_and(|p| p.record().nonce == record.nonce || self.hosts[h].id == record.owner)
+                    r.primary()
+                        .is_some_and(|p| p.record().nonce == record.nonce || self.hosts[h].id == record.owner)
                 })
         };
         let confirmed = record.store == self.store.id;
         // The operator's part of fault 37: where nobody can confirm the record, he writes what was true.
-        self.unconfirmed = if confirmed || !self.healing { 0 } else { self.unconfirmed + 1 };
+        self.unconfirmed = if confirmed || !self.healing {
+            0
+        } else {
+            self.unconfirmed + 1
+        };
         if self.unconfirmed >= 20
             && let Some(mut r) = self.store.last_true.clone()
         {
@@ -49,7 +54,11 @@ impl World {
             has.filter(|_| host.up)
         };
         let handed = record.handover.is_some() && holds(owner) == record.handover;
-        let held = record.in_sync.iter().filter(|s| holds(self.index(s)).is_some()).count();
+        let held = record
+            .in_sync
+            .iter()
+            .filter(|s| holds(self.index(s)).is_some())
+            .count();
         let hot = handed || held > record.polls_needed();
         if self.store.down || (hot && (confirmed || !self.healing)) {
             self.manager_idle = 0;
@@ -67,7 +76,11 @@ impl World {
             Some(owner)
         } else {
             let full = record.polls_needed() == 0;
-            record.in_sync.iter().map(|s| self.index(s)).find(|&s| full && may(s))
+            record
+                .in_sync
+                .iter()
+                .map(|s| self.index(s))
+                .find(|&s| full && may(s))
         };
         if let Some(h) = who {
             self.log(|| format!("manager: cold start on {}", self.hosts[h].id));
@@ -76,10 +89,15 @@ impl World {
     }
 
     fn mirror(&mut self, owner: usize) {
-        let Some(p) = self.hosts[owner].replica.as_ref().and_then(|r| r.primary()) else { return };
+        let Some(p) = self.hosts[owner].replica.as_ref().and_then(|r| r.primary()) else {
+            return;
+        };
         let members = p.status().members;
         let mut todo = Vec::new();
-        let good = members.iter().filter(|m| !m.lost && self.hosts[self.index(&m.host)].up).count();
+        let good = members
+            .iter()
+            .filter(|m| !m.lost && self.hosts[self.index(&m.host)].up)
+            .count();
         // A standby that is gone for longer gives its place to a spare.
         if good < self.want
             && let Some(m) = members.iter().find(|m| m.lost && !m.in_sync)

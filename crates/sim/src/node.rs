@@ -3,18 +3,23 @@
 use crate::disk::Entry;
 use crate::faults::Kind;
 use crate::guest::{PAGES, Request, State};
-use crate::invariants::{i1, i2, i3, i4, i5, i6};
+use crate::invariants::{i1, i2, i3, i4, i5, i6, old_term};
 use crate::world::{Bulk, Ev, Guest, Local, Record, Tracker, World};
 use std::collections::VecDeque;
 use std::rc::Rc;
-use steadfast_epoch::{Action, Body, CasOutcome, Event, Message, Notice, Sabotage, SealedEpoch, StoreReply, VmRecord};
-use steadfast_types::Epoch;
+use steadfast_epoch::{
+    Action, Body, CasOutcome, EpochRef, Event, Message, Notice, Sabotage, SealedEpoch, StoreReply, VmRecord,
+};
+use steadfast_types::{Epoch, HostId};
 
 const ITEMS: u16 = (1 << (PAGES + 1)) - 1;
 
 fn items(state: &State, mask: u16) -> Vec<(usize, u32)> {
     let value = |i: usize| if i == PAGES { state.disk } else { state.pages[i] };
-    (0..=PAGES).filter(|i| mask & (1 << i) != 0).map(|i| (i, value(i))).collect()
+    (0..=PAGES)
+        .filter(|i| mask & (1 << i) != 0)
+        .map(|i| (i, value(i)))
+        .collect()
 }
 
 fn put(state: &mut State, items: &[(usize, u32)]) {
@@ -35,14 +40,19 @@ impl World {
         while let Some(e) = todo.pop_front() {
             bound -= 1;
             if bound == 0 {
-                self.checks.fail("liveness", format!("{} is busy without end: {e:?}", self.hosts[h].id));
+                self.checks.fail(
+                    "liveness",
+                    format!("{} is busy without end: {e:?}", self.hosts[h].id),
+                );
                 return;
             }
             let now = self.local_time(h);
             if self.trace && e != Event::Tick {
                 self.log(|| format!("{} <- {e:?}", self.hosts[h].id));
             }
-            let Some(r) = self.hosts[h].replica.as_mut() else { return };
+            let Some(r) = self.hosts[h].replica.as_mut() else {
+                return;
+            };
             let actions = r.handle(now, e);
             for a in actions {
                 let kill = self.plan.kill_at(&a);
@@ -82,9 +92,15 @@ impl World {
     fn act(&mut self, h: usize, a: Action) {
         match a {
             Action::Send { to, message } => self.send(h, &to, message),
-            Action::SendChunk { to, message, join, seq, .. } => self.send_chunk(h, &to, message, join, seq),
-            Action::StoreRead { id } => self.to_store(h, id, None),
-            Action::StoreCas { id, expect, record } => self.to_store(h, id, Some((expect, record))),
+            Action::SendChunk {
+                to,
+                message,
+                join,
+                seq,
+                ..
+            } => self.send_chunk(h, &to, message, join, seq),
+            Action::StoreRead { id } => self.ask_store(h, id, None),
+            Action::StoreCas { id, expect, record } => self.ask_store(h, id, Some((expect, record))),
             Action::Cut { epoch, bases, freeze } => self.cut(h, epoch, &bases, freeze),
             Action::ResumeGuest => {
                 if let Some(g) = self.hosts[h].guest.as_mut() {
@@ -138,7 +154,12 @@ impl World {
                 let intact = self.settings.can_roll_back;
                 self.soon(h, us, Local::Undone(intact));
             }
-            Action::Promote { term, at, released, running } => {
+            Action::Promote {
+                term,
+                at,
+                released,
+                running,
+            } => {
                 self.checks.promotions += 1;
                 if !running {
                     let state = self.state_at(h, at.epoch.0);
@@ -173,19 +194,27 @@ impl World {
             }
             Action::Throttle { .. } => {}
             Action::Notice(n) => match n {
-                Notice::Suspected(_) => self.checks.suspicions += 1,
+                Notice::Suspected(_) if self.store.record.in_sync.contains(&self.hosts[h].id) => {
+                    self.checks.suspicions += 1;
+                }
                 Notice::Alone => self.checks.alone += 1,
                 _ => {}
             },
         }
     }
 
-    fn send(&mut self, h: usize, to: &steadfast_types::HostId, message: Message) {
+    fn send(&mut self, h: usize, to: &HostId, message: Message) {
         let to = self.index(to);
         let bulk = match &message.body {
             Body::Epoch(e) => {
                 let Some((r, _)) = self.hosts[h].records.get(&e.epoch.epoch.0) else {
-                    self.checks.fail("runtime", format!("{} is to send {}, which it was told to forget", self.hosts[h].id, e.epoch));
+                    self.checks.fail(
+                        "runtime",
+                        format!(
+                            "{} is to send {}, which it was told to forget",
+                            self.hosts[h].id, e.epoch
+                        ),
+                    );
                     return;
                 };
                 let missing = e
@@ -201,7 +230,7 @@ impl World {
         self.transmit(h, to, &message, bulk);
     }
 
-    fn send_chunk(&mut self, h: usize, to: &steadfast_types::HostId, message: Message, join: u64, seq: u64) {
+    fn send_chunk(&mut self, h: usize, to: &HostId, message: Message, join: u64, seq: u64) {
         let i = self.index(to);
         let host = &mut self.hosts[h];
         let Some(g) = host.guest.as_ref() else { return };
@@ -210,10 +239,18 @@ impl World {
             .entry(i)
             .and_modify(|t| {
                 if t.join != join {
-                    *t = Tracker { join, dirty: ITEMS, chunks: Default::default() };
+                    *t = Tracker {
+                        join,
+                        dirty: ITEMS,
+                        chunks: Default::default(),
+                    };
                 }
             })
-            .or_insert_with(|| Tracker { join, dirty: ITEMS, chunks: Default::default() });
+            .or_insert_with(|| Tracker {
+                join,
+                dirty: ITEMS,
+                chunks: Default::default(),
+            });
         // Chunks from here on were lost, or are sent for the first time.
         for (_, mask) in t.chunks.split_off(&seq) {
             t.dirty |= mask;
@@ -227,11 +264,16 @@ impl World {
         let remaining = u64::from(t.dirty.count_ones()) << 20;
         let bulk = Bulk::Chunk(items(&g.state, mask));
         self.transmit(h, i, &message, Some(bulk));
-        let e = Event::ChunkSent { to: to.clone(), join, seq, remaining };
+        let e = Event::ChunkSent {
+            to: to.clone(),
+            join,
+            seq,
+            remaining,
+        };
         self.soon(h, 30, Local::Plain(e));
     }
 
-    fn cut(&mut self, h: usize, epoch: Epoch, bases: &[steadfast_types::HostId], freeze: bool) {
+    fn cut(&mut self, h: usize, epoch: Epoch, bases: &[HostId], freeze: bool) {
         let bases: Vec<usize> = bases.iter().map(|b| self.index(b)).collect();
         let pause = 100 + self.rng.below(300);
         let host = &mut self.hosts[h];
@@ -244,7 +286,10 @@ impl World {
             }
         }
         host.cutting = Some(Record {
-            epoch: steadfast_epoch::EpochRef { epoch, term: Default::default() },
+            epoch: EpochRef {
+                epoch,
+                term: Default::default(),
+            },
             delta,
             end: g.state,
             flush: std::mem::take(&mut host.open_flush),
@@ -253,15 +298,21 @@ impl World {
         self.soon(h, pause, Local::Sealed(epoch));
     }
 
-    fn stage(&mut self, h: usize, epoch: steadfast_epoch::EpochRef, flush: bool) {
+    fn stage(&mut self, h: usize, epoch: EpochRef, flush: bool) {
         let us = 20 + self.rng.below(150);
         let fsync = 50 + self.rng.below(self.hosts[h].fsync_us);
         let host = &mut self.hosts[h];
         let Some((r, token)) = host.records.get(&epoch.epoch.0).cloned() else {
-            self.checks.fail("runtime", format!("{} is to stage {epoch}, which is not here", host.id));
+            self.checks.fail(
+                "runtime",
+                format!("{} is to stage {epoch}, which is not here", host.id),
+            );
             return;
         };
-        host.disk.append(Entry { epoch, disk: r.end.disk });
+        host.disk.append(Entry {
+            epoch,
+            disk: r.end.disk,
+        });
         let at = host.stage_free.max(self.now) + us;
         host.stage_free = at;
         let wait = at - self.now;
@@ -289,7 +340,10 @@ impl World {
         if host.mem_epoch >= through {
             return Vec::new();
         }
-        host.records.range(host.mem_epoch + 1..=through).map(|(_, (r, _))| r.clone()).collect()
+        host.records
+            .range(host.mem_epoch + 1..=through)
+            .map(|(_, (r, _))| r.clone())
+            .collect()
     }
 
     fn step_memory(&mut self, h: usize, mem: &mut State, r: &Record) {
@@ -299,13 +353,19 @@ impl World {
             host.filling = false;
         }
         put(mem, &r.delta);
-        *mem = State { pages: mem.pages, ..r.end };
+        *mem = State {
+            pages: mem.pages,
+            ..r.end
+        };
     }
 
     /// The standby's state after this epoch: what is applied, and the staged records on top of it.
     fn state_at(&mut self, h: usize, epoch: u64) -> State {
         let Some(mut mem) = self.hosts[h].mem else {
-            self.checks.fail("I3", format!("{} is to run from {epoch} but has no memory", self.hosts[h].id));
+            self.checks.fail(
+                "I3",
+                format!("{} is to run from {epoch} but has no memory", self.hosts[h].id),
+            );
             return State::default();
         };
         // Undo must find everything as it is, so this works on copies.
@@ -324,12 +384,18 @@ impl World {
         i2::acts(self, h, "releases");
         i6::releases(self, h, through);
         let from = self.hosts[h].released;
-        let records: Vec<_> =
-            self.hosts[h].records.range(from + 1..=through.0).map(|(_, (r, _))| r.clone()).collect();
+        let records: Vec<_> = self.hosts[h]
+            .records
+            .range(from + 1..=through.0)
+            .map(|(_, (r, _))| r.clone())
+            .collect();
         for r in &records {
             i1::released(self, h, r);
             // After a takeover, records of another instance are only released again if they carry their frames.
-            let own = self.hosts[h].replica.as_ref().is_some_and(|p| p.term() == r.epoch.term);
+            let own = self.hosts[h]
+                .replica
+                .as_ref()
+                .is_some_and(|p| p.term() == r.epoch.term);
             if !own && !self.carry_frames {
                 continue;
             }
@@ -345,7 +411,7 @@ impl World {
         self.hosts[h].released = self.hosts[h].released.max(through.0);
     }
 
-    fn cold_boot(&mut self, h: usize, at: steadfast_epoch::EpochRef) {
+    fn cold_boot(&mut self, h: usize, at: EpochRef) {
         let found = self.hosts[h].disk.recover();
         i2::acts(self, h, "boots");
         let disk = found.map_or(0, |e| e.disk);
@@ -369,11 +435,23 @@ impl World {
         let host = &mut self.hosts[h];
         match l {
             Local::Sealed(epoch) => {
-                let Some(mut r) = host.cutting.take().filter(|r| r.epoch.epoch == epoch) else { return };
-                let Some(p) = host.replica.as_ref().and_then(|r| r.primary()) else { return };
+                let Some(mut r) = host.cutting.take().filter(|r| r.epoch.epoch == epoch) else {
+                    return;
+                };
+                let Some(p) = host.replica.as_ref().and_then(|r| r.primary()) else {
+                    return;
+                };
                 r.epoch.term = p.term();
-                let entry = Entry { epoch: r.epoch, disk: r.end.disk };
-                let sealed = SealedEpoch { epoch, bytes: 4096 * r.delta.len() as u64, flush: r.flush, pause_us: 300 };
+                let entry = Entry {
+                    epoch: r.epoch,
+                    disk: r.end.disk,
+                };
+                let sealed = SealedEpoch {
+                    epoch,
+                    bytes: 4096 * r.delta.len() as u64,
+                    flush: r.flush,
+                    pause_us: 300,
+                };
                 let r = Rc::new(r);
                 host.disk.append(entry);
                 host.records.insert(epoch.0, (r.clone(), 0));
@@ -445,9 +523,10 @@ impl World {
                 let instance = host.instance;
                 self.checks.stage_asked = false;
                 let epoch = h.epoch;
-                self.watch_stage(to, Event::Message { from: from_id, message }, epoch);
+                self.watch_stage(to, from_id, message, epoch);
                 let host = &mut self.hosts[to];
-                let same = host.instance == instance && host.records.get(&e).is_some_and(|(_, t)| *t == token);
+                let same =
+                    host.instance == instance && host.records.get(&e).is_some_and(|(_, t)| *t == token);
                 if new && same && !self.checks.stage_asked {
                     match before {
                         Some(b) => host.records.insert(e, b),
@@ -460,10 +539,21 @@ impl World {
                 }
             }
             (Body::Chunk { join, seq }, Some(Bulk::Chunk(items))) => {
-                let wanted = Action::StoreChunk { join: *join, seq: *seq };
+                let wanted = Action::StoreChunk {
+                    join: *join,
+                    seq: *seq,
+                };
                 let now = self.local_time(to);
-                let Some(r) = self.hosts[to].replica.as_mut() else { return };
-                let actions = r.handle(now, Event::Message { from: from_id, message });
+                let Some(r) = self.hosts[to].replica.as_mut() else {
+                    return;
+                };
+                let actions = r.handle(
+                    now,
+                    Event::Message {
+                        from: from_id,
+                        message,
+                    },
+                );
                 if actions.contains(&wanted)
                     && let Some(mem) = self.hosts[to].mem.as_mut()
                 {
@@ -471,17 +561,34 @@ impl World {
                 }
                 self.perform(to, actions);
             }
-            _ => self.give(to, Event::Message { from: from_id, message }),
+            _ => self.give(
+                to,
+                Event::Message {
+                    from: from_id,
+                    message,
+                },
+            ),
         }
     }
 
-    fn watch_stage(&mut self, h: usize, e: Event, epoch: steadfast_epoch::EpochRef) {
+    fn watch_stage(&mut self, h: usize, from: HostId, message: Message, epoch: EpochRef) {
         let now = self.local_time(h);
-        self.log(|| format!("{} <- {e:?}", self.hosts[h].id));
-        let Some(r) = self.hosts[h].replica.as_mut() else { return };
-        let actions = r.handle(now, e);
-        self.checks.stage_asked =
-            actions.iter().any(|a| matches!(a, Action::Stage { epoch: x, .. } if *x == epoch));
+        self.log(|| format!("{} <- {from}: {message:?}", self.hosts[h].id));
+        let Some(r) = self.hosts[h].replica.as_mut() else {
+            return;
+        };
+        let seen = r.term();
+        let actions = r.handle(
+            now,
+            Event::Message {
+                from,
+                message: message.clone(),
+            },
+        );
+        old_term::acted(self, h, seen, &message, &actions);
+        self.checks.stage_asked = actions
+            .iter()
+            .any(|a| matches!(a, Action::Stage { epoch: x, .. } if *x == epoch));
         self.perform(h, actions);
     }
 
@@ -506,8 +613,12 @@ impl World {
     /// A request reaches a host: its guest takes it, if one runs there.
     pub fn guest_takes(&mut self, h: usize, r: Request) {
         let host = &mut self.hosts[h];
-        let Some(g) = host.guest.as_mut().filter(|g| g.running) else { return };
-        let Some(s) = g.state.take(&mut self.history, r) else { return };
+        let Some(g) = host.guest.as_mut().filter(|g| g.running) else {
+            return;
+        };
+        let Some(s) = g.state.take(&mut self.history, r) else {
+            return;
+        };
         if let Some(p) = s.page {
             host.open_pages.push(p);
             for t in host.trackers.values_mut() {
@@ -525,7 +636,7 @@ impl World {
         self.give(h, Event::Output);
     }
 
-    fn to_store(&mut self, h: usize, id: u64, cas: Option<(VmRecord, VmRecord)>) {
+    fn ask_store(&mut self, h: usize, id: u64, cas: Option<(VmRecord, VmRecord)>) {
         let i = self.hosts[h].instance;
         if self.store_cut[h] > 0 {
             return;
@@ -540,16 +651,28 @@ impl World {
         if self.store.down {
             // A leader that is going down may still say that it does not know.
             if swap && self.rng.per_mille(500) {
-                let reply = StoreReply::Cas { id, outcome: CasOutcome::Unknown };
+                let reply = StoreReply::Cas {
+                    id,
+                    outcome: CasOutcome::Unknown,
+                };
                 self.after(1_000, Ev::StoreTell(h, i, reply));
             }
             return;
         }
         let reply = match cas {
-            None => StoreReply::Read { id, store: self.store.id, record: Some(self.store.record.clone()) },
+            None => StoreReply::Read {
+                id,
+                store: self.store.id,
+                record: Some(self.store.record.clone()),
+            },
             Some((expect, record)) => {
                 let outcome = self.store.swap(&expect, record);
-                self.log(|| format!("store {outcome:?} for {}: {:?}", self.hosts[h].id, self.store.record));
+                self.log(|| {
+                    format!(
+                        "store {outcome:?} for {}: {:?}",
+                        self.hosts[h].id, self.store.record
+                    )
+                });
                 i2::store(self);
                 StoreReply::Cas { id, outcome }
             }
@@ -559,7 +682,10 @@ impl World {
         if !lost {
             self.after(us, Ev::StoreTell(h, i, reply));
         } else if swap && self.rng.per_mille(500) {
-            let reply = StoreReply::Cas { id, outcome: CasOutcome::Unknown };
+            let reply = StoreReply::Cas {
+                id,
+                outcome: CasOutcome::Unknown,
+            };
             self.after(us, Ev::StoreTell(h, i, reply));
         }
     }

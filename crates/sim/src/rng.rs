@@ -9,12 +9,12 @@ impl Rng {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         let mut r = Self(seed ^ 0x9e37_79b9_7f4a_7c15);
-        r.next();
+        r.draw();
         r
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -24,7 +24,7 @@ impl Rng {
 
     /// In `0..n`; zero if `n` is zero.
     pub fn below(&mut self, n: u64) -> u64 {
-        if n == 0 { 0 } else { self.next() % n }
+        if n == 0 { 0 } else { self.draw() % n }
     }
 
     /// In `lo..=hi`.

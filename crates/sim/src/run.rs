@@ -49,7 +49,10 @@ fn settings(rng: &mut Rng, standbys: usize, sabotage: Sabotage) -> Settings {
         speculate: rng.per_mille(700),
         can_roll_back: rng.per_mille(500),
         handover_timeout_us: 200_000,
-        policy: PolicySettings { idle_interval_us: 100_000, ..PolicySettings::default() },
+        policy: PolicySettings {
+            idle_interval_us: 100_000,
+            ..PolicySettings::default()
+        },
         sabotage,
         ..Settings::default()
     }
@@ -60,7 +63,11 @@ fn settings(rng: &mut Rng, standbys: usize, sabotage: Sabotage) -> Settings {
 pub fn run(seed: u64, sabotage: Sabotage, trace: bool) -> Report {
     let mut rng = Rng::new(seed);
     let hosts = rng.pick(&[2, 3, 3, 4]);
-    let want = if hosts == 2 { 1 } else { rng.range(1, hosts as u64 - 1) as usize };
+    let want = if hosts == 2 {
+        1
+    } else {
+        rng.range(1, hosts as u64 - 1) as usize
+    };
     let settings = settings(&mut rng, want, sabotage);
     let plan = Plan::draw(&mut rng);
     let carry = rng.per_mille(500);
@@ -80,7 +87,12 @@ pub fn run(seed: u64, sabotage: Sabotage, trace: bool) -> Report {
             .cloned()
             .or_else(|| p.downcast_ref::<&str>().map(|s| (*s).to_owned()))
             .unwrap_or_default();
-        let what = how.split(':').next().filter(|s| s.starts_with('I')).unwrap_or("panic").to_owned();
+        let what = how
+            .split(':')
+            .next()
+            .filter(|s| s.starts_with('I'))
+            .unwrap_or("panic")
+            .to_owned();
         w.checks.fail(&what, how);
     }
     Report {
@@ -108,7 +120,8 @@ fn drive(w: &mut World) {
         return;
     }
     if !protected_before {
-        w.checks.fail("liveness", "not protected before the first fault".to_owned());
+        w.checks
+            .fail("liveness", "not protected before the first fault".to_owned());
         return;
     }
     if w.plan.profile == Profile::Slow {
@@ -131,8 +144,15 @@ fn drive(w: &mut World) {
 
 /// A single fault never costs the VM its memory: it is not booted again (I4), unless all hosts lost power.
 fn single_fault(w: &mut World) {
-    let all = w.plan.faults.iter().any(|f| f.kind == crate::faults::Kind::PowerAll);
+    let all = w
+        .plan
+        .faults
+        .iter()
+        .any(|f| f.kind == crate::faults::Kind::PowerAll);
     if w.plan.profile == Profile::Single && !all && w.checks.cold_boots > 1 {
-        w.checks.fail("I4", "one fault cost the VM its memory: it was booted from disk".to_owned());
+        w.checks.fail(
+            "I4",
+            "one fault cost the VM its memory: it was booted from disk".to_owned(),
+        );
     }
 }

@@ -12,9 +12,7 @@ use crate::rng::Rng;
 use crate::store::Store;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::rc::Rc;
-use steadfast_epoch::{
-    EpochRef, Event, Instance, Message, Replica, Settings, StoreReply, VmRecord,
-};
+use steadfast_epoch::{EpochRef, Event, Instance, Message, Replica, Settings, StoreReply, VmRecord};
 use steadfast_types::{Epoch, HostId};
 
 /// Bulk data behind a message.
@@ -274,7 +272,11 @@ impl World {
     #[must_use]
     pub fn new(rng: Rng, n: usize, settings: Settings, plan: Plan, trace: bool) -> Self {
         let names = ["a", "b", "c", "d"];
-        let ids: Vec<HostId> = names.iter().take(n).filter_map(|s| HostId::new(*s).ok()).collect();
+        let ids: Vec<HostId> = names
+            .iter()
+            .take(n)
+            .filter_map(|s| HostId::new(*s).ok())
+            .collect();
         let mut w = Self {
             now: 0,
             rng,
@@ -309,8 +311,17 @@ impl World {
             w.boot(h);
         }
         for c in 0..CLIENTS {
-            let request = Request { client: c, number: 1, op: Op::Flush };
-            w.clients.push(Client { request, replies: 0, since: 0, longest_us: 0 });
+            let request = Request {
+                client: c,
+                number: 1,
+                op: Op::Flush,
+            };
+            w.clients.push(Client {
+                request,
+                replies: 0,
+                since: 0,
+                longest_us: 0,
+            });
             w.at(1_000 + c as u64 * 777, Ev::Client(c, 1));
         }
         for i in 0..w.plan.faults.len() {
@@ -323,7 +334,11 @@ impl World {
     /// Puts an event into the future.
     pub fn at(&mut self, at: u64, ev: Ev) {
         self.order += 1;
-        self.queue.push(Due { at: at.max(self.now), order: self.order, ev });
+        self.queue.push(Due {
+            at: at.max(self.now),
+            order: self.order,
+            ev,
+        });
     }
 
     /// Puts an event a little into the future.
@@ -355,7 +370,7 @@ impl World {
     pub fn boot(&mut self, h: usize) {
         self.instances += 1;
         let instance = self.instances;
-        let seed = self.rng.next() >> 1;
+        let seed = self.rng.draw() >> 1;
         let now = self.local_time(h);
         let settings = self.settings.clone();
         let host = &mut self.hosts[h];
@@ -440,7 +455,13 @@ impl World {
                     self.give(h, Event::Tick);
                 }
             }
-            Ev::Net { from, to, message, bulk, corrupt } => self.arrive(from, to, message, bulk, corrupt),
+            Ev::Net {
+                from,
+                to,
+                message,
+                bulk,
+                corrupt,
+            } => self.arrive(from, to, message, bulk, corrupt),
             Ev::Local(h, i, l) => {
                 if self.hosts[h].instance == i {
                     self.local(h, l);
@@ -482,7 +503,16 @@ impl World {
             }
             let corrupt = self.rng.per_mille(l.corrupt);
             let (message, bulk) = (message.clone(), bulk.clone());
-            self.at(at, Ev::Net { from, to, message, bulk, corrupt });
+            self.at(
+                at,
+                Ev::Net {
+                    from,
+                    to,
+                    message,
+                    bulk,
+                    corrupt,
+                },
+            );
         }
         if self.plan.keeps_frames && self.rng.per_mille(10) && self.old_frames.len() < 64 {
             self.old_frames.push_back((from, to, message.clone(), bulk));
@@ -514,7 +544,11 @@ impl World {
         c.replies += 1;
         c.longest_us = c.longest_us.max(now - c.since);
         c.since = now + think;
-        c.request = Request { client: r.client, number: r.number + 1, op };
+        c.request = Request {
+            client: r.client,
+            number: r.number + 1,
+            op,
+        };
         let (client, number) = (r.client, r.number + 1);
         self.after(think, Ev::Client(client, number));
     }

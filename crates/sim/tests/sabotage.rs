@@ -6,7 +6,7 @@ use steadfast_epoch::Sabotage;
 use steadfast_sim::batch;
 
 /// What is broken, and which checkers may be the first to notice: a broken rule often shows in more than one way.
-const VARIANTS: [(Sabotage, &[&str]); 16] = [
+const VARIANTS: [(Sabotage, &[&str]); 17] = [
     (Sabotage::ReleaseOnSend, &["I1", "I6"]),
     (Sabotage::CommitWithoutAck, &["I1", "I4"]),
     (Sabotage::TakeoverWithoutGrant, &["I2"]),
@@ -21,7 +21,8 @@ const VARIANTS: [(Sabotage, &[&str]); 16] = [
     (Sabotage::AckBeforeStage, &["I1"]),
     (Sabotage::CommitWithoutFsync, &["I5"]),
     (Sabotage::CountOwnStarvation, &["I7"]),
-    (Sabotage::AcceptOldTerm, &["I2", "I3", "I4", "liveness"]),
+    (Sabotage::AlwaysProtected, &["I8"]),
+    (Sabotage::AcceptOldTerm, &["fault 48", "I3"]),
     (Sabotage::NeverResend, &["liveness"]),
 ];
 
@@ -30,12 +31,18 @@ fn every_broken_variant_is_caught() {
     let mut missed = Vec::new();
     for (sabotage, by) in VARIANTS {
         let total = batch::run_with(0, 6_000, 1, sabotage);
-        let first = total.failures.first().and_then(|r| r.violation.clone().map(|v| (r.seed, v)));
+        let first = total
+            .failures
+            .first()
+            .and_then(|r| r.violation.clone().map(|v| (r.seed, v)));
         match first {
             Some((seed, v)) => {
                 println!("{sabotage:?}: seed {seed} breaks {}: {:.160}", v.what, v.how);
                 if !by.contains(&v.what.as_str()) {
-                    missed.push(format!("{sabotage:?} was caught as {} ({}), not as {by:?}", v.what, v.how));
+                    missed.push(format!(
+                        "{sabotage:?} was caught as {} ({}), not as {by:?}",
+                        v.what, v.how
+                    ));
                 }
             }
             None => missed.push(format!("{sabotage:?} was not caught in {} runs", total.runs)),

@@ -93,7 +93,12 @@ pub struct Surroundings<E> {
     pub debugcon: Option<Box<dyn OutputSink>>,
     /// Run first on each thread.
     pub hooks: ThreadHooks,
+    /// Puts something between a NIC (by its index) and what it is plugged into.
+    pub wrap_net: Option<WrapNet>,
 }
+
+/// See [`Surroundings::wrap_net`].
+pub type WrapNet = Arc<dyn Fn(usize, Box<dyn NetBackend>) -> Box<dyn NetBackend> + Send + Sync>;
 
 /// Puts the machine of `spec` together. Nothing is loaded and nothing runs yet: [`Vm::boot`] or a restore follows.
 ///
@@ -166,7 +171,12 @@ pub fn assemble_from<E: GuestEvents + 'static>(
     }
     let mut nics = Vec::new();
     for (i, nic) in spec.nics.iter().enumerate() {
-        nics.push(add_nic(&mut b, &spec, i, nic, resources.backend(i)?)?);
+        let backend = resources.backend(i)?;
+        let backend = match &around.wrap_net {
+            Some(wrap) => wrap(i, backend),
+            None => backend,
+        };
+        nics.push(add_nic(&mut b, &spec, i, nic, backend)?);
     }
     let balloon = add_others(&mut b, &spec, &resources)?;
     let leaves = (0..spec.vcpus)

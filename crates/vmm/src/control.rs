@@ -47,6 +47,11 @@ pub enum Request {
     },
     /// Press the power button.
     PowerButton,
+    /// Hand a protected VM over to this host (planned promote, live migration).
+    HandOver {
+        /// The host, a standby in sync.
+        to: steadfast_types::HostId,
+    },
     /// End the VM at once.
     Stop,
     /// Bytes for the serial port.

@@ -40,6 +40,8 @@ pub enum ProcessError {
     Isolation(#[from] IsolationError),
     #[error("{0}")]
     Restore(#[from] steadfast_machine::machine::MachineError),
+    #[error("another host runs this VM now, this instance has stopped; start it again to mirror the VM here")]
+    Fenced,
     #[error("the guest ended with a fault: {0:?}")]
     GuestFault(VcpuEvent),
 }
@@ -53,6 +55,8 @@ pub enum Ended {
     Stopped,
     /// The VM was saved and its process is no longer needed.
     Saved,
+    /// The guest asked for a reset, and whoever runs this process boots it anew.
+    Reset,
 }
 
 /// How a VM starts.
@@ -154,6 +158,7 @@ fn build(
         serial: (options.serial)(),
         debugcon: (options.debugcon)(),
         hooks: options.hooks.clone(),
+        wrap_net: None,
     };
     let vm = assemble_from(spec.clone(), Arc::clone(resources), around)?;
     (options.on_serial)(&vm.serial);
@@ -398,6 +403,10 @@ impl Process<'_> {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
+            Request::HandOver { .. } => (
+                failure(&"the VM is not protected: there is no host to hand it over to"),
+                None,
+            ),
             Request::Stop => (json!({"ok": true}), Some(Ended::Stopped)),
             Request::Type { text } => {
                 let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,6 +2,7 @@
 
 use crate::frame::hello::Hello;
 use crate::frame::{Frame, HEADER_BYTES, Header, Kind};
+use crate::link::read_all_frames;
 use crate::page::codec::PageRecord;
 use crate::page::{PAGE_BYTES, Page};
 use crate::record::{PageSink, StageConfig, Staged, Stager};
@@ -67,5 +68,40 @@ pub fn fuzz_chunk_frames(chunks: &[(u8, u32, Vec<u8>)]) {
             let _ = r.apply(&mut OnePage([0; PAGE_BYTES]));
         }
         assert!(stager.held_bytes() <= 1 << 20, "staging beyond its bound");
+    }
+}
+
+/// The bytes of a connection, frames of up to 4 KiB, as far as they are valid.
+#[doc(hidden)]
+pub fn fuzz_connection(data: &[u8]) -> usize {
+    read_all_frames(&data[..data.len().min(60_000)], 4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+        #[test]
+        fn any_stream_of_bytes_is_frames_or_an_error(
+            good in 0usize..5, cut in 0usize..300, junk in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut bytes = Vec::new();
+            for i in 0..good {
+                let f = Frame::control(1, Term(1), vec![i as u8; i * 31]);
+                bytes.extend(f.header(1, i as u64 + 1, 1).encode());
+                bytes.extend(f.payload());
+            }
+            let whole = fuzz_connection(&bytes);
+            prop_assert_eq!(whole, good);
+            bytes.truncate(bytes.len().saturating_sub(cut));
+            bytes.extend(&junk);
+            prop_assert!(fuzz_connection(&bytes) <= good);
+            fuzz_header(&junk);
+            fuzz_hello(&junk);
+            fuzz_pages(&junk);
+        }
     }
 }

@@ -90,18 +90,19 @@ impl DirtyMap {
         }
     }
 
-    /// Lays the file out anew: nothing is known of any standby.
+    /// Lays the file out anew, for a volume that stands at `at`: nothing changed since.
     ///
     /// # Errors
     /// [`VolumeError::Io`].
-    pub fn format(file: &dyn StorageFile, volume: u64, capacity: u64) -> Result<(), VolumeError> {
-        let map = Self::blank(volume, capacity);
+    pub fn format(file: &dyn StorageFile, volume: u64, capacity: u64, at: Epoch) -> Result<(), VolumeError> {
+        let mut map = Self::blank(volume, capacity);
         let len = (map.stamps.len() as u64 + 2) * PAGE as u64;
         file.allocate(len)
             .map_err(VolumeError::io("allocate", "dirty map", len))?;
         file.zero(0, len, false)
             .map_err(VolumeError::io("clear", "dirty map", 0))?;
-        file.sync().map_err(VolumeError::io("sync", "dirty map", 0))
+        map.start_at(at);
+        map.unsaved().write(file)
     }
 
     /// Reads the file. What cannot be read or trusted counts as changed, never as unchanged; an unreadable header
@@ -193,14 +194,22 @@ impl DirtyMap {
         self.peer_durable = self.peer_durable.max(epoch);
     }
 
-    /// The standby is known to hold exactly this epoch now (a fresh pair of equal images, or a finished copy): start
-    /// to keep track from here. Must be called when no later epoch has operations.
+    /// Every operation after this epoch will be marked, and none before it is: a standby that comes back with this
+    /// epoch or a later one gets a delta. Must be called when no later epoch has operations.
     pub(crate) fn start_at(&mut self, epoch: Epoch) {
         self.old.fill(0);
         self.new.fill(0);
         self.base = Some(epoch);
         self.middle = Some(epoch);
         self.peer_durable = epoch;
+        self.all_unsaved();
+    }
+
+    /// The image is about to change without being marked here: nothing is known any more.
+    pub(crate) fn forget(&mut self) {
+        self.base = None;
+        self.middle = None;
+        self.copy = None;
         self.all_unsaved();
     }
 
@@ -238,11 +247,14 @@ impl DirtyMap {
         let regions = self.regions();
         let copy = self.copy.as_mut()?;
         let words = copy.len() as u64;
-        let first_word = self.cursor / 64;
-        let word = (first_word..words)
-            .chain(0..first_word)
-            .find(|&w| copy[w as usize] != 0)?;
-        let first = word * 64 + u64::from(copy[word as usize].trailing_zeros());
+        // On from the cursor and round again, so that regions changed over and over do not starve the others.
+        let cursor = if self.cursor < regions { self.cursor } else { 0 };
+        let from = cursor / 64;
+        let ahead = copy[from as usize] & (u64::MAX << (cursor % 64));
+        let (word, bits) = std::iter::once((from, ahead))
+            .chain((from + 1..words).chain(0..=from).map(|w| (w, copy[w as usize])))
+            .find(|(_, bits)| *bits != 0)?;
+        let first = word * 64 + u64::from(bits.trailing_zeros());
         let mut end = first;
         while end < regions && (end - first + 1) * REGION <= bytes_max.max(REGION) {
             let (w, bit) = ((end / 64) as usize, 1_u64 << (end % 64));
@@ -337,5 +349,98 @@ impl DirtyMap {
         for (page, stamp, _) in &changes.pages {
             self.stamps[*page].1 = *stamp;
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const CAPACITY: u64 = 300 * REGION + 512;
+
+    proptest! {
+        /// Whatever a standby may come back with, the copy covers all that changed after it; also after the file
+        /// was saved at any time and read again.
+        #[test]
+        fn never_forgets_a_change(
+            steps in prop::collection::vec((0_u64..300, 0_u8..40, any::<bool>()), 1..900),
+            have_back in 0_u64..400,
+        ) {
+            let mut map = DirtyMap::blank(1, CAPACITY);
+            map.start_at(Epoch(1));
+            let mut tip = 1_u64;
+            // Regions changed, with the epoch of the change.
+            let mut changes: Vec<(u64, u64)> = Vec::new();
+            for (region, what, ack) in steps {
+                map.mark(region * REGION + 100, u64::from(what) * 2000);
+                if what > 0 {
+                    let last = (region * REGION + 100 + u64::from(what) * 2000 - 1) / REGION;
+                    changes.extend((region..=last).map(|r| (r, tip + 1)));
+                }
+                tip += 1;
+                map.epoch_ended(Epoch(tip));
+                if ack {
+                    map.peer_durable(Epoch(tip.saturating_sub(u64::from(what)).max(1)));
+                }
+            }
+            // It may have more than it said, never less.
+            let said = map.peer_durable.0;
+            let have = tip.saturating_sub(have_back).max(said);
+            let full = map.begin_copy(Some(Epoch(have)));
+            prop_assert!(!full);
+            let mut sent = BTreeSet::new();
+            while let Some((offset, len)) = map.next_run(3 * REGION) {
+                prop_assert!(offset.is_multiple_of(REGION) && offset + len <= CAPACITY);
+                sent.extend(offset / REGION..(offset + len).div_ceil(REGION));
+            }
+            for (region, epoch) in changes {
+                prop_assert!(epoch <= have || sent.contains(&region), "region {} of epoch {}", region, epoch);
+            }
+        }
+    }
+
+    #[test]
+    fn survives_being_saved_and_treats_rot_as_changed() {
+        use crate::storage::Storage as _;
+        let disk = crate::testing::FaultStorage::new(1);
+        let file = disk.open("changes-0", true).unwrap();
+        DirtyMap::format(&*file, 1, CAPACITY, Epoch(3)).unwrap();
+        let mut new = DirtyMap::load(&*file, 1, CAPACITY, Epoch(3));
+        assert_eq!(new.base(), Some(Epoch(3)));
+        assert!(
+            !new.begin_copy(Some(Epoch(3))) && new.remaining_bytes() == 0,
+            "nothing changed yet"
+        );
+        new.forget();
+        new.unsaved().write(&*file).unwrap();
+        assert_eq!(
+            DirtyMap::load(&*file, 1, CAPACITY, Epoch(9)).base(),
+            None,
+            "nothing known: full copy"
+        );
+        let mut map = DirtyMap::blank(1, CAPACITY);
+        map.number = 10;
+        map.start_at(Epoch(5));
+        map.mark(7 * REGION, 1);
+        let changes = map.unsaved();
+        changes.write(&*file).unwrap();
+        map.saved(&changes);
+        let again = map.unsaved();
+        assert!(
+            again.header.is_none() && again.pages.is_empty(),
+            "saved once, not twice"
+        );
+        let mut back = DirtyMap::load(&*file, 1, CAPACITY, Epoch(9));
+        assert_eq!(back.base(), Some(Epoch(5)));
+        assert!(!back.begin_copy(Some(Epoch(5))));
+        assert_eq!(back.next_run(u64::MAX), Some((7 * REGION, REGION)));
+        assert!(back.begin_copy(Some(Epoch(4))), "older than the map: full copy");
+        disk.flip_bit("changes-0", 2 * 4096 + 1, 0);
+        let mut back = DirtyMap::load(&*file, 1, CAPACITY, Epoch(9));
+        back.begin_copy(Some(Epoch(5)));
+        assert_eq!(back.remaining_bytes(), 301 * REGION, "a rotten page: all changed");
     }
 }

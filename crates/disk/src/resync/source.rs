@@ -1,6 +1,7 @@
 //! The primary's half of a copy to a standby, and the word that a standby holds an epoch.
 
 use super::map::REGION;
+use crate::scrub::Repaired;
 use crate::volume::{Core, EpochOp, PEERS, ReadFault, Sealed, Volume, VolumeError};
 use std::sync::Arc;
 use steadfast_types::Epoch;
@@ -38,23 +39,6 @@ impl Volume {
     /// [`VolumeError::Refused`] for a slot that does not exist.
     pub fn peer_durable(&self, slot: usize, epoch: Epoch) -> Result<(), VolumeError> {
         self.handle.shared.core().map(slot)?.peer_durable(epoch);
-        Ok(())
-    }
-
-    /// The standby in this slot holds exactly what this volume holds now (both were laid out from equal images): keep
-    /// track of changes from here. Refused when the open epoch has writes.
-    ///
-    /// # Errors
-    /// [`VolumeError::Refused`].
-    pub fn peer_is_equal(&self, slot: usize) -> Result<(), VolumeError> {
-        let mut core = self.handle.shared.core();
-        if core.has_open_writes() {
-            return Err(VolumeError::Refused(
-                "the guest has written already: send a copy instead",
-            ));
-        }
-        let tip = core.progress().tip;
-        core.map(slot)?.start_at(tip);
         Ok(())
     }
 
@@ -164,7 +148,15 @@ impl Volume {
             loop {
                 match crate::volume::read_view(shared, Some(residue.epoch), offset, &mut data)? {
                     Ok(_) => break,
-                    Err(ReadFault::Block(at)) => crate::scrub::repair(shared, at)?,
+                    Err(ReadFault::Block(at)) => match crate::scrub::repair(shared, at)? {
+                        Repaired::Written => {}
+                        Repaired::Served(_) => {
+                            return Err(VolumeError::Damaged {
+                                what: "image block",
+                                at,
+                            });
+                        }
+                    },
                     Err(ReadFault::Other(e)) => return Err(e),
                 }
             }

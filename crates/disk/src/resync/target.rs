@@ -1,5 +1,6 @@
 //! The standby's half of a copy.
 
+use super::DirtyMap;
 use crate::checksum::BLOCK;
 use crate::journal::{State, Superblock};
 use crate::volume::{Core, EpochOp, Replica, VolumeError};
@@ -41,6 +42,7 @@ impl Core {
                 .map_err(VolumeError::io("sync", "image", 0))?;
             self.files().sums.sync()?;
         }
+        self.each_map(DirtyMap::forget)?;
         self.restart_at(State::Copying { join }, epoch, term)?;
         if full {
             self.files().sums.forget_all()?;
@@ -81,7 +83,20 @@ impl Core {
             .sync()
             .map_err(VolumeError::io("sync", "image", 0))?;
         self.files().sums.sync()?;
+        self.each_map(|map| map.start_at(epoch))?;
         self.restart_at(State::Verifying { from: 0 }, epoch, term)
+    }
+
+    /// Changes the maps of this replica's own peers and makes that durable at once.
+    fn each_map(&mut self, change: impl Fn(&mut DirtyMap)) -> Result<(), VolumeError> {
+        let files = self.files().clone();
+        for (map, file) in self.maps.iter_mut().zip(&files.maps) {
+            change(map);
+            let changes = map.unsaved();
+            changes.write(&**file)?;
+            map.saved(&changes);
+        }
+        Ok(())
     }
 
     fn restart_at(&mut self, state: State, epoch: Epoch, term: Term) -> Result<(), VolumeError> {

@@ -62,8 +62,16 @@ impl PeerSource for Replica {
 const TRIES: u32 = 20;
 const TRY_WAIT: Duration = Duration::from_millis(50);
 
+/// How a repair went.
+pub(crate) enum Repaired {
+    /// The block is good again.
+    Written,
+    /// The disk does not take it: these are its bytes.
+    Served(Vec<u8>),
+}
+
 /// Repairs the block at byte `at` from the peer.
-pub(crate) fn repair(shared: &Shared, at: u64) -> Result<(), VolumeError> {
+pub(crate) fn repair(shared: &Shared, at: u64) -> Result<Repaired, VolumeError> {
     let at = at / BLOCK * BLOCK;
     let no_copy = |why| VolumeError::NoGoodCopy { offset: at, why };
     let Some(peer) = shared.peer() else {
@@ -89,13 +97,23 @@ pub(crate) fn repair(shared: &Shared, at: u64) -> Result<(), VolumeError> {
             Err(VolumeError::TimedOut(_)) => continue,
             Err(e) => return Err(e),
         }
-        let _still = shared.files.lock_image();
+        let still = shared.files.lock_image();
         let holds = shared.core().image_holds();
         if holds <= theirs {
-            shared.files.write_blocks(at, &buf)?;
-            tracing::warn!(offset = at, epoch = theirs.0, "bad block repaired from the peer");
-            return Ok(());
+            return Ok(match shared.files.write_blocks(at, &buf) {
+                Ok(()) => {
+                    tracing::warn!(offset = at, epoch = theirs.0, "bad block repaired from the peer");
+                    Repaired::Written
+                }
+                Err(e) => {
+                    tracing::error!(offset = at, error = %e, "bad block cannot be rewritten, served from the peer");
+                    Repaired::Served(buf)
+                }
+            });
         }
+        drop(still);
+        // The peer is behind this image: give it time to be told of the commit.
+        std::thread::sleep(TRY_WAIT / 10);
     }
     Err(no_copy(PeerError::Apart))
 }
@@ -239,7 +257,8 @@ impl Scrub {
         for at in bad {
             self.report.bad += 1;
             match repair(&shared, at) {
-                Ok(()) => self.report.repaired += 1,
+                Ok(Repaired::Written) => self.report.repaired += 1,
+                Ok(Repaired::Served(_)) => Report::keep(&mut self.report.unrepaired, at),
                 Err(e) => {
                     tracing::error!(offset = at, error = %e, "bad block not repaired");
                     Report::keep(&mut self.report.unrepaired, at);

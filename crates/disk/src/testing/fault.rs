@@ -4,6 +4,7 @@ use super::rng::Rng;
 use crate::storage::{SECTOR, Storage, StorageFile};
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What an operation of the storage does.
@@ -107,6 +108,8 @@ struct Content {
     durable: Vec<u8>,
     cached: Vec<u8>,
     unsynced: Vec<Change>,
+    /// Syncs that failed so far. As on Linux, each open handle is told once of each.
+    sync_errors: u64,
 }
 
 #[derive(Debug)]
@@ -133,6 +136,7 @@ struct File {
     disk: Arc<Mutex<Disk>>,
     /// A handle from before a power cut is dead.
     life: u64,
+    seen_errors: AtomicU64,
 }
 
 fn power_off() -> io::Error {
@@ -256,11 +260,13 @@ impl FaultStorage {
     }
 
     fn handle(&self, name: &str) -> Arc<dyn StorageFile> {
-        let life = lock(&self.disk).life;
+        let disk = lock(&self.disk);
+        let seen = disk.files.get(name).map_or(0, |c| c.sync_errors);
         Arc::new(File {
             name: name.to_owned(),
             disk: self.disk.clone(),
-            life,
+            life: disk.life,
+            seen_errors: AtomicU64::new(seen),
         })
     }
 }
@@ -323,7 +329,8 @@ impl File {
             Change::Zero(..) => 0,
             Change::Len(len) => *len,
         };
-        if used + end.saturating_sub(content.cached.len() as u64) > disk.space {
+        let growth = end.saturating_sub(content.cached.len() as u64);
+        if growth > 0 && used + growth > disk.space {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         change.apply(&mut content.cached);
@@ -382,6 +389,9 @@ impl StorageFile for File {
         if let Some(content) = disk.files.get_mut(&self.name) {
             for change in std::mem::take(&mut content.unsynced) {
                 change.apply(&mut content.durable);
+            }
+            if self.seen_errors.swap(content.sync_errors, Ordering::Relaxed) < content.sync_errors {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
             }
         }
         Ok(())

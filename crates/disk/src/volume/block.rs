@@ -69,7 +69,9 @@ impl BlockIo for VolumeBlock {
     }
 
     fn release(&self) -> Result<(), DiskError> {
-        Err(DiskError::Invalid("a replicated volume changes hands by its epochs, not by its files".into()))
+        Err(DiskError::Invalid(
+            "a replicated volume changes hands by its epochs, not by its files".into(),
+        ))
     }
 
     fn reacquire(&self) -> Result<(), DiskError> {

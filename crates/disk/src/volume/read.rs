@@ -7,6 +7,7 @@ use super::overlay::Overlay;
 use super::{Piece, VolumeError};
 use crate::checksum::{self, BLOCK, UNKNOWN};
 use crate::journal::Kind;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use steadfast_types::Epoch;
 
@@ -66,10 +67,22 @@ impl ReadPlan {
     /// # Errors
     /// [`ReadFault::Block`] names a block that needs repair.
     pub fn run(&self, files: &Files, buf: &mut [u8], verify: bool) -> Result<(), ReadFault> {
+        self.run_with(files, buf, verify, &BTreeMap::new())
+    }
+
+    /// The same, with blocks (by offset) that came from the peer instead of the image.
+    pub(crate) fn run_with(
+        &self,
+        files: &Files,
+        buf: &mut [u8],
+        verify: bool,
+        served: &BTreeMap<u64, Vec<u8>>,
+    ) -> Result<(), ReadFault> {
         for p in &self.pieces {
             let part = &mut buf[(p.start - self.start) as usize..(p.end - self.start) as usize];
             match &p.op {
-                None => read_image(files, p.start, part, verify)?,
+                None if served.is_empty() => read_image(files, p.start, part, verify)?,
+                None => read_around(files, p.start, part, verify, served)?,
                 Some(op) if op.kind == Kind::Write => {
                     let data = op.load(&files.reader())?;
                     part.copy_from_slice(&data[(p.start - op.offset) as usize..(p.end - op.offset) as usize]);
@@ -79,6 +92,29 @@ impl ReadPlan {
         }
         Ok(())
     }
+}
+
+/// Reads block by block, past those that came from the peer.
+fn read_around(
+    files: &Files,
+    start: u64,
+    part: &mut [u8],
+    verify: bool,
+    served: &BTreeMap<u64, Vec<u8>>,
+) -> Result<(), ReadFault> {
+    let end = start + part.len() as u64;
+    let mut at = start;
+    while at < end {
+        let block = at / BLOCK * BLOCK;
+        let to = (block + BLOCK).min(end);
+        let bytes = &mut part[(at - start) as usize..(to - start) as usize];
+        match served.get(&block) {
+            Some(good) => bytes.copy_from_slice(&good[(at - block) as usize..(to - block) as usize]),
+            None => read_image(files, at, bytes, verify)?,
+        }
+        at = to;
+    }
+    Ok(())
 }
 
 fn read_image(files: &Files, start: u64, part: &mut [u8], verify: bool) -> Result<(), ReadFault> {

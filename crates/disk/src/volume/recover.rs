@@ -61,7 +61,7 @@ pub fn format(
         .map_err(VolumeError::io("clear", "journal", RING_START))?;
     Sums::format(open(SUMS)?, options.volume_id, capacity)?;
     for slot in 0..PEERS {
-        DirtyMap::format(&*open(&map_name(slot))?, options.volume_id, capacity)?;
+        DirtyMap::format(&*open(&map_name(slot))?, options.volume_id, capacity, at)?;
     }
     image.sync().map_err(VolumeError::io("sync", "image", 0))?;
     journal.sync().map_err(VolumeError::io("sync", "journal", 0))?;

@@ -8,10 +8,12 @@ use super::core::Core;
 use super::op::{EpochOp, Sealed};
 use super::read::ReadFault;
 use super::{Mode, Options, Progress, Recovered, Replica, VolumeError};
+use crate::checksum::BLOCK;
 use crate::journal::Position;
-use crate::scrub::{self, PeerSource};
+use crate::scrub::{self, PeerSource, Repaired};
 use crate::storage::{Storage, StorageFile};
 use rustix::event::{EventfdFlags, eventfd};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -215,8 +217,12 @@ impl Shared {
         let mut row = 0;
         // Since when something waits to be applied, to be checkpointed.
         let (mut waiting, mut applied): (Option<Instant>, Option<Instant>) = (None, None);
-        while !self.stop.load(Ordering::Acquire) {
+        loop {
             let mut core = self.core();
+            // Looked at under the lock, under which it is set: so the wake-up cannot fall between look and wait.
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
             let now = Instant::now();
             let pressed = core.pressed();
             if core.wants_apply() {
@@ -228,9 +234,11 @@ impl Shared {
                         let again = self.judge(&mut row, &result);
                         let mut core = self.core();
                         core.complete_apply(&job, result.is_ok());
+                        if !core.wants_apply() {
+                            waiting = None;
+                        }
                         self.tell(core);
                         self.pause(again);
-                        waiting = None;
                         continue;
                     }
                     if core.wants_durable_commit() {
@@ -441,19 +449,25 @@ impl Volume {
     /// [`VolumeError::OutOfRange`]; [`VolumeError::NoGoodCopy`] when the peer cannot help.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
         let shared = self.shared();
-        let blocks = buf.len() as u64 / crate::checksum::BLOCK + 2;
+        let blocks = buf.len() as u64 / BLOCK + 2;
+        // Blocks that the disk neither gives nor takes any more.
+        let mut served = BTreeMap::new();
         for _ in 0..=blocks {
             let fault = {
                 let _no_trims = shared.hold_trims();
                 let plan = shared.core().plan_read(offset, buf.len() as u64)?;
-                match plan.run(&shared.files, buf, shared.options.verify_reads) {
+                match plan.run_with(&shared.files, buf, shared.options.verify_reads, &served) {
                     Ok(()) => return Ok(()),
                     Err(fault) => fault,
                 }
             };
             match fault {
                 ReadFault::Other(e) => return Err(e),
-                ReadFault::Block(at) => scrub::repair(shared, at)?,
+                ReadFault::Block(at) => {
+                    if let Repaired::Served(block) = scrub::repair(shared, at)? {
+                        served.insert(at / BLOCK * BLOCK, block);
+                    }
+                }
             }
         }
         Err(VolumeError::Damaged {

@@ -9,8 +9,8 @@
 //! ```
 
 use super::{Primary, window::Window};
-use crate::arbiter::Instance;
 use crate::Micros;
+use crate::arbiter::Instance;
 use crate::io::{Action, Notice};
 use crate::message::{Base, Body, Cursors, EpochHeader, EpochRef, Message, Welcome};
 use crate::sabotage::Sabotage;
@@ -188,7 +188,12 @@ impl Primary {
                     self.welcomed(now, i, w, out);
                 }
             }
-            Body::Ack { staged, durable, echo, top } => {
+            Body::Ack {
+                staged,
+                durable,
+                echo,
+                top,
+            } => {
                 self.rumour(top);
                 let ping = self.ping;
                 let m = &mut self.members[i];
@@ -447,9 +452,17 @@ impl Primary {
             let m = &mut self.members[i];
             m.silence = m.silence.saturating_add(step);
             let waits = m.talk == Talk::Streaming && (m.staged < m.next.prev() || m.durable < m.must_sync);
-            let flush = self.window.iter().any(|f| f.flush && f.epoch.epoch > m.durable && f.epoch.epoch < m.next);
-            m.stall = if waits || flush { m.stall.saturating_add(step) } else { 0 };
-            if m.stall >= self.settings.ack_timeout_us && !m.stalled {
+            let flush = self
+                .window
+                .iter()
+                .any(|f| f.flush && f.epoch.epoch > m.durable && f.epoch.epoch < m.next);
+            m.stall = if waits || flush {
+                m.stall.saturating_add(step)
+            } else {
+                0
+            };
+            let blind = self.settings.broken(Sabotage::NeverResend);
+            if m.stall >= self.settings.ack_timeout_us && !m.stalled && !blind {
                 m.stalled = true;
                 out.push(Action::Notice(Notice::StandbyStalled(m.host.clone())));
             }

@@ -26,6 +26,7 @@ use crate::invariants;
 use crate::io::{Action, Event, Notice};
 use crate::message::{Body, EpochRef, Message};
 use crate::progress::Progress;
+use crate::sabotage::Sabotage;
 use crate::settings::Settings;
 use cutting::Cutting;
 use handover::{Handover, HandoverStep};
@@ -227,6 +228,8 @@ impl Primary {
             Event::RemoveStandby(host) => self.members.retain(|m| m.host != host),
             Event::HandOver(to) => self.hand_over(now, to, out),
             Event::CancelHandOver => self.cancel_hand_over(out),
+            // Where outputs are not held, nobody waits for the cut.
+            Event::Output if !self.settings.hold_outputs => {}
             Event::Output => {
                 self.cutting.output_since.get_or_insert(now);
             }
@@ -375,7 +378,7 @@ impl Primary {
     pub fn phase(&self) -> Phase {
         if self.handover.is_some() {
             Phase::HandingOver
-        } else if self.holding() {
+        } else if self.holding() && !self.settings.broken(Sabotage::AlwaysProtected) {
             Phase::Holding
         } else if !self.record.in_sync.is_empty() {
             Phase::Protected

@@ -68,7 +68,11 @@ impl Window {
 
     /// The first epoch in the window after `e`.
     pub fn after(&self, e: Epoch) -> Option<&Flight> {
-        if e <= self.base.epoch { self.flights.front() } else { self.get(e.next()) }
+        if e <= self.base.epoch {
+            self.flights.front()
+        } else {
+            self.get(e.next())
+        }
     }
 
     /// The epoch before `e`, if `e` is in the window.

@@ -12,6 +12,7 @@
 //! what it has acknowledged or may; both only grow within one primary's stream. Only a primary of a later term may
 //! make it drop staged epochs (`Resume`), and never behind what is applied (I3).
 
+mod poll;
 mod receive;
 mod sessions;
 
@@ -173,6 +174,8 @@ impl Standby {
         self.seen = seen;
         self.term = seen;
         self.owner = Some(owner);
+        // The new owner comes first if both have to find out by themselves.
+        self.rank = Some(1);
         self.committed = at.epoch;
         self.released = at.epoch;
         self.stable = at.epoch;
@@ -301,7 +304,7 @@ impl Standby {
 
     /// The highest term seen.
     #[must_use]
-    pub fn term(&self) -> Term {
+    pub fn seen(&self) -> Term {
         self.seen
     }
 

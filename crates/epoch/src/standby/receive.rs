@@ -160,9 +160,18 @@ impl Standby {
         // Before Resume only the echo speaks: what is staged may be of another history.
         let following = self.session == Session::Following;
         let staged = self.intact().filter(|_| following).unwrap_or(EpochRef::ZERO);
-        let durable = if following { self.durable_through() } else { Epoch::ZERO };
+        let durable = if following {
+            self.durable_through()
+        } else {
+            Epoch::ZERO
+        };
         self.tell_owner(
-            Body::Ack { staged, durable, echo: self.echo, top: self.seen.max(self.top_term) },
+            Body::Ack {
+                staged,
+                durable,
+                echo: self.echo,
+                top: self.seen.max(self.top_term),
+            },
             out,
         );
     }
@@ -218,7 +227,10 @@ impl Standby {
         let mut forgot = None;
         // An unsynced flush stays, however old: what is durable here is judged by what is held.
         let durable = self.durable;
-        while let Some(h) = s.held.front().filter(|h| h.epoch.epoch <= done && !(h.flush && h.epoch.epoch > durable))
+        while let Some(h) = s
+            .held
+            .front()
+            .filter(|h| h.epoch.epoch <= done && !(h.flush && h.epoch.epoch > durable))
         {
             s.base = h.epoch;
             forgot = Some(h.epoch.epoch);

@@ -75,7 +75,8 @@ impl Standby {
             }
             return StandbyStep::Stay;
         }
-        if !current && !(lax && self.session != Session::Idle) {
+        let accepted = current || lax && self.session != Session::Idle;
+        if !accepted {
             if m.session >= self.session_id {
                 // A session whose Hello was lost, or that ended here.
                 let body = Body::NoSession;

@@ -33,6 +33,14 @@ pub struct Node {
     pub up: bool,
 }
 
+/// What happens to one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Lost,
+    Doubled,
+    Late,
+}
+
 pub struct World {
     pub now: u64,
     pub nodes: BTreeMap<HostId, Node>,
@@ -51,6 +59,11 @@ pub struct World {
     pub flush: bool,
     pub instances: u64,
     pub rollback_ok: bool,
+    /// Does something to the message with this number.
+    pub tamper: Option<(u64, Fate)>,
+    pub late: Vec<(u64, HostId, HostId, Message)>,
+    pub record_frames: bool,
+    pub recorded: Vec<(HostId, HostId, Message)>,
 }
 
 impl World {
@@ -71,6 +84,10 @@ impl World {
             flush: false,
             instances: 0,
             rollback_ok: false,
+            tamper: None,
+            late: Vec::new(),
+            record_frames: false,
+            recorded: Vec::new(),
         };
         for h in hosts {
             w.start(h);
@@ -253,6 +270,22 @@ impl World {
                 continue;
             }
             self.delivered += 1;
+            if self.record_frames {
+                self.recorded.push((from.clone(), to.clone(), m.clone()));
+            }
+            match self.tamper.take_if(|t| t.0 == self.delivered).map(|t| t.1) {
+                Some(Fate::Lost) => continue,
+                Some(Fate::Late) => {
+                    self.late.push((self.now + 30_000, from, to, m));
+                    continue;
+                }
+                Some(Fate::Doubled) => {
+                    self.net.push_back((from.clone(), to.clone(), m.clone()));
+                    self.late
+                        .push((self.now + 30_000, from.clone(), to.clone(), m.clone()));
+                }
+                None => {}
+            }
             if self.nodes.get(&to).is_some_and(|n| n.up) {
                 self.give(to.as_str(), Event::Message { from, message: m });
             }
@@ -264,6 +297,14 @@ impl World {
     pub fn run(&mut self, ms: u64) {
         for _ in 0..ms {
             self.now += 1_000;
+            let now = self.now;
+            let (due, rest) = std::mem::take(&mut self.late)
+                .into_iter()
+                .partition(|l| l.0 <= now);
+            self.late = rest;
+            for (_, from, to, m) in due {
+                self.net.push_back((from, to, m));
+            }
             let hosts: Vec<_> = self.nodes.keys().cloned().collect();
             for h in hosts {
                 self.give(h.as_str(), Event::Tick);

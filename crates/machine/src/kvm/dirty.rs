@@ -29,7 +29,8 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 /// How dirty pages are found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirtyMethod {
-    /// The ring where KVM has it and it measures better, else the log.
+    /// The log with manual protection where KVM has it, else the plain log: both measured better than the ring
+    /// (`docs/decisions/0007-dirty-tracking.md`).
     #[default]
     Auto,
     /// Bitmap per slot, cleared with the read.
@@ -70,7 +71,6 @@ impl DirtyTracker {
             .into_iter()
             .find(|&c| vm.check_extension_raw(u64::from(c)) > 0);
         let method = match wanted {
-            DirtyMethod::Auto if ring_cap.is_some() => DirtyMethod::Ring,
             DirtyMethod::Auto if manual => DirtyMethod::LogManual,
             DirtyMethod::Auto => DirtyMethod::Log,
             DirtyMethod::Ring if ring_cap.is_none() => return Err(KvmError::Capability("the dirty ring")),

@@ -101,6 +101,8 @@ impl KvmVm {
     /// [`KvmError::Call`].
     pub fn start_dirty_tracking(&mut self) -> Result<(), KvmError> {
         self.map_memory(true)?;
+        // What the monitor wrote before now is nobody's business: whoever needs RAM copies all of it first.
+        self.ram.harvest_own_writes(|_| {});
         self.dirty.start(&self.fd)
     }
 

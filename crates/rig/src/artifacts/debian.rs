@@ -42,6 +42,8 @@ pub const PACKAGES: &[&str] = &[
 ];
 
 const UUID: &str = "5f5f5f5f-0001-4d4d-8a8a-5afe5afe5afe";
+/// The file system of the image with a partition table has another identity: both may be disks of one VM.
+const GPT_UUID: &str = "5f5f5f5f-0002-4d4d-8a8a-5afe5afe5afe";
 const LABEL: &str = "debian-rig";
 const CUSTOMIZE: &str = include_str!("../../assets/debian-customize.sh");
 const IMAGE_BYTES: u64 = 3 << 30;
@@ -84,7 +86,7 @@ impl DebianGuest {
         let key = format!(
             "debian-{}-{}",
             suite(),
-            digest(&[wanted.join(",").as_bytes(), CUSTOMIZE.as_bytes(), b"1"])
+            digest(&[wanted.join(",").as_bytes(), CUSTOMIZE.as_bytes(), b"2"])
         );
         let made = cache.get_or_make(&key, |folder| make(folder, &wanted))?;
         let folder = made.join("guest");
@@ -116,7 +118,13 @@ fn make(folder: &Path, wanted: &[&str]) -> Result<()> {
     std::fs::write(&script, CUSTOMIZE.replace("$RIG_UUID", UUID))
         .what(|| format!("write {}", script.display()))?;
     let hook = format!("--customize-hook=sh '{}' \"$1\"", script.display());
-    let arguments = ["--variant=minbase", "--mode=root", "--format=directory", &hook];
+    let arguments = [
+        "--variant=minbase",
+        "--mode=root",
+        "--format=directory",
+        "--dpkgopt=force-unsafe-io",
+        &hook,
+    ];
     packages::mmdebstrap(&arguments, wanted, &tree)?;
     for (link, name) in [("vmlinuz", "vmlinuz"), ("initrd.img", "initrd.img")] {
         // Debian keeps links to the newest kernel in / (relative ones).
@@ -127,6 +135,12 @@ fn make(folder: &Path, wanted: &[&str]) -> Result<()> {
     let options = ["-U", UUID, "-L", LABEL];
     let raw = guest.join("debian.raw");
     packages::ext4_of(Some(&tree), &raw, IMAGE_BYTES, 0, &options)?;
+    for file in ["etc/fstab", "boot/grub/grub.cfg"] {
+        let path = tree.join(file);
+        let text = std::fs::read_to_string(&path).what(|| format!("read {}", path.display()))?;
+        std::fs::write(&path, text.replace(UUID, GPT_UUID)).what(|| format!("write {}", path.display()))?;
+    }
+    let options = ["-U", GPT_UUID, "-L", "debian-rig-gpt"];
     let gpt_image = guest.join("debian-gpt.raw");
     packages::ext4_of(Some(&tree), &gpt_image, IMAGE_BYTES, GPT_ROOT_START, &options)?;
     let size = GPT_ROOT_START + IMAGE_BYTES + (1 << 20);

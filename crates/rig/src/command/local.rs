@@ -2,7 +2,7 @@
 
 use super::UpOptions;
 use super::protocol::control_folder;
-use super::remote;
+use super::{remote, supervisor};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -53,6 +53,9 @@ pub fn up(options: &UpOptions) -> Result<()> {
     tools::find("qemu-system-x86_64")?;
     let kernel = Kernel::of(&cache)?;
     println!("kernel {}", kernel.release);
+    if !options.no_client && !supervisor::with_client(options) {
+        println!("no client on the client switch: it takes root");
+    }
     root::image(&cache, &kernel, &options.packages)?;
     MiniGuest::of(&cache, &kernel)?;
     if options.debian {

@@ -51,6 +51,9 @@ pub struct UpOptions {
     /// Keep the run's files, data disks too, in this folder; the next `up` with it goes on from them
     #[arg(long)]
     pub keep: Option<PathBuf>,
+    /// Without a client on the client switch (there is none without root either)
+    #[arg(long)]
+    pub no_client: bool,
     /// Seed of the switches' faults
     #[arg(long, default_value_t = 1)]
     pub seed: u64,

@@ -30,6 +30,7 @@ pub fn builder(options: &UpOptions) -> RigBuilder {
         .data_gib(options.data)
         .seed(options.seed)
         .debian_guest(options.debian)
+        .client(with_client(options))
         .packages(&packages);
     if let Some(program) = &options.steadfast {
         builder = builder.steadfast(program);
@@ -38,6 +39,12 @@ pub fn builder(options: &UpOptions) -> RigBuilder {
         builder = builder.run_folder(folder);
     }
     builder
+}
+
+/// True when the rig shall have a client, and can.
+pub fn with_client(options: &UpOptions) -> bool {
+    // SAFETY: no memory is passed, it cannot fail.
+    !options.no_client && unsafe { libc::geteuid() } == 0
 }
 
 /// Holds a rig until `down`.

@@ -59,6 +59,7 @@ pub(crate) struct Inner {
     frozen: AtomicBool,
     /// Percent of a CPU's time that it gets; 100: unhindered.
     cpu_percent: AtomicU32,
+    taking_turns: AtomicBool,
     starts: AtomicU32,
     rig_over: AtomicBool,
 }
@@ -79,6 +80,7 @@ impl Server {
                 switching: Mutex::new(()),
                 frozen: AtomicBool::new(false),
                 cpu_percent: AtomicU32::new(100),
+                taking_turns: AtomicBool::new(false),
                 starts: AtomicU32::new(0),
                 rig_over: AtomicBool::new(false),
             }),
@@ -322,14 +324,21 @@ impl Server {
     }
 
     fn signal(&self, signal: i32) -> Result<()> {
+        self.signal_when(signal, || true)
+    }
+
+    /// Sends a signal to QEMU if `still` holds, both under one lock: a frozen server is never let run by mistake.
+    fn signal_when(&self, signal: i32, still: impl FnOnce() -> bool) -> Result<()> {
         match &*lock(&self.inner.power) {
             Power::Off(why) => Err(RigError::ServerOff {
                 server: self.name().to_string(),
                 why: why.clone(),
             }),
             Power::On(live) => {
-                // SAFETY: plain numbers. The watcher reaps the process only under this lock, so the number is still its.
-                unsafe { libc::kill(live.pid, signal) };
+                if still() {
+                    // SAFETY: plain numbers. The watcher reaps the process only under this lock, so the number is still its.
+                    unsafe { libc::kill(live.pid, signal) };
+                }
                 Ok(())
             }
         }
@@ -351,53 +360,63 @@ impl Server {
 
     /// It stands still, whole, as if its clock had stopped (SIGSTOP to QEMU).
     pub fn freeze(&self) -> Result<()> {
-        self.inner.frozen.store(true, Ordering::Release);
-        self.signal(libc::SIGSTOP)
+        self.signal_when(libc::SIGSTOP, || {
+            self.inner.frozen.store(true, Ordering::Release);
+            true
+        })
     }
 
     /// It goes on.
     pub fn thaw(&self) -> Result<()> {
-        self.inner.frozen.store(false, Ordering::Release);
-        self.signal(libc::SIGCONT)
+        self.signal_when(libc::SIGCONT, || {
+            self.inner.frozen.store(false, Ordering::Release);
+            true
+        })
+    }
+
+    fn signal_unless_frozen(&self, signal: i32) -> Result<()> {
+        self.signal_when(signal, || !self.inner.frozen.load(Ordering::Acquire))
     }
 
     /// It gets so many percent of the CPU time it would have had (1 to 100; 100 ends it), in turns of 50 ms.
     pub fn starve(&self, percent: u32) -> Result<()> {
-        let percent = percent.clamp(1, 100);
-        let before = self.inner.cpu_percent.swap(percent, Ordering::AcqRel);
-        if percent == 100 {
-            return if self.inner.frozen.load(Ordering::Acquire) {
-                Ok(())
-            } else {
-                self.signal(libc::SIGCONT)
-            };
+        if !self.is_on() {
+            return self.signal(0);
         }
-        if before != 100 {
-            return Ok(()); // The turns are being taken already; they see the new number.
+        self.inner
+            .cpu_percent
+            .store(percent.clamp(1, 100), Ordering::Release);
+        if percent >= 100 || self.inner.taking_turns.swap(true, Ordering::AcqRel) {
+            return Ok(()); // The turns being taken see the new number.
         }
-        let (server, start) = (self.clone(), self.starts());
+        let server = self.clone();
         let thread = std::thread::Builder::new().name(format!("starve-{}", self.name()));
-        thread
-            .spawn(move || server.take_turns(start))
-            .what(|| "thread for starve".to_string())?;
-        Ok(())
+        let started = thread.spawn(move || server.take_turns());
+        if started.is_err() {
+            self.inner.taking_turns.store(false, Ordering::Release);
+        }
+        started.what(|| "thread for starve".to_string()).map(|_| ())
     }
 
-    fn take_turns(&self, start: u32) {
+    /// Stops and continues QEMU in turns while it is starved. One thread at a time does this.
+    fn take_turns(&self) {
         const TURN_MS: u64 = 50;
+        let percent = || u64::from(self.inner.cpu_percent.load(Ordering::Acquire));
         loop {
-            let percent = u64::from(self.inner.cpu_percent.load(Ordering::Acquire));
-            if percent == 100 || self.starts() != start {
-                return;
+            let share = percent();
+            let on = self.signal_unless_frozen(libc::SIGCONT).is_ok();
+            if share == 100 || !on {
+                self.inner.taking_turns.store(false, Ordering::Release);
+                // Starved again before that store: whoever did it left the turns to this thread.
+                if !on || percent() == 100 || self.inner.taking_turns.swap(true, Ordering::AcqRel) {
+                    return;
+                }
+                continue;
             }
-            if !self.inner.frozen.load(Ordering::Acquire) && self.signal(libc::SIGCONT).is_err() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(TURN_MS * percent / 100));
-            if self.inner.cpu_percent.load(Ordering::Acquire) != 100 && self.signal(libc::SIGSTOP).is_err() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(TURN_MS - TURN_MS * percent / 100));
+            std::thread::sleep(Duration::from_millis(TURN_MS * share / 100));
+            // A server that is off is noticed at the next turn.
+            let _ = self.signal_when(libc::SIGSTOP, || percent() != 100);
+            std::thread::sleep(Duration::from_millis(TURN_MS - TURN_MS * share / 100));
         }
     }
 

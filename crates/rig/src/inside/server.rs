@@ -123,6 +123,7 @@ pub fn stage_2() -> ! {
     note("mounts", late_mounts().map_err(|e| e.to_string()));
     note("names", names(&config).map_err(|e| e.to_string()));
     failures.extend(modules::load(SERVER_MODULES));
+    device_modes();
     let mut note = |what: &str, result: Result<(), String>| {
         if let Err(e) = result {
             failures.push(format!("{what}: {e}"));
@@ -147,6 +148,24 @@ pub fn stage_2() -> ! {
             fatal("the agent is gone")
         }
         Err(e) => fatal(&format!("fork: {e}")),
+    }
+}
+
+/// The modes of devices as udev leaves them on a host: a monitor without privileges needs them.
+fn device_modes() {
+    const KVM_GROUP: u32 = 902;
+    for (device, mode) in [
+        ("kvm", 0o660),
+        ("vhost-net", 0o660),
+        ("vhost-vsock", 0o660),
+        ("net/tun", 0o666),
+        ("ptmx", 0o666),
+    ] {
+        use std::os::unix::fs::{PermissionsExt, chown};
+        let path = format!("/dev/{device}");
+        // A device that is missing shows where it is used.
+        let _ = std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode));
+        let _ = chown(&path, Some(0), Some(if mode == 0o660 { KVM_GROUP } else { 0 }));
     }
 }
 

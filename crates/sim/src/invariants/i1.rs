@@ -6,8 +6,12 @@ use crate::world::{Record, World};
 
 /// A host lets the outputs of an epoch out.
 pub fn released(w: &mut World, h: usize, r: &Record) {
-    let Some(term) = w.hosts[h].replica.as_ref().map(|r| r.term()) else { return };
-    let Some(rule) = w.store.by_term.get(&term) else { return };
+    let Some(term) = w.hosts[h].replica.as_ref().map(|r| r.term()) else {
+        return;
+    };
+    let Some(rule) = w.store.by_term.get(&term) else {
+        return;
+    };
     let could = |host: &steadfast_types::HostId| {
         let i = w.index(host);
         w.checks.last_staged.get(&i).is_some_and(|s| {
@@ -17,7 +21,10 @@ pub fn released(w: &mut World, h: usize, r: &Record) {
     };
     let have = rule.in_sync.iter().filter(|&x| could(x)).count();
     if have < usize::from(rule.acks) {
-        let how = format!("{} releases {} in term {term}: {have} of {} could repeat it", w.hosts[h].id, r.epoch, rule.acks);
+        let how = format!(
+            "{} releases {} in term {term}: {have} of {} could repeat it",
+            w.hosts[h].id, r.epoch, rule.acks
+        );
         w.checks.fail("I1", how);
     }
 }

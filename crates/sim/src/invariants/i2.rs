@@ -6,12 +6,17 @@ use crate::world::World;
 /// A host does what only the owner may.
 pub fn acts(w: &mut World, h: usize, what: &str) {
     let host = &w.hosts[h];
-    let Some(term) = host.replica.as_ref().and_then(|r| r.primary()).map(|p| p.term()) else { return };
+    let Some(term) = host.replica.as_ref().and_then(|r| r.primary()).map(|p| p.term()) else {
+        return;
+    };
     let me = (h, host.instance);
     let before = *w.checks.acting.entry(term).or_insert(me);
     let named = w.store.by_term.get(&term).is_some_and(|r| r.owner == host.id);
     if before != me || !named {
-        let how = format!("{} {what} in term {term}; named {named}, acted before: {before:?}", host.id);
+        let how = format!(
+            "{} {what} in term {term}; named {named}, acted before: {before:?}",
+            host.id
+        );
         w.checks.fail("I2", how);
     }
 }

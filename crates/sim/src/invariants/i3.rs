@@ -15,7 +15,10 @@ pub fn sealed(w: &mut World, r: &Record) {
 pub fn whole(w: &mut World, h: usize, mem: &State, r: &Record) {
     let want = w.checks.snapshots.get(&r.epoch);
     if want != Some(mem) {
-        let how = format!("{} at {}: memory {mem:?} instead of {want:?}", w.hosts[h].id, r.epoch);
+        let how = format!(
+            "{} at {}: memory {mem:?} instead of {want:?}",
+            w.hosts[h].id, r.epoch
+        );
         w.checks.fail("I3", how);
     }
 }

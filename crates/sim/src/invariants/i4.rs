@@ -6,14 +6,20 @@ use steadfast_types::Epoch;
 
 /// A primary declares epochs committed.
 pub fn committed(w: &mut World, h: usize, through: Epoch) {
-    let records: Vec<_> =
-        w.hosts[h].records.range(..=through.0).map(|(_, (r, _))| (r.epoch, r.end.node)).collect();
+    let records: Vec<_> = w.hosts[h]
+        .records
+        .range(..=through.0)
+        .map(|(_, (r, _))| (r.epoch, r.end.node))
+        .collect();
     for (epoch, node) in records {
         let before = w.checks.committed;
         if w.history.is_ancestor(before, node) {
             w.checks.committed = node;
         } else if !w.history.is_ancestor(node, before) {
-            let how = format!("{} commits {epoch}, which is not in line with what has committed", w.hosts[h].id);
+            let how = format!(
+                "{} commits {epoch}, which is not in line with what has committed",
+                w.hosts[h].id
+            );
             w.checks.fail("I4", how);
         }
     }

@@ -20,7 +20,10 @@ pub fn visible(w: &mut World, f: &Reply) {
 pub fn booted(w: &mut World, h: usize, disk: u32) {
     let flushed = w.checks.flushed;
     if !w.history.is_ancestor(flushed, disk) {
-        let how = format!("{} boots from disk {disk} without the flushed and told {flushed}", w.hosts[h].id);
+        let how = format!(
+            "{} boots from disk {disk} without the flushed and told {flushed}",
+            w.hosts[h].id
+        );
         w.checks.fail("I5", how);
     }
 }

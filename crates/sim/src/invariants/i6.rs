@@ -10,7 +10,9 @@ const RELEASED: usize = 3;
 
 /// A process becomes the primary.
 pub fn starts(w: &mut World, h: usize) {
-    let Some(p) = w.hosts[h].replica.as_ref().and_then(|r| r.primary()) else { return };
+    let Some(p) = w.hosts[h].replica.as_ref().and_then(|r| r.primary()) else {
+        return;
+    };
     let p = p.progress();
     w.hosts[h].cursors = [p.sealed().0, p.sent().0, p.committed().0, p.released().0];
 }

@@ -10,7 +10,9 @@ pub fn look(w: &mut World) {
     let bound = (w.settings.standby_lost_us + 4 * w.settings.heartbeat_us) * 10 / 9 + 2 * slowest;
     let liar = w.hosts.iter().any(|h| {
         let awake = h.up && h.frozen_until <= w.now && h.busy_until <= w.now && h.starve_us == 0;
-        let Some(p) = h.replica.as_ref().and_then(|r| r.primary()).filter(|_| awake) else { return false };
+        let Some(p) = h.replica.as_ref().and_then(|r| r.primary()).filter(|_| awake) else {
+            return false;
+        };
         // A primary that has lost the right does not know it before it asks; what it says is about the past.
         let current = w.store.record.nonce == p.record().nonce;
         let could = p.record().in_sync.iter().any(|s| {
@@ -26,6 +28,12 @@ pub fn look(w: &mut World) {
     }
     let since = *w.checks.false_status_since.get_or_insert(w.now);
     if w.now - since > bound {
-        w.checks.fail("I8", format!("called protected for {} us while no standby could go on", w.now - since));
+        w.checks.fail(
+            "I8",
+            format!(
+                "called protected for {} us while no standby could go on",
+                w.now - since
+            ),
+        );
     }
 }

@@ -6,7 +6,11 @@ use steadfast_epoch::Phase;
 /// Whether clients were served since, and the VM is protected now.
 #[must_use]
 pub fn recovered(w: &World, replies_before: &[u64]) -> bool {
-    let served = w.clients.iter().zip(replies_before).all(|(c, &n)| c.replies >= n + 3);
+    let served = w
+        .clients
+        .iter()
+        .zip(replies_before)
+        .all(|(c, &n)| c.replies >= n + 3);
     let owner = w.index(&w.store.record.owner);
     let p = w.hosts[owner].replica.as_ref().and_then(|r| r.primary());
     served
@@ -24,7 +28,10 @@ pub fn failed(w: &mut World) {
         "not served or not protected after healing; record {:?}; {:?}; hosts {:?}",
         w.store.record,
         w.clients.iter().map(|c| c.replies).collect::<Vec<_>>(),
-        w.hosts.iter().map(|h| h.replica.as_ref().map(|r| r.status())).collect::<Vec<_>>()
+        w.hosts
+            .iter()
+            .map(|h| h.replica.as_ref().map(|r| r.status()))
+            .collect::<Vec<_>>()
     );
     let _ = owner;
     w.checks.fail("liveness", how);

@@ -10,6 +10,7 @@ pub mod i6;
 pub mod i7;
 pub mod i8;
 pub mod liveness;
+pub mod old_term;
 
 use crate::guest::State;
 use std::collections::{BTreeMap, HashMap};
@@ -60,7 +61,10 @@ impl Checks {
     /// Records the first violation.
     pub fn fail(&mut self, what: &str, how: String) {
         if self.failed.is_none() {
-            self.failed = Some(Violation { what: what.to_owned(), how });
+            self.failed = Some(Violation {
+                what: what.to_owned(),
+                how,
+            });
         }
     }
 

@@ -27,6 +27,8 @@ pub const MAGIC: [u8; 4] = *b"SFW1";
 pub const VERSION_MAX: u16 = 1;
 /// Oldest protocol version that this code speaks.
 pub const VERSION_MIN: u16 = 1;
+/// Greetings carry this version in their header for ever, so that hosts of any age can say why they part.
+pub const VERSION_OF_GREETINGS: u16 = 1;
 /// No frame may carry more payload than this, whatever was negotiated.
 pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 /// Most payload that a peer may send before its Hello was accepted.
@@ -209,10 +211,12 @@ impl Header {
             return Err(FrameError::HeaderChecksum { expected, found });
         }
         let version = raw.version.get();
-        if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
+        let kind = Kind::from_wire(raw.kind);
+        let greets = matches!(kind, Some(Kind::Hello | Kind::Welcome)) && version == VERSION_OF_GREETINGS;
+        if !greets && !(VERSION_MIN..=VERSION_MAX).contains(&version) {
             return Err(FrameError::Version(version));
         }
-        let kind = Kind::from_wire(raw.kind).ok_or(FrameError::Kind(raw.kind))?;
+        let kind = kind.ok_or(FrameError::Kind(raw.kind))?;
         let length = raw.length.get() as usize;
         let limit = payload_max.min(PAYLOAD_BYTES_MAX);
         if length > limit {

@@ -12,6 +12,9 @@ use steadfast_types::{Epoch, Term};
 
 /// Bytes of the buffer that small frames are read through; larger payloads are read in place.
 const RX_BYTES: usize = 64 << 10;
+/// Spans from which a rate is computed.
+const RATE_SPAN_MIN: Duration = Duration::from_millis(1);
+const RATE_SPAN_MAX: Duration = Duration::from_millis(50);
 /// Frames handed to the kernel in one call.
 const FRAMES_PER_WRITE: usize = 16;
 
@@ -54,6 +57,9 @@ pub struct Conn {
     pub unacked_bytes: usize,
     /// Bytes received since the last acknowledgement that was sent on it.
     pub unanswered_bytes: usize,
+    /// Bytes per second that the network took while more was waiting; `None`: it always took all.
+    pub rate: Option<f64>,
+    blocked: Option<(Instant, u64)>,
     /// Bytes read and written, in all.
     pub bytes: (u64, u64),
     out: VecDeque<OutItem>,
@@ -79,6 +85,8 @@ impl Conn {
             heard: None,
             unacked_bytes: 0,
             unanswered_bytes: 0,
+            rate: None,
+            blocked: None,
             bytes: (0, 0),
             out: VecDeque::new(),
             out_offset: 0,
@@ -134,6 +142,28 @@ impl Conn {
 
     /// Writes what waits, as far as the socket takes it; true when nothing is left.
     pub fn flush(&mut self, now: Instant) -> Result<bool, Down> {
+        let done = self.write_out(now)?;
+        // The rate is that of the spans in which bytes were always waiting.
+        match self.blocked {
+            None if !done => self.blocked = Some((now, self.bytes.1)),
+            None => {}
+            Some((since, bytes)) => {
+                let took = now.saturating_duration_since(since);
+                if took >= RATE_SPAN_MIN {
+                    let sample = (self.bytes.1 - bytes) as f64 / took.as_secs_f64();
+                    self.rate = Some(self.rate.map_or(sample, |r| r + (sample - r) / 4.0));
+                }
+                if done {
+                    self.blocked = None;
+                } else if took >= RATE_SPAN_MAX {
+                    self.blocked = Some((now, self.bytes.1));
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_out(&mut self, now: Instant) -> Result<bool, Down> {
         while !self.out.is_empty() {
             let mut pieces = [IoSlice::new(&[]); FRAMES_PER_WRITE * 2];
             let mut n = 0;

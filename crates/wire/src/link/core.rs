@@ -561,6 +561,7 @@ impl Core {
                 p.bytes_in += c.bytes.0;
                 p.bytes_out += c.bytes.1;
                 p.rtt_us = c.rtt.map(|r| u64::try_from(r.as_micros()).unwrap_or(u64::MAX));
+                p.rate = c.rate.map(|r| r as u64);
                 p.queued_bytes = c.out_bytes();
                 p.unacked_bytes = c.unacked_bytes;
                 p.suspect = c.suspect;

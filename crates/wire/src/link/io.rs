@@ -8,7 +8,7 @@ use super::socket;
 use super::stream::Stream;
 use super::tls::TlsContext;
 use crate::frame::hello::{Hello, Status};
-use crate::frame::{Frame, Header, Kind, PAYLOAD_BYTES_MAX_UNKNOWN_PEER, VERSION_MAX};
+use crate::frame::{Frame, Header, Kind, PAYLOAD_BYTES_MAX_UNKNOWN_PEER, VERSION_OF_GREETINGS};
 use crate::nonce::nonce;
 use rustix::event::{Timespec, epoll};
 use std::collections::HashMap;
@@ -68,9 +68,9 @@ struct State {
     next_token: u64,
     events: Vec<Event>,
     heartbeat_at: Instant,
+    beat_between_at: Instant,
     silent_reported_ms: u64,
     stranger: Option<(Discriminant<Down>, Instant)>,
-    last_loop: Instant,
 }
 
 pub fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
@@ -112,9 +112,9 @@ impl<H: FnMut(Event)> Io<H> {
             next_token: TOKEN_FIRST_CONN,
             events: Vec::new(),
             heartbeat_at: now,
+            beat_between_at: now,
             silent_reported_ms: 0,
             stranger: None,
-            last_loop: now,
         };
         Self {
             core,
@@ -150,8 +150,10 @@ impl<H: FnMut(Event)> Io<H> {
     /// Runs until the link is closed.
     pub fn run(mut self) {
         let mut ready: Vec<epoll::Event> = Vec::with_capacity(32);
+        let mut now = Instant::now();
         loop {
-            let now = Instant::now();
+            // `now` is when epoll last answered, and all that had come by then has been read: so a handler that took
+            // long does not make the peer look silent.
             self.timers(now);
             self.deliver();
             if lock(&self.core).closing {
@@ -165,17 +167,18 @@ impl<H: FnMut(Event)> Io<H> {
             ready.clear();
             let before = Instant::now();
             let buffer = rustix::buffer::spare_capacity(&mut ready);
-            if epoll::wait(&*self.epoll, buffer, Some(&timeout)).is_err() {
-                // Interrupted: look again.
+            let waited = epoll::wait(&*self.epoll, buffer, Some(&timeout));
+            now = Instant::now();
+            if waited.is_err() {
+                // Interrupted: nothing was read, nothing may be judged. Look again.
+                now = before;
                 continue;
             }
-            let now = Instant::now();
             self.notice_starvation(now, before + wait);
             for event in &ready {
                 self.dispatch(event.data.u64(), event.flags);
                 self.deliver();
             }
-            self.state.last_loop = Instant::now();
         }
     }
 
@@ -204,6 +207,20 @@ impl<H: FnMut(Event)> Io<H> {
         // The handler may send, which needs the lock: it is not held here.
         for event in std::mem::take(&mut self.state.events) {
             (self.handler)(event);
+            let now = Instant::now();
+            if now >= self.state.beat_between_at {
+                self.beat_between(now);
+            }
+        }
+    }
+
+    /// Heartbeats between the handler's calls, if it takes long: no judgement of the peer's silence, only our own signs
+    /// of life.
+    fn beat_between(&mut self, now: Instant) {
+        self.state.beat_between_at = now + ms(self.config.heartbeat_ms);
+        let mut core = lock(&self.core);
+        for p in 0..core.slots.len() {
+            core.heartbeat(p, now);
         }
     }
 
@@ -232,6 +249,7 @@ impl<H: FnMut(Event)> Io<H> {
         }
         if self.state.heartbeat_at <= now {
             self.state.heartbeat_at = now + ms(self.config.heartbeat_ms);
+            self.state.beat_between_at = now + ms(2 * self.config.heartbeat_ms);
             self.beat(now);
         }
     }
@@ -473,9 +491,17 @@ impl<H: FnMut(Event)> Io<H> {
     fn accept(&mut self, listener: usize) {
         let now = Instant::now();
         while let Ok(Some(fd)) = socket::accept(&self.listeners[listener]) {
-            // Too many at once: the newest is turned away (closed), those under way go on.
+            // Too many at once: the oldest goes. A true peer is done in milliseconds; who is still greeting after
+            // many others came is most likely a stranger that holds the place.
             if self.state.greeting.len() >= GREETING_MAX {
-                continue;
+                let oldest = self
+                    .state
+                    .greeting
+                    .iter()
+                    .min_by_key(|(token, g)| (g.deadline, **token));
+                if let Some(token) = oldest.map(|(token, _)| *token) {
+                    self.greeting_failed(token, Down::Protocol("greets too slowly while many others come"));
+                }
             }
             socket::tune(&fd, &self.config.paths[listener].addr, &self.config);
             if let Err(why) = self.begin(fd, Stage::Handshake, None, now) {
@@ -538,7 +564,8 @@ impl<H: FnMut(Event)> Io<H> {
                 let core = lock(&self.core);
                 let hello = core.hello(path, Status::Accepted);
                 g.session = hello.session;
-                g.conn.push_own(Kind::Hello, core.vm, 1, 0, hello.encode());
+                g.conn
+                    .push_own(Kind::Hello, core.vm, VERSION_OF_GREETINGS, 0, hello.encode());
                 drop(core);
                 // Some hundred bytes into an empty socket buffer: they fit, or the deadline ends it.
                 g.conn.flush(now)?;
@@ -621,7 +648,7 @@ impl<H: FnMut(Event)> Io<H> {
                 drop(core);
                 if let Some(g) = self.state.greeting.get_mut(&token) {
                     g.conn
-                        .push_own(Kind::Welcome, vm, VERSION_MAX, 0, answer.encode());
+                        .push_own(Kind::Welcome, vm, VERSION_OF_GREETINGS, 0, answer.encode());
                     let _ = g.conn.flush(now);
                 }
                 return Err(Down::Refusing(status));
@@ -645,7 +672,7 @@ impl<H: FnMut(Event)> Io<H> {
         drop(core);
         if let Some(g) = self.state.greeting.get_mut(&token) {
             g.conn
-                .push_own(Kind::Welcome, vm, VERSION_MAX, 0, answer.encode());
+                .push_own(Kind::Welcome, vm, VERSION_OF_GREETINGS, 0, answer.encode());
         }
         self.up(token, path, fresh, now);
         Ok(())

@@ -259,3 +259,26 @@ fn check(config: &LinkConfig) -> Result<(), OpenError> {
     }
     Ok(())
 }
+
+/// Number of valid frames at the front of `data`, read as a connection reads them. For fuzzing.
+pub(crate) fn read_all_frames(data: &[u8], payload_max: usize) -> usize {
+    use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let Ok((ours, theirs)) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None) else {
+        return 0;
+    };
+    let mut rest = data;
+    while !rest.is_empty() {
+        match send(&theirs, rest, SendFlags::NOSIGNAL) {
+            Ok(n) => rest = &rest[n..],
+            Err(_) => break,
+        }
+    }
+    let (pool, now) = (BufPool::new(0), Instant::now());
+    let mut conn = conn::Conn::new(stream::Stream::new(ours, None), 0, now);
+    let (mut frames, mut dry) = (0, false);
+    while let Ok(Some(_)) = conn.next_frame(payload_max, &pool, now, &mut dry) {
+        frames += 1;
+    }
+    frames
+}

@@ -23,10 +23,23 @@ pub struct PathStats {
     pub connects: u64,
     /// Smoothed round trip in microseconds.
     pub rtt_us: Option<u64>,
+    /// Bytes per second that the network took while more was waiting; `None`: it has always taken all at once.
+    pub rate: Option<u64>,
     /// Bytes waiting in this process.
     pub queued_bytes: usize,
     /// Bytes of frames given to it that wait for acknowledgement.
     pub unacked_bytes: usize,
+}
+
+impl LinkStats {
+    /// What a byte costs on the paths that are up, together, in nanoseconds, for
+    /// [`crate::page::EncodeConfig::wire_ns_per_byte`]; `None` while the network has not been the limit.
+    #[must_use]
+    pub fn wire_ns_per_byte(&self) -> Option<f64> {
+        let up = self.paths.iter().filter(|p| p.up);
+        let rate: u64 = up.map(|p| p.rate).sum::<Option<u64>>()?;
+        (rate > 0).then(|| 1e9 / rate as f64)
+    }
 }
 
 /// Of a link.

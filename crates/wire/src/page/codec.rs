@@ -142,7 +142,8 @@ impl PageCodec {
         // 3. LZ4 of the delta or of the page, where it pays.
         let input_len = plain_runs.unwrap_or(PAGE_BYTES);
         if self.lz4 {
-            if self.gain.wants(gfn) {
+            let input = plain_runs.map_or(&new[..], |n| &self.scratch[..n]);
+            if self.gain.wants(gfn, input) {
                 self.stats.lz4_tried += 1;
                 let class = if plain_runs.is_some() {
                     Class::RunsLz4

@@ -209,7 +209,7 @@ impl Encoder {
         if open.kind == ChunkKind::Disk
             && self.lz4
             && open.at > DISK_PACK_BYTES_MIN
-            && self.disk_gain.wants(0)
+            && self.disk_gain.wants(0, &self.buf[CHUNK_HEAD_BYTES..open.at])
         {
             let body = &self.buf[CHUNK_HEAD_BYTES..open.at];
             let room = lz4_flex::block::get_maximum_output_size(body.len());

@@ -7,8 +7,8 @@
 //! | `say TEXT` | a line on the console |
 //! | `flood N` | N lines of 80 bytes on the console, as fast as it takes them |
 //! | `drop_caches` | frees the page cache |
-//! | `poweroff`, `reboot` | ends the guest in order |
-//! | `panic` | a kernel panic |
+//! | `poweroff`, `reboot` | ends the guest at once (no answer) |
+//! | `panic` | a kernel panic (no answer) |
 //! | `hang` | every CPU spins with real-time priority, for ever |
 
 use super::Guest;

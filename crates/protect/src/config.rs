@@ -1,0 +1,63 @@
+//! How a VM is protected on one host: who it is, where its peers are, where the arbiter is.
+
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use steadfast_types::HostId;
+
+/// Protection of a VM, as JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProtectSpec {
+    /// This host.
+    pub host: HostId,
+    /// Folder of the embedded store, shared by all hosts of the VM.
+    pub store: PathBuf,
+    /// The other hosts that may run or mirror this VM.
+    pub peers: Vec<PeerSpec>,
+    /// Start the VM here from power-on, unless the store says that another host owns it.
+    #[serde(default)]
+    pub start: bool,
+    /// Outputs wait for their epoch's commit (`ft`); false: they leave at once (`checkpoint`).
+    #[serde(default = "yes")]
+    pub hold_outputs: bool,
+    /// Certificates for TLS; none is an explicit choice of plain connections.
+    #[serde(default)]
+    pub tls: Option<TlsSpec>,
+    /// Silence after which the primary is suspected, in milliseconds.
+    #[serde(default = "suspect_ms")]
+    pub suspect_ms: u64,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn suspect_ms() -> u64 {
+    160
+}
+
+/// One other host. Of each pair the host with the smaller name listens.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerSpec {
+    /// Its name.
+    pub host: HostId,
+    /// Addresses, one for each replication path: where this host listens, or where it connects to.
+    pub paths: Vec<SocketAddr>,
+    /// Mirror the VM to it when this host is the primary.
+    #[serde(default = "yes")]
+    pub standby: bool,
+}
+
+/// Certificate files, PEM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSpec {
+    /// The pool's CA.
+    pub ca: PathBuf,
+    /// This host's certificate chain.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}

@@ -1,0 +1,331 @@
+//! One other host: its link, what was encoded for it, what comes from it.
+
+use crate::config::{PeerSpec, ProtectSpec};
+use crate::input::{Input, Inputs};
+use std::collections::{BTreeMap, VecDeque};
+use steadfast_capture::SealedPages;
+use steadfast_epoch::message::Message;
+use steadfast_types::{Epoch, Gfn, HostId, PAGE_SIZE, Term, VmId};
+use steadfast_wire::link::{OpenError, PathConfig, Role, Security, SendError, TlsFiles};
+use steadfast_wire::record::{EncodeError, StageConfig, Trailer};
+use steadfast_wire::{EncodeConfig, Encoder, Frame, Link, LinkConfig, RecordId, Stager, vm_hash};
+
+/// Pages of one chunk of a full copy: 4 MiB.
+pub const CHUNK_PAGES: usize = 1024;
+
+/// Which pages a standby that is being filled does not have yet.
+pub struct Join {
+    /// Number of the copy.
+    pub join: u64,
+    missing: Vec<u64>,
+    count: u64,
+    /// Chunks sent, with their pages: a lost one counts as not sent.
+    sent: BTreeMap<u64, Vec<Gfn>>,
+    /// Times that the machine was looked at again for pages dirtied meanwhile.
+    pub rounds: u32,
+}
+
+impl Join {
+    /// Everything is missing.
+    pub fn new(join: u64, regions: &[(u64, u64)]) -> Self {
+        let mut it = Self {
+            join,
+            missing: Vec::new(),
+            count: 0,
+            sent: BTreeMap::new(),
+            rounds: 0,
+        };
+        for &(start, len) in regions {
+            for page in start / PAGE_SIZE..(start + len) / PAGE_SIZE {
+                it.add(Gfn(page));
+            }
+        }
+        it
+    }
+
+    /// Marks a page as missing (again).
+    pub fn add(&mut self, gfn: Gfn) {
+        let word = (gfn.0 / 64) as usize;
+        if word >= self.missing.len() {
+            self.missing.resize(word + 1, 0);
+        }
+        let bit = 1 << (gfn.0 % 64);
+        if self.missing[word] & bit == 0 {
+            self.missing[word] |= bit;
+            self.count += 1;
+        }
+    }
+
+    /// Bytes that are missing.
+    pub fn remaining(&self) -> u64 {
+        self.count * PAGE_SIZE
+    }
+
+    /// Takes all missing pages, rising.
+    pub fn take_all(&mut self) -> Vec<Gfn> {
+        self.take(usize::MAX)
+    }
+
+    fn take(&mut self, most: usize) -> Vec<Gfn> {
+        let mut pages = Vec::new();
+        for (w, word) in self.missing.iter_mut().enumerate() {
+            while *word != 0 && pages.len() < most {
+                pages.push(Gfn(w as u64 * 64 + u64::from(word.trailing_zeros())));
+                *word &= *word - 1;
+            }
+            if pages.len() >= most {
+                break;
+            }
+        }
+        self.count -= pages.len() as u64;
+        pages
+    }
+
+    /// Pages of chunk `seq`; chunks from there on that were sent before were lost.
+    pub fn chunk(&mut self, seq: u64) -> Vec<Gfn> {
+        for (_, lost) in self.sent.split_off(&seq) {
+            for gfn in lost {
+                self.add(gfn);
+            }
+        }
+        let pages = self.take(CHUNK_PAGES);
+        self.sent.insert(seq, pages.clone());
+        pages
+    }
+}
+
+/// A peer and its link.
+pub struct Peer {
+    /// Its name.
+    pub host: HostId,
+    /// The link.
+    pub link: Link,
+    /// Mirror to it when primary.
+    pub wanted: bool,
+    /// A session stands.
+    pub connected: bool,
+    /// The copy under way, when primary.
+    pub join: Option<Join>,
+    /// Message whose bulk is still arriving.
+    pub pending: Option<Message>,
+    /// Collects the bulk.
+    pub stager: Stager,
+    encoder: Encoder,
+    next: Option<Epoch>,
+    backlog: VecDeque<Frame>,
+}
+
+impl Peer {
+    /// Opens the link; events go to `inputs`.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(
+        vm: &VmId,
+        spec: &ProtectSpec,
+        peer: &PeerSpec,
+        pages: Vec<(u64, u64)>,
+        inputs: &Inputs,
+    ) -> Result<Self, OpenError> {
+        let role = if spec.host < peer.host {
+            Role::Listen
+        } else {
+            Role::Connect
+        };
+        let paths = peer.paths.iter().map(|a| PathConfig::new(*a)).collect();
+        let security = match &spec.tls {
+            Some(tls) => Security::Tls(TlsFiles {
+                ca: tls.ca.clone(),
+                cert: tls.certificate.clone(),
+                key: tls.key.clone(),
+                crl: None,
+            }),
+            None => Security::Plain,
+        };
+        let mut config = LinkConfig::new(
+            vm.clone(),
+            spec.host.clone(),
+            peer.host.clone(),
+            role,
+            paths,
+            security,
+        );
+        config.manual_credit = true;
+        config.silent_ms = spec.suspect_ms.max(50);
+        config.backoff_ms = (5, 100);
+        let (host, to) = (peer.host.clone(), inputs.clone());
+        let mut raised = false;
+        let link = Link::open(config, move |event| {
+            if !std::mem::replace(&mut raised, true) {
+                crate::raise_priority("a link");
+            }
+            to.send(Input::Link(host.clone(), event));
+        })?;
+        let encoder = Encoder::new(vm_hash(vm), &EncodeConfig::default(), link.pool().clone());
+        let valid = move |g: Gfn| pages.iter().any(|&(s, l)| (s..s + l).contains(&g.address()));
+        Ok(Self {
+            host: peer.host.clone(),
+            link,
+            wanted: peer.standby,
+            connected: false,
+            join: None,
+            pending: None,
+            stager: Stager::new(StageConfig::default(), valid),
+            encoder,
+            next: None,
+            backlog: VecDeque::new(),
+        })
+    }
+
+    /// The peer has lost what it had of the stream: the next record refers to nothing before it.
+    pub fn reset_stream(&mut self) {
+        self.next = None;
+        self.backlog.clear();
+        self.pending = None;
+        self.stager.forget();
+    }
+
+    /// Sends frames in order; what the link does not take now waits (bounded by the protocol's window of epochs).
+    pub fn send(&mut self, frames: Vec<Frame>) {
+        self.backlog.extend(frames);
+        self.flush();
+    }
+
+    /// Offers what waits to the link.
+    pub fn flush(&mut self) {
+        while let Some(frame) = self.backlog.front() {
+            match self.link.try_send(frame) {
+                Ok(()) => {
+                    self.backlog.pop_front();
+                }
+                Err(SendError::Full) => return,
+                Err(error) => {
+                    tracing::error!(peer = %self.host, %error, "a frame cannot be sent");
+                    self.backlog.clear();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Encodes a sealed epoch for this peer.
+    ///
+    /// # Errors
+    /// [`EncodeError`].
+    pub fn encode_epoch(
+        &mut self,
+        term: Term,
+        epoch: Epoch,
+        record: &Record,
+        flush: bool,
+        out: &mut Vec<Frame>,
+    ) -> Result<(), EncodeError> {
+        if self.next != Some(epoch) {
+            self.encoder.reset();
+        }
+        self.next = Some(epoch.next());
+        let done = self.encode(term, RecordId::Epoch(epoch), record, flush, out);
+        if done.is_err() {
+            self.encoder.reset();
+            self.next = None;
+        }
+        done
+    }
+
+    /// Encodes one chunk of a full copy.
+    ///
+    /// # Errors
+    /// [`EncodeError`].
+    pub fn encode_chunk(
+        &mut self,
+        term: Term,
+        join: u64,
+        seq: u64,
+        pages: SealedPages,
+        out: &mut Vec<Frame>,
+    ) -> Result<(), EncodeError> {
+        if seq == 0 {
+            self.encoder.reset();
+        }
+        // After the last chunk the base epoch follows, in the same stream of records.
+        self.next = None;
+        let record = Record {
+            pages: Some(pages),
+            state: Vec::new(),
+            boundary: 0,
+        };
+        self.encode(term, RecordId::Copy { join, seq }, &record, false, out)
+    }
+
+    /// Makes the next epoch continue the stream of the chunks before it.
+    pub fn expect_base(&mut self, epoch: Epoch) {
+        self.next = Some(epoch);
+    }
+
+    fn encode(
+        &mut self,
+        term: Term,
+        id: RecordId,
+        record: &Record,
+        flush: bool,
+        out: &mut Vec<Frame>,
+    ) -> Result<(), EncodeError> {
+        self.encoder.begin(term, id)?;
+        if let Some(pages) = &record.pages {
+            for (gfn, page) in pages.iter() {
+                self.encoder.page(gfn, page, out)?;
+            }
+        }
+        if !record.state.is_empty() {
+            self.encoder.device(&record.state, out)?;
+        }
+        self.encoder.finish(
+            Trailer {
+                has_flush: flush,
+                output_boundary: record.boundary,
+            },
+            out,
+        )?;
+        Ok(())
+    }
+}
+
+/// A sealed epoch, kept until nobody needs it.
+pub struct Record {
+    /// Changed pages; none for a cut that nobody mirrors.
+    pub pages: Option<SealedPages>,
+    /// Machine state, encoded; empty for a cut that nobody mirrors.
+    pub state: Vec<u8>,
+    /// Frames that the guest had sent at the cut.
+    pub boundary: u64,
+}
+
+impl Record {
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.pages.as_ref().map_or(0, SealedPages::bytes) + self.state.len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lost_chunks_are_missing_again() {
+        let mut j = Join::new(1, &[(0, 3000 * 4096), (1 << 32, 4096)]);
+        assert_eq!(j.remaining(), 3001 * 4096);
+        assert_eq!(j.chunk(0).len(), 1024);
+        assert_eq!(j.chunk(1).len(), 1024);
+        assert_eq!(j.chunk(2).len(), 953);
+        assert_eq!(j.remaining(), 0);
+        let again = j.chunk(1);
+        assert_eq!(
+            (again.len(), again[0], j.remaining()),
+            (1024, Gfn(1024), 953 * 4096)
+        );
+        j.add(Gfn(0));
+        assert_eq!(j.take_all().len(), 954);
+        assert_eq!(j.remaining(), 0);
+    }
+}

@@ -1,0 +1,233 @@
+//! What a primary does at the protocol's word: cut, copy, release.
+
+use crate::engine::Engine;
+use crate::peer::{Join, Record};
+use std::sync::PoisonError;
+use steadfast_epoch::Status;
+use steadfast_epoch::io::{Event, SealedEpoch};
+use steadfast_epoch::message::{EpochRef, Message};
+use steadfast_machine::machine::MachineError;
+use steadfast_net::HoldMode;
+use steadfast_types::{Epoch, Gfn, HostId, Term};
+use steadfast_vmm::process::ProcessError;
+use steadfast_wire::Frame;
+
+/// Times that a full copy looks again for what was dirtied meanwhile, before its base epoch takes the rest.
+const COPY_ROUNDS: u32 = 4;
+/// Rounds end early when this little is dirty.
+const COPY_ENOUGH_PAGES: usize = 512;
+/// A cut that fails so often in a row ends this instance: its standby is better off.
+const CUT_FAILURES_MAX: u32 = 5;
+
+impl Engine {
+    /// Whether any host mirrors this VM, or is being filled.
+    fn mirrored(&self) -> bool {
+        match self.replica.status() {
+            Status::Primary(p) => {
+                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some())
+            }
+            Status::Standby(_) => false,
+        }
+    }
+
+    /// Cuts: seals epoch `epoch`, with all that the hosts in `bases` still miss.
+    pub(crate) fn cut(&mut self, epoch: Epoch, bases: &[HostId], freeze: bool) -> Result<(), ProcessError> {
+        let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let boundary = || holds.iter().map(|h| h.emitted()).sum();
+        if !self.mirrored() && bases.is_empty() && !freeze {
+            // Nobody needs the record: only the boundary of the outputs is marked. Dirty pages stay with KVM, and a
+            // standby that comes later is filled from the start.
+            for h in &holds {
+                h.cut(epoch.0);
+            }
+            self.sealed.push_back((
+                epoch,
+                Record {
+                    pages: None,
+                    state: Vec::new(),
+                    boundary: boundary(),
+                },
+            ));
+            self.events.push_back(Event::Sealed(SealedEpoch {
+                epoch,
+                bytes: 0,
+                flush: false,
+                pause_us: 0,
+            }));
+            return Ok(());
+        }
+        let mut extra: Vec<Gfn> = Vec::new();
+        for base in bases {
+            if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
+                extra.extend(join.take_all());
+            }
+        }
+        extra.sort_unstable();
+        extra.dedup();
+        let mut emitted = 0;
+        let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_| {
+            for h in &holds {
+                h.cut(epoch.0);
+            }
+            emitted = boundary();
+        });
+        let sealed = match sealed {
+            Ok(sealed) => sealed,
+            Err(error) => {
+                self.cut_failures += 1;
+                self.note(format!("cut {epoch} failed: {error}"));
+                if self.cut_failures >= CUT_FAILURES_MAX {
+                    return Err(ProcessError::Assemble(steadfast_vmm::AssembleError::Setting(
+                        format!("{CUT_FAILURES_MAX} cuts in a row failed: {error}"),
+                    )));
+                }
+                return self.cut(epoch, bases, freeze);
+            }
+        };
+        self.cut_failures = 0;
+        for (host, peer) in &mut self.peers {
+            match &mut peer.join {
+                Some(_) if bases.contains(host) => peer.join = None,
+                Some(join) => sealed.pages.gfns().iter().for_each(|g| join.add(*g)),
+                None => {}
+            }
+        }
+        let c = &mut self.counters;
+        let pause_us = sealed.times.pause.as_micros() as u64;
+        c.cuts += 1;
+        c.pages += sealed.pages.gfns().len() as u64;
+        c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
+        c.last = sealed.times;
+        let record = Record {
+            pages: Some(sealed.pages),
+            state: sealed.state,
+            boundary: emitted,
+        };
+        let bytes = record.bytes();
+        self.sealed.push_back((epoch, record));
+        self.events.push_back(Event::Sealed(SealedEpoch {
+            epoch,
+            bytes,
+            flush: false,
+            pause_us,
+        }));
+        Ok(())
+    }
+
+    /// Sends one chunk of a full copy, read while the guest runs: what it writes meanwhile is dirty and comes again.
+    pub(crate) fn send_chunk(
+        &mut self,
+        to: &HostId,
+        message: Message,
+        join: u64,
+        seq: u64,
+    ) -> Result<(), ProcessError> {
+        let mirrored_by_others = match self.replica.status() {
+            Status::Primary(p) => p.members.iter().any(|m| m.in_sync),
+            Status::Standby(_) => return Ok(()),
+        };
+        let regions: Vec<_> = self
+            .vm
+            .machine
+            .ram()
+            .regions()
+            .iter()
+            .map(|r| (r.start, r.len))
+            .collect();
+        let Some(peer) = self.peers.get_mut(to) else {
+            return Ok(());
+        };
+        let state = match &mut peer.join {
+            Some(j) if j.join == join => j,
+            other => other.insert(Join::new(join, &regions)),
+        };
+        let pages = state.chunk(seq);
+        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && !mirrored_by_others {
+            state.rounds += 1;
+            let mut dirty = Vec::new();
+            match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
+                Ok(()) => {
+                    if dirty.len() <= COPY_ENOUGH_PAGES {
+                        state.rounds = COPY_ROUNDS;
+                    }
+                    dirty.iter().for_each(|g| state.add(*g));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a round of the full copy failed; its pages come with the base epoch")
+                }
+            }
+        }
+        let remaining = state.remaining();
+        let copied = self.capture.copy_live(&self.vm.machine, &pages);
+        let mut frames = vec![Frame::control(
+            self.vm_hash,
+            message.term,
+            crate::codec::encode(&message),
+        )];
+        let encoded = copied.map_err(|e| e.to_string()).and_then(|pages| {
+            peer.encode_chunk(message.term, join, seq, pages, &mut frames)
+                .map_err(|e| e.to_string())
+        });
+        match encoded {
+            Ok(()) => peer.send(frames),
+            Err(error) => self.note(format!("chunk {seq} for {to}: {error}")),
+        }
+        self.events.push_back(Event::ChunkSent {
+            to: to.clone(),
+            join,
+            seq,
+            remaining,
+        });
+        Ok(())
+    }
+
+    /// Lets the outputs of committed epochs out.
+    pub(crate) fn release(&mut self, through: Epoch) {
+        let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for h in holds {
+            self.counters.released += h.release(through.0);
+        }
+    }
+
+    /// Drops records that nobody will ask for.
+    pub(crate) fn forget(&mut self, through: Epoch) {
+        while self.sealed.front().is_some_and(|(e, _)| *e <= through) {
+            self.sealed.pop_front();
+        }
+    }
+
+    /// Powers the VM on here.
+    pub(crate) fn cold_boot(&mut self, term: Term, at: EpochRef) -> Result<(), ProcessError> {
+        self.note(format!("boots here under term {term}, after epoch {at}"));
+        self.vm.boot()?;
+        self.go_live()
+    }
+
+    /// Makes this machine the running one: outputs held, dirty pages tracked.
+    pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
+        self.set_holds(HoldMode::Hold);
+        self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.resume();
+        let wanted: Vec<HostId> = self
+            .peers
+            .values()
+            .filter(|p| p.wanted)
+            .map(|p| p.host.clone())
+            .collect();
+        for host in wanted {
+            self.events.push_back(Event::AddStandby(host));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_holds(&self, mode: HoldMode) {
+        for h in self.holds.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            h.set_mode(mode);
+        }
+    }
+}
+
+/// What a machine error means to this process.
+pub(crate) fn machine_failed(error: MachineError) -> ProcessError {
+    ProcessError::Restore(error)
+}

@@ -1,0 +1,104 @@
+//! The process of a protected VM, on any of its hosts.
+
+use crate::config::ProtectSpec;
+use crate::engine::{Engine, Holds, Parts};
+use crate::input::{Input, Inputs};
+use crate::store::FileStore;
+use std::path::PathBuf;
+use std::sync::mpsc::{channel, sync_channel};
+use std::sync::{Arc, PoisonError};
+use steadfast_machine::devices::legacy::OutputSink;
+use steadfast_net::{Hold, HoldBackend, HoldMode};
+use steadfast_vmm::control::{self, Call};
+use steadfast_vmm::process::{Ended, Options, ProcessError};
+use steadfast_vmm::spec::VmSpec;
+use steadfast_vmm::{AssembleError, Surroundings, assemble};
+
+/// Bytes of frames that wait for their epoch, per NIC, before the guest is held back.
+const HELD_BYTES_MAX: usize = 32 << 20;
+
+/// Runs this host's instance of a protected VM until it ends.
+///
+/// # Errors
+/// [`ProcessError`].
+pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended, ProcessError> {
+    let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
+    if let Some(disk) = spec.disks.iter().find(|d| !d.read_only) {
+        return Err(setting(format!(
+            "disk {} is writable and this version does not replicate disks: its writes would be lost at a failover; \
+             make it read-only (,ro), or run the VM without protection",
+            disk.path.display()
+        )));
+    }
+    let store = FileStore::new(protect.store.clone(), spec.name.clone())
+        .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+    if protect.start {
+        store
+            .create(&protect.host)
+            .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+    }
+    let (queue, incoming) = channel();
+    let inputs = Inputs::new(queue);
+    if let Some(path) = &options.control {
+        serve_control(path, &inputs).map_err(ProcessError::Control)?;
+    }
+    let control_path: Option<PathBuf> = options.control.clone();
+    let holds = Holds::default();
+    let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
+    let make_vm = {
+        let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
+        move || {
+            let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
+            let around = Surroundings {
+                events: Arc::new(inputs.clone()),
+                serial: (options.serial)() as Box<dyn OutputSink>,
+                debugcon: (options.debugcon)(),
+                hooks: options.hooks.clone(),
+                wrap_net: Some(Arc::new(move |_, backend| {
+                    let outputs = outputs.clone();
+                    // Silent until the protocol says that this instance may speak.
+                    let wake = Box::new(move || outputs.send(Input::Output));
+                    let hold = Hold::new(backend, HoldMode::Mute, HELD_BYTES_MAX, wake);
+                    holds
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(Arc::clone(&hold));
+                    Box::new(HoldBackend(hold))
+                })),
+            };
+            let vm = assemble(&spec, around)?;
+            (options.on_serial)(&vm.serial);
+            // First touch is dear; a standby must not pay for it when it takes over.
+            vm.machine.ram().prefault();
+            Ok(vm)
+        }
+    };
+    let mut engine = Engine::new(Parts {
+        name,
+        spec: protect,
+        make_vm: Box::new(make_vm),
+        holds,
+        ram_bytes,
+        store: Box::new(store),
+        inputs,
+    })?;
+    let ended = engine.run(&incoming);
+    if let Some(path) = control_path {
+        let _ = std::fs::remove_file(path);
+    }
+    ended
+}
+
+fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<()> {
+    let (calls, incoming) = sync_channel::<Call>(4);
+    control::serve(control::bind(path)?, calls)?;
+    let inputs = inputs.clone();
+    std::thread::Builder::new()
+        .name("control-queue".into())
+        .spawn(move || {
+            incoming
+                .into_iter()
+                .for_each(|call| inputs.send(Input::Control(call)))
+        })?;
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! What a standby does at the protocol's word: stage, apply, promote.
+
+use crate::engine::Engine;
+use crate::primary::machine_failed;
+use std::time::Instant;
+use steadfast_epoch::io::Event;
+use steadfast_epoch::message::EpochRef;
+use steadfast_machine::machine::MachineError;
+use steadfast_machine::memory::Ram;
+use steadfast_machine::quiesce::Quiesced;
+use steadfast_machine::state::{MachineState, StateError};
+use steadfast_net::HoldMode;
+use steadfast_types::{Epoch, Gfn, Term};
+use steadfast_vmm::process::ProcessError;
+use steadfast_wire::PageSink;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Guest RAM of a machine that does not run, as the place where records are applied.
+struct RamSink<'a>(&'a Ram);
+
+impl PageSink for RamSink<'_> {
+    fn update(&mut self, gfn: Gfn, change: &mut dyn FnMut(&mut [u8; 4096])) -> bool {
+        let at = GuestAddress(gfn.address());
+        let mut page = [0; 4096];
+        if self.0.memory().read_slice(&mut page, at).is_err() {
+            return false;
+        }
+        change(&mut page);
+        self.0.memory().write_slice(&page, at).is_ok()
+    }
+}
+
+impl Engine {
+    pub(crate) fn begin_join(&mut self, join: u64) {
+        self.note(format!("full copy {join} begins"));
+        self.staged.clear();
+        self.state.clear();
+    }
+
+    pub(crate) fn store_chunk(&mut self, join: u64, seq: u64) {
+        let Some(record) = self.arrived.take() else { return };
+        if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
+            self.note(format!("chunk {seq} of copy {join}: {error}"));
+            self.events.push_back(Event::StateLost);
+        }
+    }
+
+    /// Keeps the record that just arrived; applies nothing.
+    pub(crate) fn stage(&mut self, epoch: EpochRef, flush: bool) {
+        let Some(record) = self.arrived.take() else {
+            self.note(format!("epoch {epoch} should be staged but is not here"));
+            return;
+        };
+        self.staged.insert(epoch.epoch, record);
+        self.events.push_back(Event::Staged { epoch });
+        if flush {
+            self.events
+                .push_back(Event::JournalSynced { through: epoch.epoch });
+        }
+    }
+
+    /// Applies committed epochs, whole and in order (I3).
+    pub(crate) fn apply(&mut self, through: Epoch) {
+        while let Some(entry) = self.staged.first_entry().filter(|e| *e.key() <= through) {
+            let (epoch, record) = entry.remove_entry();
+            if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
+                self.note(format!("epoch {epoch} cannot be applied: {error}"));
+                self.events.push_back(Event::StateLost);
+                return;
+            }
+            if !record.device().is_empty() {
+                self.state.clear();
+                self.state.extend_from_slice(record.device());
+            }
+        }
+        self.events.push_back(Event::Applied { through });
+    }
+
+    pub(crate) fn truncate(&mut self, after: EpochRef) {
+        let _dropped = self.staged.split_off(&after.epoch.next());
+        // What is sent again refers to nothing before it.
+        for peer in self.peers.values_mut() {
+            peer.stager.forget();
+        }
+    }
+
+    /// This instance is the primary now: the machine goes on from exactly epoch `at`.
+    pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
+        let began = Instant::now();
+        let _never = self.staged.split_off(&at.epoch.next());
+        self.apply(at.epoch);
+        // The protocol stands beyond these reports.
+        self.events.clear();
+        let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| {
+            let why = format!("the state of epoch {at} does not parse: {e}");
+            machine_failed(MachineError::State(StateError::Refused(why)))
+        })?;
+        self.vm.machine.restore(state).map_err(machine_failed)?;
+        self.staged.clear();
+        for peer in self.peers.values_mut() {
+            peer.join = None;
+            peer.reset_stream();
+        }
+        self.go_live()?;
+        for nic in &self.vm.nics {
+            nic.announce();
+        }
+        let took = began.elapsed().as_micros() as u64;
+        self.counters.promote_us = Some(took);
+        self.note(format!(
+            "promoted under term {term} at epoch {at}, released {released}, in {took} us"
+        ));
+        Ok(())
+    }
+
+    /// This instance has lost the right to run, or has handed it over: its machine stops here and now, and nothing that
+    /// waits gets out. Its process ends; a new one begins as an empty standby.
+    pub(crate) fn stop_guest(&mut self, keep: bool) -> Result<(), ProcessError> {
+        self.set_holds(HoldMode::Mute);
+        self.note(format!("the guest stops here (handed over: {keep})"));
+        if let Err(error) = self.vm.machine.quiesce().map(Quiesced::keep_stopped) {
+            tracing::error!(%error, "the machine does not stop; it ends with its process");
+        }
+        Err(ProcessError::Fenced)
+    }
+}
