@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_machine::devices::legacy::{EventSink, GuestEvent, OutputSink};
+use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
 use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
@@ -144,6 +145,8 @@ struct Process<'a> {
     resets: u64,
     started: Instant,
     last_pause_us: u64,
+    /// The guest is on a new TAP, perhaps on another host: at its first step it tells the network where it is now.
+    announce: bool,
 }
 
 /// The machine of `spec` from what is open: at start, and again after a reset.
@@ -230,6 +233,7 @@ fn run_bound(
         queue,
         lost: AtomicU64::new(0),
     });
+    let announce = matches!(start, Start::Restore(_));
     let (mut spec, saved) = match start {
         Start::Boot(spec) => (*spec, None),
         Start::Restore(path) => {
@@ -273,6 +277,7 @@ fn run_bound(
         resets: 0,
         started: Instant::now(),
         last_pause_us: 0,
+        announce,
         options,
         control,
         _confined: confined,
@@ -344,6 +349,9 @@ impl Process<'_> {
     fn resume(&mut self) {
         self.vm.machine.resume();
         self.running = Running::Yes;
+        if std::mem::take(&mut self.announce) {
+            self.vm.nics.iter().for_each(NetHandle::announce);
+        }
     }
 
     fn pause(&mut self) -> bool {

@@ -4,6 +4,7 @@
 //! its table in `docs/benchmarks.md` with the command and the machine; `--quick` only shows that it works.
 
 pub mod host;
+mod machine_peers;
 mod machine_state;
 mod markdown;
 pub mod row;
@@ -59,7 +60,7 @@ pub struct Bench {
 
 /// All benchmarks.
 fn all() -> Vec<Bench> {
-    vec![machine_state::bench()]
+    vec![machine_peers::bench(), machine_state::bench()]
 }
 
 /// Runs a benchmark. False when a goal was missed.

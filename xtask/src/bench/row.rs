@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 /// What a value should be.
-#[allow(dead_code, reason = "the benchmarks beside QEMU use all of them")]
+#[allow(dead_code, reason = "a vocabulary; not every run of the list uses each")]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Goal {
     /// The value may not be larger.
@@ -59,7 +59,6 @@ impl Row {
     }
 
     /// Adds what a peer reached in the same run.
-    #[allow(dead_code, reason = "the benchmarks beside QEMU use it")]
     pub fn beside(mut self, peer: &str, value: f64) -> Self {
         self.peer = Some(peer.into());
         self.peer_value = Some(round(value));

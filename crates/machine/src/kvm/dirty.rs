@@ -182,8 +182,11 @@ impl DirtyTracker {
 
     #[allow(clippy::wrong_self_convention)]
     fn from_rings(&mut self, vm: &VmFd) -> Result<(), KvmError> {
-        self.pending.append(&mut locked(&self.overflow));
-        let mut taken = 0;
+        let mut overflow = locked(&self.overflow);
+        // Pages of a full ring whose reset failed on its own thread are protected again here.
+        let mut taken = overflow.len();
+        self.pending.append(&mut overflow);
+        drop(overflow);
         for ring in &self.rings {
             let slots = &self.slots;
             let pending = &mut self.pending;
