@@ -11,7 +11,7 @@
 //! our own threads. A process that may be neither patched with code nor replaced by exec keeps to the code it has.
 //!
 //! `STEADFAST_SECCOMP=log` only reports (kernel log, audit type 1326), to find what a list lacks; `off` switches
-//! filters off. Both say so at start. Source: seccomp(2); lists found by reading the code and with strace.
+//! filters off. Both say so at start. Source: seccomp(2); lists found by reading the code and by running pulse.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
