@@ -68,6 +68,9 @@ pub enum Start {
     Restore(PathBuf),
 }
 
+/// Takes a machine's serial port, to feed it input.
+pub type OnSerial = dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>);
+
 /// What a VM's process is given.
 pub struct Options {
     /// Path of the control socket; none: the VM cannot be reached.
@@ -77,7 +80,7 @@ pub struct Options {
     /// Makes the sink of the debug console.
     pub debugcon: Box<dyn Fn() -> Option<Box<dyn OutputSink>>>,
     /// Takes the serial port whenever there is a new one, to feed it input.
-    pub on_serial: Box<dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>)>,
+    pub on_serial: Box<OnSerial>,
     /// Stays paused after a boot or restore until `resume`.
     pub paused: bool,
     /// Run first on each thread of the machine, under its system call filter if there is one.

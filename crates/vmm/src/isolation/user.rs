@@ -175,10 +175,8 @@ pub fn drop_privileges((uid, gid): (u32, u32)) -> Result<(), UserError> {
     }
     drop_capabilities()?;
     // SAFETY: takes plain numbers.
-    check(
-        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) },
-        || "set no_new_privs".into(),
-    )?;
+    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    check(done, || "set no_new_privs".into())?;
     // No ptrace and no /proc/PID/mem for other processes of the same user.
     // SAFETY: takes plain numbers.
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }, || {
@@ -201,10 +199,8 @@ fn drop_bounding_set() -> Result<(), UserError> {
 
 fn drop_capabilities() -> Result<(), UserError> {
     // SAFETY: takes plain numbers.
-    check(
-        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) },
-        || "give up ambient capabilities".into(),
-    )?;
+    let done = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    check(done, || "give up ambient capabilities".into())?;
     #[repr(C)]
     struct Header {
         version: u32,
