@@ -114,7 +114,29 @@ fn primary_killed() {
     kill_primaries("primary_killed", 12, Duration::from_secs(100));
 }
 
-/// The same, 500 times (or as often as fits into `STEADFAST_TEST_SECONDS`).
+/// kill -9 of the standby: the primary goes on once the store lets it, and the returning standby is filled.
+#[test]
+fn standby_killed() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("standby_killed");
+    let mut gaps = Vec::new();
+    for _ in 0..6 {
+        pair.go_on(60);
+        let killed = pair.standby.kill();
+        gaps.push(pair.answers(killed));
+        // Not an answer that was under way: the service itself is back.
+        pair.answers(killed + Duration::from_millis(300));
+        let _ = pair.standby.ended(LONG);
+        pair.standby = pair.site.spawn(pair.standby.host, false);
+        pair.protected();
+        assert!(pair.primary.runs());
+    }
+    print_percentiles("kill -9 of the standby to the next reply", gaps);
+}
+
+/// [`primary_killed`], 500 times (or as often as fits into `STEADFAST_TEST_SECONDS`).
 #[test]
 #[ignore = "long"]
 fn long_primary_killed() {
