@@ -86,6 +86,10 @@ impl Drop for Pair {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("{}", self.site.logs());
+            for instance in [&self.primary, &self.standby] {
+                let status = instance.status().unwrap_or_default();
+                eprintln!("--- status of {}: {status:#}", instance.host);
+            }
         }
     }
 }
