@@ -307,6 +307,7 @@ impl Engine {
         match event {
             E::SessionUp { .. } => {
                 peer.connected = true;
+                peer.dead = false;
                 peer.reset_stream();
                 self.step(Event::Connected(host.clone()))?;
             }
@@ -317,6 +318,9 @@ impl Engine {
             }
             E::PathDown { why, left, path } => {
                 let gone = left == 0 && why.is_process_gone();
+                if gone {
+                    (peer.dead, peer.fed) = (true, false);
+                }
                 self.note(format!("path {path} to {host} down, {left} left: {why}"));
                 if gone {
                     self.step(Event::PeerDied(host.clone()))?;
@@ -388,6 +392,11 @@ impl Engine {
             message.term,
             codec::encode(&message),
         )];
+        match message.body {
+            Body::Join { .. } => peer.fed = false,
+            Body::Resume { .. } => peer.fed = true,
+            _ => {}
+        }
         if let Body::Epoch(header) = &message.body {
             let epoch = header.epoch.epoch;
             let Some((_, record)) = self.sealed.iter().find(|(e, _)| *e == epoch) else {

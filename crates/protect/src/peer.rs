@@ -106,6 +106,11 @@ pub struct Peer {
     pub connected: bool,
     /// The copy under way, when primary.
     pub join: Option<Join>,
+    /// It has, or may have, all that was sealed up to some epoch and may be sent the next: from the base epoch of its copy
+    /// on, listed as in sync or not, until its process dies or a new copy begins. While so, every cut takes everything.
+    pub fed: bool,
+    /// Its process is known to have ended since the last session.
+    pub dead: bool,
     /// Message whose bulk is still arriving.
     pub pending: Option<Message>,
     /// Collects the bulk.
@@ -169,6 +174,8 @@ impl Peer {
             wanted: peer.standby,
             connected: false,
             join: None,
+            fed: false,
+            dead: false,
             pending: None,
             stager: Stager::new(StageConfig::default(), valid),
             encoder,

@@ -24,7 +24,7 @@ impl Engine {
     fn mirrored(&self) -> bool {
         match self.replica.status() {
             Status::Primary(p) => {
-                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some())
+                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some() || p.fed)
             }
             Status::Standby(_) => false,
         }
@@ -87,7 +87,10 @@ impl Engine {
         self.cut_failures = 0;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {
-                Some(_) if bases.contains(host) => peer.join = None,
+                Some(_) if bases.contains(host) => {
+                    peer.join = None;
+                    peer.fed = true;
+                }
                 Some(join) => sealed.pages.gfns().iter().for_each(|g| join.add(*g)),
                 None => {}
             }
@@ -123,7 +126,7 @@ impl Engine {
         seq: u64,
     ) -> Result<(), ProcessError> {
         let mirrored_by_others = match self.replica.status() {
-            Status::Primary(p) => p.members.iter().any(|m| m.in_sync),
+            Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
             Status::Standby(_) => return Ok(()),
         };
         let regions: Vec<_> = self

@@ -95,10 +95,13 @@ impl Engine {
             let why = format!("the state of epoch {at} does not parse: {e}");
             machine_failed(MachineError::State(StateError::Refused(why)))
         })?;
+        // Before the devices begin: what waits at a NIC was for the former primary, and what they send is held.
+        self.set_holds(HoldMode::Hold);
         self.vm.machine.restore(state).map_err(machine_failed)?;
         self.staged.clear();
         for peer in self.peers.values_mut() {
             peer.join = None;
+            peer.fed = !peer.dead;
             peer.reset_stream();
         }
         self.go_live()?;
