@@ -96,10 +96,15 @@ pub struct Surroundings<E> {
     pub hooks: ThreadHooks,
     /// Puts something between a NIC (by its index) and what it is plugged into.
     pub wrap_net: Option<WrapNet>,
+    /// Gives the image of a disk (by its index) that is not simply opened.
+    pub give_disk: Option<GiveDisk>,
 }
 
 /// See [`Surroundings::wrap_net`].
 pub type WrapNet = Arc<dyn Fn(usize, Box<dyn NetBackend>) -> Box<dyn NetBackend> + Send + Sync>;
+
+/// See [`Surroundings::give_disk`].
+pub type GiveDisk = Arc<dyn Fn(usize) -> Option<Arc<dyn BlockIo>> + Send + Sync>;
 
 /// Puts the machine of `spec` together. Nothing is loaded and nothing runs yet: [`Vm::boot`] or a restore follows.
 ///
@@ -116,8 +121,12 @@ pub fn assemble<E: GuestEvents + 'static>(
     }
     let mut spec = spec.clone();
     let mut images = Vec::new();
-    for disk in &mut spec.disks {
-        images.push(open_disk(disk)?);
+    for (i, disk) in spec.disks.iter_mut().enumerate() {
+        let given = around.give_disk.as_ref().and_then(|give| give(i));
+        images.push(match given {
+            Some(image) => image,
+            None => open_disk(disk)?,
+        });
     }
     if let Some(user_data) = &spec.cloud_init {
         images.push(seed_image(&spec, user_data)?);

@@ -143,6 +143,7 @@ fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, Ass
         debugcon: (options.debugcon)(),
         hooks: options.hooks.clone(),
         wrap_net: None,
+        give_disk: None,
     };
     let vm = assemble(spec, around)?;
     (options.on_serial)(&vm.serial);
