@@ -415,7 +415,9 @@ impl Engine {
         )];
         if let Body::Epoch(header) = &message.body {
             let epoch = header.epoch.epoch;
-            let Some((_, record)) = self.sealed.iter().find(|(e, _)| *e == epoch) else {
+            // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
+            let whole = |(e, r): &&(_, Record)| *e == epoch && r.pages.is_some();
+            let Some((_, record)) = self.sealed.iter().find(whole) else {
                 // Inherited from a former primary: this standby has it only encoded. The peer asks again and, after its
                 // bound, is filled anew.
                 self.note(format!("epoch {epoch} is not at hand for {to}"));

@@ -21,11 +21,13 @@ const COPY_ENOUGH_PAGES: usize = 512;
 const CUT_FAILURES_MAX: u32 = 5;
 
 impl Engine {
-    /// Whether any host mirrors this VM, or is being filled.
+    /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
+    /// base of its copy on every epoch must be whole.
     fn mirrored(&self) -> bool {
         match self.replica.status() {
             Status::Primary(p) => {
-                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some())
+                p.members.iter().any(|m| m.in_sync || !m.lost)
+                    || self.peers.values().any(|p| p.join.is_some())
             }
             Status::Standby(_) => false,
         }
