@@ -2,6 +2,7 @@
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -39,17 +40,22 @@ impl Drop for Terminal {
     }
 }
 
-/// A sink to stdout, or appending to a file.
-pub fn sink(file: Option<&Path>) -> Box<dyn OutputSink> {
-    let made = match file {
-        Some(path) => std::fs::File::options()
+/// Opens where console output goes: stdout, or a file that is appended to. Before the process gives up the right to.
+pub fn open(file: Option<&Path>) -> std::io::Result<OwnedFd> {
+    match file {
+        Some(path) => Ok(std::fs::File::options()
             .append(true)
             .create(true)
             .open(path)
-            .map(Into::into),
-        None => rustix::io::dup(rustix::stdio::stdout()).map_err(Into::into),
-    };
-    match made {
+            .map_err(|e| std::io::Error::new(e.kind(), format!("{}: {e}", path.display())))?
+            .into()),
+        None => Ok(rustix::io::dup(rustix::stdio::stdout())?),
+    }
+}
+
+/// A sink to what [`open`] opened; a reset guest gets another.
+pub fn sink(to: &OwnedFd) -> Box<dyn OutputSink> {
+    match to.try_clone() {
         Ok(fd) => Box::new(FdSink::new(fd)),
         Err(error) => {
             tracing::warn!(%error, "console output is dropped");

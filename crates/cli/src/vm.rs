@@ -5,11 +5,16 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::Duration;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_protect::ProtectSpec;
 use steadfast_types::{HostId, VmId};
-use steadfast_vmm::control::{Request, Then, ask};
+use steadfast_vmm::control::{self, Request, Then, ask};
+use steadfast_vmm::isolation::Isolation;
+use steadfast_vmm::isolation::cgroup::{self, Cgroup, CpuMax, IoMax, Limits, MemoryMax, limits};
+use steadfast_vmm::isolation::seccomp::SeccompMode;
+use steadfast_vmm::isolation::user::UserChoice;
 use steadfast_vmm::process::{Ended, Options, ProcessError, Start, run};
 use steadfast_vmm::spec::{
     Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, VsockSpec, parse_mac, parse_size,
@@ -51,6 +56,12 @@ pub enum VmVerb {
     HandOver { name: VmId, to: HostId },
     /// End a VM at once, as if its power failed.
     Stop { name: VmId },
+    /// Show a running VM's limits, or change those that are given.
+    Limits {
+        name: VmId,
+        #[command(flatten)]
+        limits: LimitArgs,
+    },
     /// Type text into a VM's serial port.
     Type { name: VmId, text: String },
 }
@@ -66,6 +77,53 @@ pub struct ProcessArgs {
     /// Start paused; `vm resume` lets it go.
     #[arg(long)]
     paused: bool,
+    /// User that the VM's process becomes if started as root: NAME, UID or UID:GID; by default one of the VM's own.
+    #[arg(long, value_parser = UserChoice::parse)]
+    user: Option<UserChoice>,
+    /// Parent of the VM's cgroup, below the hierarchy's root; `off`: none, and no limits.
+    #[arg(long, default_value = steadfast_vmm::isolation::cgroup::PARENT)]
+    cgroup: PathBuf,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
+/// What a VM may use of its host.
+#[derive(Args, Clone, Copy)]
+pub struct LimitArgs {
+    /// Share when CPUs are short: 1 to 10000, 100 is normal.
+    #[arg(long, value_parser = limits::parse_weight)]
+    cpu_weight: Option<u32>,
+    /// Most CPU time, in percent of one core, e.g. 150%; or max.
+    #[arg(long, value_parser = limits::parse_cpu_max)]
+    cpu_max: Option<CpuMax>,
+    /// Most memory of guest and monitor together, e.g. 2GiB, or max; beyond it the VM is ended. By default RAM and a margin.
+    #[arg(long, value_parser = limits::parse_memory_max)]
+    memory_max: Option<MemoryMax>,
+    /// Most I/O per second on each of its disks: read=SIZE,write=SIZE,read-ops=N,write-ops=N, each optional; or max.
+    #[arg(long, value_parser = limits::parse_io_max)]
+    io_max: Option<IoMax>,
+}
+
+impl LimitArgs {
+    fn limits(self) -> Limits {
+        Limits {
+            cpu_weight: self.cpu_weight,
+            cpu_max: self.cpu_max,
+            memory_max: self.memory_max,
+            io_max: self.io_max,
+        }
+    }
+}
+
+impl ProcessArgs {
+    fn isolation(&self) -> Result<Isolation, String> {
+        Ok(Isolation {
+            user: self.user.clone().unwrap_or_default(),
+            seccomp: SeccompMode::from_env()?,
+            cgroup: (self.cgroup.as_os_str() != "off").then(|| self.cgroup.clone()),
+            limits: self.limits.limits(),
+        })
+    }
 }
 
 #[derive(Args)]
@@ -312,22 +370,33 @@ fn with_options(
     })?;
     let current = Current::default();
     let escape_to = control_path(name);
+    let log = console::open(args.console.as_deref())?;
+    let debugcon = args
+        .debugcon
+        .as_deref()
+        .map(|p| console::open(Some(p)))
+        .transpose()?;
     let terminal = args.console.is_none().then(Terminal::raw);
-    if args.console.is_none() {
-        console::feed(current.clone(), move || {
-            let _ = ask(&escape_to, &Request::Stop, Duration::from_secs(10));
-        });
-    }
-    let (log, debugcon) = (args.console.clone(), args.debugcon.clone());
+    let feeds = args.console.is_none().then(Once::new);
     let options = Options {
         control: Some(control_path(name)),
-        serial: Box::new(move || console::sink(log.as_deref())),
-        debugcon: Box::new(move || debugcon.as_deref().map(|p| console::sink(Some(p)))),
+        serial: Box::new(move || console::sink(&log)),
+        debugcon: Box::new(move || debugcon.as_ref().map(console::sink)),
         on_serial: Box::new(move |port| {
             *current.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(port.clone());
+            if let Some(feeds) = &feeds {
+                // Not earlier: the process gives up its privileges while it has one thread.
+                feeds.call_once(|| {
+                    let escape_to = escape_to.clone();
+                    console::feed(current.clone(), move || {
+                        let _ = ask(&escape_to, &Request::Stop, Duration::from_secs(10));
+                    });
+                });
+            }
         }),
         paused: args.paused,
         hooks: ThreadHooks::default(),
+        isolation: Some(args.isolation()?),
     };
     let ended = run(options);
     drop(terminal);
@@ -385,15 +454,16 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
                 "resume" => Then::Resume,
                 _ => Then::Stop,
             };
-            // The VM's process has another working directory.
-            (
-                name,
-                Request::Save {
-                    path: std::path::absolute(file)?,
-                    then,
-                },
-            )
+            let answer = control::save(
+                &control_path(&name),
+                &std::path::absolute(file)?,
+                then,
+                ANSWER_BOUND,
+            )?;
+            print_answer(&answer, json);
+            return Ok(());
         }
+        VmVerb::Limits { name, limits } => return limit(&name, limits.limits(), json),
         VmVerb::Status { name } => (name, Request::Status),
         VmVerb::Pause { name } => (name, Request::Pause),
         VmVerb::Resume { name } => (name, Request::Resume),
@@ -404,6 +474,27 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
     };
     let answer = ask(&control_path(&name), &request, ANSWER_BOUND)?;
     print_answer(&answer, json);
+    Ok(())
+}
+
+/// Changes limits from outside: a VM's process cannot raise its own.
+fn limit(name: &VmId, wanted: Limits, json: bool) -> Done {
+    let pid = control::served_by(&control_path(name))?;
+    let group = Cgroup::of_process(pid, name)?;
+    if !wanted.is_empty() {
+        let disks = cgroup::disks_of_process(pid);
+        if wanted.io_max.is_some() && disks.is_empty() {
+            return Err(
+                "no disk of this VM can be limited: its images are on no block device of this host".into(),
+            );
+        }
+        group.set(&wanted, &disks)?;
+    }
+    let mut shown = serde_json::Map::new();
+    for (file, text) in group.show() {
+        shown.insert(file, text.into());
+    }
+    print_answer(&Value::Object(shown), json);
     Ok(())
 }
 

@@ -156,4 +156,29 @@ mod tests {
         }
         fuzz_qcow2_open(&bytes);
     }
+
+    /// Found by fuzzing: the driver recursed without end when the header's cluster had no reference count.
+    #[test]
+    fn an_uncounted_header_is_refused_for_writing() {
+        let mut bytes = vec![0_u8; 4 * 512];
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(0, b"QFI\xfb\0\0\0\x02");
+        put(20, &9_u32.to_be_bytes());
+        put(24, &(32_u64 << 10).to_be_bytes());
+        put(36, &1_u32.to_be_bytes());
+        put(40, &1536_u64.to_be_bytes());
+        put(48, &512_u64.to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(524, &4_u32.to_be_bytes());
+        assert_eq!(with_qcow2(&bytes, true, |_| ()), Some(()));
+        assert_eq!(
+            with_qcow2(&bytes, false, |_| ()),
+            None,
+            "no block of reference counts"
+        );
+        bytes[518] = 4;
+        assert_eq!(with_qcow2(&bytes, false, |_| ()), None, "a count of zero");
+        bytes[1025] = 1;
+        assert_eq!(with_qcow2(&bytes, false, |_| ()), Some(()));
+    }
 }

@@ -2,6 +2,8 @@
 //!
 //! The guest is 16-bit code that counts in memory and writes every count to a port. It needs /dev/kvm, any.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use steadfast_machine::devices::bus::BusDevice;

@@ -31,25 +31,42 @@ impl SocketBackend {
         })
     }
 
+    /// Uses a bound, unconnected socket whose path is someone else's to remove, and sends to `peer`.
+    ///
+    /// # Errors
+    /// The socket could not be made non-blocking.
+    pub fn bound(socket: UnixDatagram, peer: &Path) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            socket,
+            peer: Some(peer.to_owned()),
+            own: None,
+        })
+    }
+
     /// Binds `own` and sends to `peer`, which may come and go: meanwhile frames are lost, as on a cut wire.
     /// A path left behind by a dead process is taken over.
     ///
     /// # Errors
     /// `own` could not be bound.
     pub fn bind(own: &Path, peer: &Path) -> io::Result<Self> {
-        let socket = match UnixDatagram::bind(own) {
+        let mut this = Self::bound(Self::bind_kept(own)?, peer)?;
+        this.own = Some(own.to_owned());
+        Ok(this)
+    }
+
+    /// Binds `own`, whose path the caller removes, for [`SocketBackend::bound`].
+    ///
+    /// # Errors
+    /// `own` could not be bound.
+    pub fn bind_kept(own: &Path) -> io::Result<UnixDatagram> {
+        match UnixDatagram::bind(own) {
             Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(own) => {
                 std::fs::remove_file(own)?;
-                UnixDatagram::bind(own)?
+                UnixDatagram::bind(own)
             }
-            other => other?,
-        };
-        socket.set_nonblocking(true)?;
-        Ok(Self {
-            socket,
-            peer: Some(peer.to_owned()),
-            own: Some(own.to_owned()),
-        })
+            other => other,
+        }
     }
 }
 

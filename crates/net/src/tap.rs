@@ -238,6 +238,18 @@ impl Tap {
         }
     }
 
+    /// A second handle on the same TAP, with fresh offloads: for the machine that follows this one after a reset.
+    ///
+    /// # Errors
+    /// As [`Tap::from_fd`].
+    pub fn try_clone(&self) -> Result<Self, TapError> {
+        let file = self
+            .file
+            .try_clone()
+            .map_err(failed(format!("duplicate the descriptor of {}", self.name)))?;
+        Self::from_fd(file.into())
+    }
+
     /// Name of the interface.
     #[must_use]
     pub fn name(&self) -> &str {

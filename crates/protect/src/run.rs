@@ -105,7 +105,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
 
 fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<()> {
     let (calls, incoming) = sync_channel::<Call>(4);
-    control::serve(path, calls)?;
+    control::serve(control::bind(path)?, calls)?;
     let inputs = inputs.clone();
     std::thread::Builder::new()
         .name("control-queue".into())

@@ -30,6 +30,7 @@ pub mod netif;
 pub mod rig;
 pub mod switch;
 pub mod tools;
+pub mod vm;
 
 pub use error::{Result, RigError};
 pub use host::client::{Client, Pinger};
@@ -40,3 +41,4 @@ pub use host::server::Server;
 pub use link::messages::{Exec, Outcome};
 pub use rig::{CLIENT_ADDRESS, NICS, Rig, RigBuilder};
 pub use switch::{Counters, Fault, Switch};
+pub use vm::{Counter, Counting, Mini, Vm};

@@ -4,7 +4,7 @@ mod command;
 
 use clap::Parser;
 use command::protocol::Ask;
-use command::{Cli, ClockAct, Verb, local, remote, setup, supervisor};
+use command::{Cli, ClockAct, Verb, demo, local, remote, setup, supervisor};
 use std::process::ExitCode;
 use steadfast_rig::{Result, inside};
 
@@ -32,6 +32,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
     let ask = match verb {
         Verb::Setup => return setup::run().map(|()| ExitCode::SUCCESS),
         Verb::Artifacts { no_debian } => return local::artifacts(!no_debian).map(|()| ExitCode::SUCCESS),
+        Verb::Demo => return demo::run(),
         Verb::Up(options) => return local::up(&options).map(|()| ExitCode::SUCCESS),
         Verb::Supervise { options } => return supervisor::run(&options).map(|()| ExitCode::SUCCESS),
         Verb::Down => return remote::down().map(|()| ExitCode::SUCCESS),

@@ -1,13 +1,13 @@
 //! From a specification to a machine that stands still, with the handles that reach its devices.
 
-use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, made_mac, parse_mac};
+use crate::resources::Resources;
+use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, VmSpec, made_mac, parse_mac};
 use kvm_bindings::kvm_cpuid_entry2;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use steadfast_disk::DiskError;
 use steadfast_disk::boot::{DiscoverOptions, discover};
-use steadfast_disk::image::{BlockIo, ImageFormat, ImageOptions};
-use steadfast_disk::{DiskError, image, seed};
+use steadfast_disk::image::BlockIo;
 use steadfast_machine::boot::acpi::{self, AcpiConfig};
 use steadfast_machine::boot::{self, BootError, Entry, initial_msrs, initial_registers};
 use steadfast_machine::cpuid::{self, CpuidError, KvmCaps, WhyNot};
@@ -21,11 +21,11 @@ use steadfast_machine::devices::virtio::console::{Console, WriteSink};
 use steadfast_machine::devices::virtio::net::{Net, NetConfig, NetHandle};
 use steadfast_machine::devices::virtio::rng::Rng;
 use steadfast_machine::devices::virtio::vsock::Vsock;
-use steadfast_machine::kvm::{DirtyMethod, Hypervisor, KvmError};
+use steadfast_machine::kvm::{DirtyMethod, KvmError};
 use steadfast_machine::machine::{Builder, Machine, MachineError, ThreadHooks};
 use steadfast_machine::memory::{MemoryError, Ram, RamBacking};
 use steadfast_machine::vcpu::VcpuEvents;
-use steadfast_net::{NetBackend, SocketBackend, Tap, TapBackend, TapError, TapOptions};
+use steadfast_net::{NetBackend, TapError};
 use steadfast_types::Gfn;
 
 /// A VM that cannot be put together. Each names the cause and the way out.
@@ -74,9 +74,8 @@ pub struct Vm {
     pub nics: Vec<NetHandle>,
     /// The balloon, if there is one.
     pub balloon: Option<BalloonHandle>,
-    /// Images that must stay open, and locked, while the VM lives.
-    #[allow(dead_code, reason = "keeps the locks")]
-    images: Vec<Arc<dyn BlockIo>>,
+    /// What is open of the host; images stay locked while the VM lives.
+    pub resources: Arc<Resources>,
     supported: kvm_bindings::CpuId,
 }
 
@@ -96,7 +95,7 @@ pub struct Surroundings<E> {
     pub hooks: ThreadHooks,
     /// Puts something between a NIC (by its index) and what it is plugged into.
     pub wrap_net: Option<WrapNet>,
-    /// Gives the image of a disk (by its index) that is not simply opened.
+    /// Gives the image of a disk (by its index) that [`assemble`] shall not simply open.
     pub give_disk: Option<GiveDisk>,
 }
 
@@ -114,36 +113,42 @@ pub fn assemble<E: GuestEvents + 'static>(
     spec: &VmSpec,
     around: Surroundings<E>,
 ) -> Result<Vm, AssembleError> {
-    let hypervisor = Hypervisor::open()?;
-    let supported = hypervisor.supported_cpuid()?;
+    let mut spec = spec.clone();
+    let resources = Arc::new(Resources::open(&mut spec, around.give_disk.as_ref())?);
+    assemble_from(spec, resources, around)
+}
+
+/// As [`assemble`], from what is open already: after a reset, or once the process has given up the privileges to open
+/// anything. Formats of all disks are filled in.
+///
+/// # Errors
+/// [`AssembleError`].
+pub fn assemble_from<E: GuestEvents + 'static>(
+    spec: VmSpec,
+    resources: Arc<Resources>,
+    around: Surroundings<E>,
+) -> Result<Vm, AssembleError> {
+    let supported = resources.hypervisor.supported_cpuid()?;
     if !matches!(spec.boot, Boot::Flat { .. }) {
         cpuid::can_run_linux_64(&supported).map_err(AssembleError::NoLinux)?;
     }
-    let mut spec = spec.clone();
-    let mut images = Vec::new();
-    for (i, disk) in spec.disks.iter_mut().enumerate() {
-        let given = around.give_disk.as_ref().and_then(|give| give(i));
-        images.push(match given {
-            Some(image) => image,
-            None => open_disk(disk)?,
-        });
-    }
-    if let Some(user_data) = &spec.cloud_init {
-        images.push(seed_image(&spec, user_data)?);
-    }
+    let again = |e: std::io::Error| AssembleError::Setting(format!("cannot use an open file again: {e}"));
     let backing = match &spec.memory {
         MemoryKind::Anonymous => RamBacking::Memfd,
         MemoryKind::Huge => RamBacking::MemfdHuge,
         MemoryKind::File(path) => RamBacking::File(path.clone()),
     };
-    let ram = Ram::new(spec.memory_bytes, &backing)?;
+    let ram = match resources.ram_file().map_err(again)? {
+        Some(file) => Ram::on_file(file, spec.memory_bytes)?,
+        None => Ram::new(spec.memory_bytes, &backing)?,
+    };
     let dirty = match spec.dirty {
         Dirty::Auto => DirtyMethod::Auto,
         Dirty::Log => DirtyMethod::Log,
         Dirty::LogManual => DirtyMethod::LogManual,
         Dirty::Ring => DirtyMethod::Ring,
     };
-    let mut b = Builder::new(&hypervisor, ram, spec.vcpus, dirty, around.hooks)?;
+    let mut b = Builder::new(&resources.hypervisor, ram, spec.vcpus, dirty, around.hooks)?;
     let sink: Arc<dyn legacy::EventSink> = Arc::clone(&around.events) as _;
     let serial = SerialPort::new(b.line(legacy::serial::COM1_IRQ)?, around.serial)
         .map_err(|e| AssembleError::Setting(format!("serial port: {e}")))?;
@@ -165,15 +170,20 @@ pub fn assemble<E: GuestEvents + 'static>(
         Arc::new(Mutex::new(legacy::DebugCon::new(around.debugcon))),
     )?;
     let mut disks = Vec::new();
-    for (i, io) in images.iter().enumerate() {
+    for (i, io) in resources.images.iter().enumerate() {
         let settings = spec.disks.get(i);
         disks.push(add_disk(&mut b, i, settings, io, spec.vcpus)?);
     }
     let mut nics = Vec::new();
     for (i, nic) in spec.nics.iter().enumerate() {
-        nics.push(add_nic(&mut b, &spec, i, nic, around.wrap_net.as_ref())?);
+        let backend = resources.backend(i)?;
+        let backend = match &around.wrap_net {
+            Some(wrap) => wrap(i, backend),
+            None => backend,
+        };
+        nics.push(add_nic(&mut b, &spec, i, nic, backend)?);
     }
-    let balloon = add_others(&mut b, &spec)?;
+    let balloon = add_others(&mut b, &spec, &resources)?;
     let leaves = (0..spec.vcpus)
         .map(|v| leaves(&supported, &spec, v))
         .collect::<Result<Vec<_>, _>>()?;
@@ -188,7 +198,7 @@ pub fn assemble<E: GuestEvents + 'static>(
         disks,
         nics,
         balloon,
-        images,
+        resources,
         supported,
     })
 }
@@ -206,44 +216,6 @@ fn leaves(
     Ok(cpuid::build(supported, &spec.cpu, vcpu, spec.vcpus, &caps)?
         .as_slice()
         .to_vec())
-}
-
-fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
-    let format = disk
-        .format
-        .as_deref()
-        .map(str::parse::<ImageFormat>)
-        .transpose()?;
-    let options = ImageOptions {
-        format,
-        read_only: disk.read_only,
-        direct: disk.direct,
-        lock: true,
-    };
-    let image = image::open(&disk.path, &options)?;
-    // The format is fixed at first sight: a guest that writes a qcow2 header into a raw disk changes nothing.
-    disk.format = match image.info().format {
-        ImageFormat::Raw => Some("raw".into()),
-        ImageFormat::Qcow2 => Some("qcow2".into()),
-        ImageFormat::Memory => disk.format.take(),
-    };
-    Ok(image)
-}
-
-fn seed_image(spec: &VmSpec, user_data: &Path) -> Result<Arc<dyn BlockIo>, AssembleError> {
-    let text = std::fs::read(user_data).map_err(|source| AssembleError::File {
-        path: user_data.to_owned(),
-        source,
-    })?;
-    let seed = seed::Seed {
-        user_data: text,
-        local_hostname: spec.name.to_string(),
-        instance_id: Some(spec.name.to_string()),
-        network_config: None,
-    };
-    Ok(Arc::new(seed.to_image().map_err(|e| {
-        AssembleError::Setting(format!("cloud-init seed: {e}"))
-    })?))
 }
 
 fn add_disk(
@@ -280,34 +252,11 @@ fn add_nic(
     spec: &VmSpec,
     index: usize,
     nic: &NicSpec,
-    wrap: Option<&WrapNet>,
+    backend: Box<dyn NetBackend>,
 ) -> Result<NetHandle, AssembleError> {
     let mac = match &nic.mac {
         Some(text) => parse_mac(text).map_err(AssembleError::Setting)?,
         None => made_mac(&spec.name, index),
-    };
-    let tap = |name: String, bridge: Option<String>| -> Result<Box<dyn NetBackend>, AssembleError> {
-        let tap = Tap::open(&TapOptions {
-            name,
-            bridge,
-            mtu: nic.mtu,
-        })?;
-        Ok(Box::new(TapBackend::new(tap)))
-    };
-    let backend =
-        match &nic.to {
-            NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
-            NicTarget::Tap(name) => tap(name.clone(), None)?,
-            NicTarget::Socket { own, peer } => Box::new(SocketBackend::bind(own, peer).map_err(
-                |source| AssembleError::File {
-                    path: own.clone(),
-                    source,
-                },
-            )?),
-        };
-    let backend = match wrap {
-        Some(wrap) => wrap(index, backend),
-        None => backend,
     };
     let config = NetConfig {
         name: format!("net{index}"),
@@ -323,28 +272,25 @@ fn add_nic(
 }
 
 /// Devices that share one I/O thread: none of them carries much.
-fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<Option<BalloonHandle>, AssembleError> {
+fn add_others(
+    b: &mut Builder,
+    spec: &VmSpec,
+    from: &Resources,
+) -> Result<Option<BalloonHandle>, AssembleError> {
     const THREAD: &str = "io-misc";
     let setting = |what: &str, e: std::io::Error| AssembleError::Setting(format!("{what}: {e}"));
     if spec.rng {
         let rng = Rng::new("rng0", Default::default()).map_err(|e| setting("rng0", e))?;
         b.add_virtio(Box::new(rng), THREAD)?;
     }
-    if let Some(path) = &spec.virtio_console {
-        let file = File::options()
-            .append(true)
-            .create(true)
-            .open(path)
-            .map_err(|source| AssembleError::File {
-                path: path.clone(),
-                source,
-            })?;
+    if let Some(file) = from.virtio_console().map_err(|e| setting("console0", e))? {
         let console =
             Console::new("console0", Box::new(WriteSink(file))).map_err(|e| setting("console0", e))?;
         b.add_virtio(Box::new(console), THREAD)?;
     }
-    if let Some(vsock) = &spec.vsock {
-        b.add_virtio(Box::new(Vsock::new("vsock0", vsock.cid, &vsock.path)?), THREAD)?;
+    if let (Some(vsock), Some(listener)) = (&spec.vsock, from.vsock().map_err(|e| setting("vsock0", e))?) {
+        let vsock = Vsock::on_listener("vsock0", vsock.cid, listener, &vsock.path)?;
+        b.add_virtio(Box::new(vsock), THREAD)?;
     }
     if !spec.balloon {
         return Ok(None);
@@ -369,7 +315,7 @@ impl Vm {
     /// Gives the images' locks up, so that another process can take the disks over. The machine stands still and has
     /// been drained.
     pub fn release_disks(&self) {
-        for image in &self.images {
+        for image in &self.resources.images {
             if let Err(error) = image.release() {
                 tracing::warn!(%error, "an image could not be released");
             }
@@ -381,7 +327,7 @@ impl Vm {
     /// # Errors
     /// [`AssembleError::Disk`] while another process has one of them.
     pub fn take_disks(&self) -> Result<(), AssembleError> {
-        Ok(self.images.iter().try_for_each(|i| i.reacquire())?)
+        Ok(self.resources.images.iter().try_for_each(|i| i.reacquire())?)
     }
 
     /// Loads what the specification boots and sets the first registers.
@@ -390,12 +336,7 @@ impl Vm {
     /// [`AssembleError`].
     pub fn boot(&self) -> Result<(), AssembleError> {
         let ram = self.machine.ram();
-        let read = |path: &Path| {
-            std::fs::read(path).map_err(|source| AssembleError::File {
-                path: path.to_owned(),
-                source,
-            })
-        };
+        let read = |path: &Path| self.resources.read(path);
         let entry = match &self.spec.boot {
             Boot::Kernel {
                 kernel,
@@ -410,7 +351,7 @@ impl Vm {
                 file_system,
                 cmdline_extra,
             } => {
-                let disk = self.images.first().ok_or_else(|| {
+                let disk = self.resources.images.first().ok_or_else(|| {
                     AssembleError::Setting(
                         "booting from disk needs a disk: give an image, or --kernel".into(),
                     )

@@ -4,10 +4,17 @@
 //! may send any number of requests. A peer that sends nonsense gets an error and loses its connection; lines are
 //! bounded, and so is the number of connections. Requests are handed to the process's main loop, which owns the VM.
 
+use crate::isolation::janitor::lock_folder;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,7 +38,8 @@ pub enum Request {
     Resume,
     /// Write the VM to a file.
     Save {
-        /// The file; it appears only when all is on disk.
+        /// The file; it appears only when all is on disk. If an open file comes with the request (SCM_RIGHTS, with
+        /// the line's first byte), that is written, and `path` only names it: see [`save`].
         path: PathBuf,
         /// What happens afterwards.
         #[serde(default)]
@@ -70,6 +78,8 @@ pub enum Then {
 pub struct Call {
     /// What is asked.
     pub request: Request,
+    /// An open file that came with the request.
+    pub file: Option<File>,
     /// Takes exactly one answer.
     pub answer: mpsc::SyncSender<Value>,
 }
@@ -80,11 +90,13 @@ pub fn failure(error: &dyn std::fmt::Display) -> Value {
     json!({"ok": false, "error": error.to_string()})
 }
 
-/// Serves the socket at `path` on a thread of its own until the process ends.
+/// Binds the control socket at `path`; one that a dead process left is replaced. Who connects waits for [`serve`].
 ///
 /// # Errors
-/// The socket cannot be bound; one that a dead process left is replaced.
-pub fn serve(path: &Path, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
+/// The socket cannot be bound, or a running VM has it.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    // A dead process's janitor may be about to remove the name.
+    let _lock = lock_folder(path);
     if UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(
             io::ErrorKind::AddrInUse,
@@ -100,11 +112,29 @@ pub fn serve(path: &Path, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Serves a bound socket on a thread of its own until the process ends or the socket is shut down.
+///
+/// # Errors
+/// No thread to be had.
+pub fn serve(listener: UnixListener, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
             let open = Arc::new(AtomicUsize::new(0));
-            for stream in listener.incoming().flatten() {
+            loop {
+                let stream = match listener.accept() {
+                    Ok((stream, _)) => stream,
+                    // Shut down: the VM's process is ending.
+                    Err(e) if e.kind() == io::ErrorKind::InvalidInput => return,
+                    Err(_) => {
+                        // Out of descriptors, say; not a reason to spin.
+                        std::thread::sleep(Duration::from_millis(10));
+                        continue;
+                    }
+                };
                 if open.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
                     open.fetch_sub(1, Ordering::AcqRel);
                     continue;
@@ -126,19 +156,46 @@ pub fn serve(path: &Path, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
     Ok(())
 }
 
+/// The bytes of a connection, and the last open file that came among them.
+struct Incoming<'a> {
+    stream: &'a UnixStream,
+    file: Option<File>,
+}
+
+impl Read for Incoming<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [io::IoSliceMut::new(buf)];
+        let got = recvmsg(self.stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                // Of more than one the last is kept; the kernel has dropped what had no room.
+                self.file = files.last().map(File::from).or(self.file.take());
+            }
+        }
+        Ok(got.bytes)
+    }
+}
+
 fn talk(stream: &UnixStream, calls: &mpsc::SyncSender<Call>) -> io::Result<()> {
-    let mut reader = BufReader::new(stream);
+    let mut reader = BufReader::new(Incoming { stream, file: None });
     loop {
         let mut line = String::new();
         if (&mut reader).take(LINE_MAX).read_line(&mut line)? == 0 {
             return Ok(());
         }
+        let file = reader.get_mut().file.take();
         let parsed = serde_json::from_str::<Request>(&line);
         let bad = parsed.is_err();
         let answer = match parsed {
             Ok(request) => {
                 let (answer, wait) = mpsc::sync_channel(1);
-                match calls.send(Call { request, answer }) {
+                match calls.send(Call {
+                    request,
+                    file,
+                    answer,
+                }) {
                     Ok(()) => wait.recv().unwrap_or_else(|_| failure(&"the VM is ending")),
                     Err(_) => failure(&"the VM is ending"),
                 }
@@ -158,17 +215,56 @@ fn talk(stream: &UnixStream, calls: &mpsc::SyncSender<Call>) -> io::Result<()> {
 /// # Errors
 /// The connection fails or the answer is no JSON. An answer with `"ok":false` is an error with its text.
 pub fn ask(path: &Path, request: &Request, bound: Duration) -> io::Result<Value> {
-    let mut stream = UnixStream::connect(path).map_err(|e| {
+    ask_with(path, request, None, bound)
+}
+
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    UnixStream::connect(path).map_err(|e| {
         io::Error::new(
             e.kind(),
             format!("{}: {e}; is the VM running here?", path.display()),
         )
-    })?;
+    })
+}
+
+/// The process that serves the control socket at `path`, as the kernel knows it.
+///
+/// # Errors
+/// Nobody serves it.
+pub fn served_by(path: &Path) -> io::Result<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(connect(path)?)?;
+    Ok(peer.pid.as_raw_nonzero().get().cast_unsigned())
+}
+
+/// As [`ask`], handing over an open file.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Duration) -> io::Result<Value> {
+    let mut stream = connect(path)?;
     stream.set_read_timeout(Some(bound))?;
-    let line = serde_json::to_string(request)?;
-    stream.write_all(format!("{line}\n").as_bytes())?;
+    let line = format!("{}\n", serde_json::to_string(request)?);
+    let fds: Vec<BorrowedFd<'_>> = file.iter().map(|f| f.as_fd()).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::Error::other("no room for a file descriptor"));
+    }
+    let sent = sendmsg(
+        &stream,
+        &[io::IoSlice::new(line.as_bytes())],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    stream.write_all(&line.as_bytes()[sent..])?;
     let mut text = String::new();
     BufReader::new(stream).read_line(&mut text)?;
+    if text.is_empty() {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the VM's process ended without an answer; see its log",
+        ));
+    }
     let answer: Value = serde_json::from_str(&text)?;
     if answer["ok"] == true {
         Ok(answer)
@@ -179,5 +275,58 @@ pub fn ask(path: &Path, request: &Request, bound: Duration) -> io::Result<Value>
                 .unwrap_or("the VM gave no reason")
                 .to_owned(),
         ))
+    }
+}
+
+/// Saves the VM whose control socket is at `socket` to `file`, which the caller may write and the VM's process need
+/// not: it is made here under another name, handed over open, and takes its name when all is on disk.
+///
+/// To stop the VM afterwards it is first paused: a caller that dies meanwhile leaves a VM that can go on, or a
+/// whole file, never neither.
+///
+/// # Errors
+/// The VM goes on as before if the save failed.
+pub fn save(socket: &Path, file: &Path, then: Then, bound: Duration) -> io::Result<Value> {
+    let named = |path: &Path, e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    let mut partial = file.as_os_str().to_owned();
+    partial.push(format!(".partial-{}", std::process::id()));
+    let partial = PathBuf::from(partial);
+    let mut open = File::options();
+    // Guest memory is nobody else's to read.
+    open.write(true).create(true).truncate(true).mode(0o600);
+    let out = open.open(&partial).map_err(|e| named(&partial, e))?;
+    let request = Request::Save {
+        path: file.to_owned(),
+        then: if then == Then::Stop { Then::Pause } else { then },
+    };
+    let done = ask_with(socket, &request, Some(&out), bound).and_then(|answer| {
+        std::fs::rename(&partial, file).map_err(|e| named(file, e))?;
+        if let Some(folder) = file.parent() {
+            let folder = if folder.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                folder
+            };
+            File::open(folder)
+                .and_then(|d| d.sync_all())
+                .map_err(|e| named(folder, e))?;
+        }
+        Ok(answer)
+    });
+    match done {
+        Ok(answer) => {
+            if then == Then::Stop {
+                ask(socket, &Request::Stop, bound)?;
+            }
+            Ok(answer)
+        }
+        Err(error) => {
+            let _ = std::fs::remove_file(&partial);
+            if then == Then::Stop {
+                // If it was paused for us, it goes on; if the save itself failed it never stopped.
+                let _ = ask(socket, &Request::Resume, bound);
+            }
+            Err(error)
+        }
     }
 }

@@ -5,7 +5,9 @@
 
 pub mod assemble;
 pub mod control;
+pub mod isolation;
 pub mod process;
+pub mod resources;
 pub mod spec;
 
 pub use assemble::{AssembleError, Surroundings, Vm, assemble};

@@ -6,16 +6,21 @@
 //! console input --> serial port (direct)
 //! ```
 
-use crate::assemble::{AssembleError, Surroundings, Vm, assemble};
+use crate::assemble::{AssembleError, Surroundings, Vm, assemble_from};
 use crate::control::{self, Call, Request, Then, failure};
+use crate::isolation::{Confined, Isolation, IsolationError};
+use crate::resources::Resources;
 use crate::spec::VmSpec;
 use serde_json::{Value, json};
+use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_machine::devices::legacy::{EventSink, GuestEvent, OutputSink};
+use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
 use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
@@ -32,6 +37,8 @@ pub enum ProcessError {
     Spec(serde_json::Error),
     #[error("control socket: {0}")]
     Control(std::io::Error),
+    #[error(transparent)]
+    Isolation(#[from] IsolationError),
     #[error("{0}")]
     Restore(#[from] steadfast_machine::machine::MachineError),
     #[error("another host runs this VM now, this instance has stopped; start it again to mirror the VM here")]
@@ -61,6 +68,9 @@ pub enum Start {
     Restore(PathBuf),
 }
 
+/// Takes a machine's serial port, to feed it input.
+pub type OnSerial = dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>);
+
 /// What a VM's process is given.
 pub struct Options {
     /// Path of the control socket; none: the VM cannot be reached.
@@ -70,11 +80,13 @@ pub struct Options {
     /// Makes the sink of the debug console.
     pub debugcon: Box<dyn Fn() -> Option<Box<dyn OutputSink>>>,
     /// Takes the serial port whenever there is a new one, to feed it input.
-    pub on_serial: Box<dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>)>,
+    pub on_serial: Box<OnSerial>,
     /// Stays paused after a boot or restore until `resume`.
     pub paused: bool,
-    /// Run first on each thread of the machine.
+    /// Run first on each thread of the machine, under its system call filter if there is one.
     pub hooks: ThreadHooks,
+    /// How the process is confined before it meets the guest; none: not at all, for tests within one process.
+    pub isolation: Option<Isolation>,
 }
 
 enum Event {
@@ -125,18 +137,28 @@ enum Running {
     Paused,
 }
 
-struct Process {
+struct Process<'a> {
     vm: Vm,
-    options: Options,
+    options: &'a mut Options,
+    control: Option<&'a UnixListener>,
+    _confined: Option<Confined>,
     notes: Arc<Notes>,
     running: Running,
     panics: u64,
     resets: u64,
     started: Instant,
     last_pause_us: u64,
+    /// The guest is on a new TAP, perhaps on another host: at its first step it tells the network where it is now.
+    announce: bool,
 }
 
-fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, AssembleError> {
+/// The machine of `spec` from what is open: at start, and again after a reset.
+fn build(
+    spec: &VmSpec,
+    resources: &Arc<Resources>,
+    options: &Options,
+    notes: &Arc<Notes>,
+) -> Result<Vm, AssembleError> {
     let around = Surroundings {
         events: Arc::clone(notes),
         serial: (options.serial)(),
@@ -145,42 +167,99 @@ fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, Ass
         wrap_net: None,
         give_disk: None,
     };
-    let vm = assemble(spec, around)?;
+    let vm = assemble_from(spec.clone(), Arc::clone(resources), around)?;
     (options.on_serial)(&vm.serial);
     Ok(vm)
 }
 
-fn restore(path: &Path, options: &Options, notes: &Arc<Notes>) -> Result<Vm, ProcessError> {
-    let mut saved = SaveReader::open(path)?;
-    let spec: VmSpec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
-    let state = std::mem::take(&mut saved.state);
-    let vm = build(&spec, options, notes)?;
-    saved.load(vm.machine.ram())?;
-    vm.machine.restore(state)?;
-    Ok(vm)
+/// Opens all that the VM needs, and then gives up what the process has no more need of.
+fn prepare(
+    spec: &mut VmSpec,
+    options: &mut Options,
+) -> Result<(Arc<Resources>, Option<Confined>), ProcessError> {
+    let isolation = options.isolation.clone();
+    let group = isolation
+        .as_ref()
+        .and_then(|i| i.enter_cgroup(&spec.name, spec.memory_bytes));
+    let resources = Arc::new(Resources::open(spec, None)?);
+    let confined = match isolation {
+        Some(isolation) => {
+            let sockets: Vec<&Path> = options
+                .control
+                .iter()
+                .chain(resources.sockets())
+                .map(PathBuf::as_path)
+                .collect();
+            let confined = isolation.confine(&spec.name, group.as_ref(), &sockets, &options.hooks)?;
+            options.hooks = confined.hooks.clone();
+            Some(confined)
+        }
+        None => None,
+    };
+    Ok((resources, confined))
 }
 
 /// Runs a VM until it ends.
 ///
+/// With [`Options::isolation`] the calling process gives up its privileges for good: it is one VM's from then on.
+///
 /// # Errors
 /// [`ProcessError`]; a guest that only resets or panics is no error.
-pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
+pub fn run(start: Start, mut options: Options) -> Result<Ended, ProcessError> {
+    let path = options.control.clone();
+    let control = path
+        .as_deref()
+        .map(control::bind)
+        .transpose()
+        .map_err(ProcessError::Control)?;
+    let ended = run_bound(start, &mut options, control.as_ref());
+    // Also when the VM could not begin.
+    leave_control(&mut options.control, control.as_ref());
+    ended
+}
+
+/// Takes the control socket out of service, once: a later one of its name is another process's.
+fn leave_control(path: &mut Option<PathBuf>, listener: Option<&UnixListener>) {
+    if let (Some(path), Some(listener)) = (path.take(), listener) {
+        let _ = std::fs::remove_file(path);
+        // Where the name is not ours to remove any more, nobody may take it for a running VM.
+        let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
+    }
+}
+
+fn run_bound(
+    start: Start,
+    options: &mut Options,
+    control: Option<&UnixListener>,
+) -> Result<Ended, ProcessError> {
     let (queue, events) = sync_channel(EVENTS_MAX);
     let notes = Arc::new(Notes {
         queue,
         lost: AtomicU64::new(0),
     });
-    let vm = match &start {
-        Start::Boot(spec) => {
-            let vm = build(spec, &options, &notes)?;
-            vm.boot()?;
-            vm
+    let announce = matches!(start, Start::Restore(_));
+    let (mut spec, saved) = match start {
+        Start::Boot(spec) => (*spec, None),
+        Start::Restore(path) => {
+            let saved = SaveReader::open(&path)?;
+            let spec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
+            (spec, Some(saved))
         }
-        Start::Restore(path) => restore(path, &options, &notes)?,
     };
+    let (resources, confined) = prepare(&mut spec, options)?;
+    let vm = build(&spec, &resources, options, &notes)?;
+    match saved {
+        None => vm.boot()?,
+        Some(mut saved) => {
+            let state = std::mem::take(&mut saved.state);
+            saved.load(vm.machine.ram())?;
+            vm.machine.restore(state)?;
+        }
+    }
     let (calls, incoming) = sync_channel::<Call>(4);
-    if let Some(path) = &options.control {
-        control::serve(path, calls).map_err(ProcessError::Control)?;
+    if let Some(listener) = control {
+        let listener = listener.try_clone().map_err(ProcessError::Control)?;
+        control::serve(listener, calls).map_err(ProcessError::Control)?;
         let queue = notes.queue.clone();
         let forward = std::thread::Builder::new()
             .name("control-queue".into())
@@ -202,17 +281,18 @@ pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
         resets: 0,
         started: Instant::now(),
         last_pause_us: 0,
+        announce,
         options,
+        control,
+        _confined: confined,
     };
     if !process.options.paused {
         process.resume();
     }
-    let ended = process.serve(&events);
-    process.leave_control();
-    ended
+    process.serve(&events)
 }
 
-impl Process {
+impl Process<'_> {
     fn serve(&mut self, events: &Receiver<Event>) -> Result<Ended, ProcessError> {
         loop {
             let event = match events.recv_timeout(FLUSH_EVERY) {
@@ -242,10 +322,10 @@ impl Process {
                 }
                 Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
                 Event::Control(call) => {
-                    let (answer, ended) = self.control(&call.request);
+                    let (answer, ended) = self.control(&call.request, call.file);
                     if ended.is_some() {
                         // Before the answer: whoever asked may start the next process of this name at once.
-                        self.leave_control();
+                        leave_control(&mut self.options.control, self.control);
                     }
                     // The asker may have gone; what it asked is done all the same.
                     let _ = call.answer.send(answer);
@@ -262,13 +342,6 @@ impl Process {
         }
     }
 
-    /// Takes the control socket's name away, once: a later one of this name is another process's.
-    fn leave_control(&mut self) {
-        if let Some(path) = self.options.control.take() {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-
     fn flush_console(&self) {
         self.vm
             .serial
@@ -280,6 +353,9 @@ impl Process {
     fn resume(&mut self) {
         self.vm.machine.resume();
         self.running = Running::Yes;
+        if std::mem::take(&mut self.announce) {
+            self.vm.nics.iter().for_each(NetHandle::announce);
+        }
     }
 
     fn pause(&mut self) -> bool {
@@ -305,15 +381,15 @@ impl Process {
         self.resets += 1;
         self.pause();
         let spec = self.vm.spec.clone();
-        self.vm.release_disks();
-        let vm = build(&spec, &self.options, &self.notes)?;
+        let resources = Arc::clone(&self.vm.resources);
+        let vm = build(&spec, &resources, self.options, &self.notes)?;
         vm.boot()?;
         self.vm = vm;
         self.resume();
         Ok(())
     }
 
-    fn control(&mut self, request: &Request) -> (Value, Option<Ended>) {
+    fn control(&mut self, request: &Request, file: Option<File>) -> (Value, Option<Ended>) {
         match request {
             Request::Status => (self.status(), None),
             Request::Pause => match self.running == Running::Paused || self.pause() {
@@ -327,7 +403,7 @@ impl Process {
                 self.resume();
                 (json!({"ok": true}), None)
             }
-            Request::Save { path, then } => match self.save(path, *then) {
+            Request::Save { path, then } => match self.save(path, file, *then) {
                 Ok(answer) => (answer, (*then == Then::Stop).then_some(Ended::Saved)),
                 Err(error) => (failure(&error), None),
             },
@@ -352,8 +428,8 @@ impl Process {
         }
     }
 
-    /// Writes the VM to `path`. If anything fails the VM goes on as if nothing had been asked.
-    fn save(&mut self, path: &Path, then: Then) -> Result<Value, String> {
+    /// Writes the VM to `path`, or to `file` if that is open already. If anything fails the VM goes on as if nothing had been asked.
+    fn save(&mut self, path: &Path, file: Option<File>, then: Then) -> Result<Value, String> {
         let was = self.running;
         let began = Instant::now();
         let text = |e: &dyn std::fmt::Display| e.to_string();
@@ -364,9 +440,12 @@ impl Process {
             let state_us = began.elapsed().as_micros() as u64;
             let spec = serde_json::to_vec(&self.vm.spec).map_err(|e| text(&e))?;
             let ram = self.vm.machine.ram();
-            SaveWriter::create(path, &spec, &state, ram.bytes())
-                .and_then(|w| w.finish(ram))
-                .map_err(|e| text(&e))?;
+            match file {
+                Some(file) => SaveWriter::into_file(file, path, &spec, &state, ram.bytes()),
+                None => SaveWriter::create(path, &spec, &state, ram.bytes()),
+            }
+            .and_then(|w| w.finish(ram))
+            .map_err(|e| text(&e))?;
             Ok::<_, String>((state_us, state.bytes()))
         })();
         let (state_us, state_bytes) = match result {

@@ -165,6 +165,14 @@ pub(crate) fn check(file: &File, path: &Path, writable: bool) -> Result<Checked,
             }
         }
     }
+    if writable {
+        check_header_is_counted(
+            file,
+            path,
+            be64(&head, 48),
+            if version == 3 { be32(&head, 96) } else { 4 },
+        )?;
+    }
     let mut backing_format = None;
     if version == 3 {
         if head.len() < 104 {
@@ -203,6 +211,35 @@ pub(crate) fn check(file: &File, path: &Path, writable: bool) -> Result<Checked,
         capacity,
         cluster,
         backing,
+    })
+}
+
+/// The cluster of the header must be counted as used. Otherwise the driver would give it out for data; and if not even
+/// its block of reference counts exists, the driver makes one, at the header, whose offset 0 means that there is none,
+/// and so on until the stack ends.
+fn check_header_is_counted(file: &File, path: &Path, reftable: u64, order: u32) -> Result<(), DiskError> {
+    let mut entry = [0; 8];
+    let mut counts = [0; 8];
+    let read = |into: &mut [u8], at: u64| file.read_exact_at(into, at).is_ok();
+    // Bits 0 to 8 of the entry are reserved.
+    let found = read(&mut entry, reftable) && {
+        let block = u64::from_be_bytes(entry) & !0x1ff;
+        block != 0 && read(&mut counts, block)
+    };
+    let width = 1_u32 << order.min(6);
+    // Counts of a byte and more are big-endian; smaller ones begin at the lowest bit of their byte.
+    let first = if width >= 8 {
+        u64::from_be_bytes(counts) >> (64 - width)
+    } else {
+        u64::from(counts[0]) & ((1 << width) - 1)
+    };
+    if found && first != 0 {
+        return Ok(());
+    }
+    Err(DiskError::Damaged {
+        path: path.to_owned(),
+        why: "its reference counts say that the header is free space; repair it with `qemu-img check -r all`"
+            .to_owned(),
     })
 }
 

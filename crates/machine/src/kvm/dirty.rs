@@ -29,7 +29,8 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 /// How dirty pages are found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirtyMethod {
-    /// The ring where KVM has it and it measures better, else the log.
+    /// The log with manual protection where KVM has it, else the plain log: both measured better than the ring
+    /// (`docs/decisions/0007-dirty-tracking.md`).
     #[default]
     Auto,
     /// Bitmap per slot, cleared with the read.
@@ -70,7 +71,6 @@ impl DirtyTracker {
             .into_iter()
             .find(|&c| vm.check_extension_raw(u64::from(c)) > 0);
         let method = match wanted {
-            DirtyMethod::Auto if ring_cap.is_some() => DirtyMethod::Ring,
             DirtyMethod::Auto if manual => DirtyMethod::LogManual,
             DirtyMethod::Auto => DirtyMethod::Log,
             DirtyMethod::Ring if ring_cap.is_none() => return Err(KvmError::Capability("the dirty ring")),
@@ -182,8 +182,11 @@ impl DirtyTracker {
 
     #[allow(clippy::wrong_self_convention)]
     fn from_rings(&mut self, vm: &VmFd) -> Result<(), KvmError> {
-        self.pending.append(&mut locked(&self.overflow));
-        let mut taken = 0;
+        let mut overflow = locked(&self.overflow);
+        // Pages of a full ring whose reset failed on its own thread are protected again here.
+        let mut taken = overflow.len();
+        self.pending.append(&mut overflow);
+        drop(overflow);
         for ring in &self.rings {
             let slots = &self.slots;
             let pending = &mut self.pending;

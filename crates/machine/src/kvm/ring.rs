@@ -17,6 +17,8 @@ ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, 0xAE, 0xc7);
 
 const DIRTY: u32 = 1;
 const HARVESTED: u32 = 2;
+/// Bound on resets that signals interrupt; each signal interrupts one.
+const RESET_TRIES: u32 = 1000;
 
 /// A mapped ring. Only one thread looks at it at a time: it lives in a mutex.
 pub struct DirtyRing {
@@ -92,9 +94,19 @@ impl DirtyRing {
     /// # Errors
     /// [`KvmError::Call`].
     pub fn reset(vm: &VmFd) -> Result<(), KvmError> {
-        // SAFETY: the call takes no argument.
-        let ret = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
-        check(ret, "reset dirty rings")
+        for _ in 0..RESET_TRIES {
+            // SAFETY: the call takes no argument.
+            let ret = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+            // Newer kernels (6.16) give up at a pending signal, such as the kick of a vCPU thread that empties its
+            // full ring; the signal is handled on the way out, so the next try gets further.
+            if ret >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return check(ret, "reset dirty rings");
+            }
+        }
+        Err(KvmError::Call {
+            what: format!("reset dirty rings, interrupted {RESET_TRIES} times"),
+            source: io::Error::from(io::ErrorKind::Interrupted),
+        })
     }
 }
 

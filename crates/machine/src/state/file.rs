@@ -78,7 +78,8 @@ mod tempfile_like {
 
     pub struct Pending {
         pub file: File,
-        pub temp: PathBuf,
+        /// None: whoever opened the file sees to its name.
+        pub temp: Option<PathBuf>,
         pub done: bool,
     }
 
@@ -94,7 +95,7 @@ mod tempfile_like {
                 .open(&temp)?;
             Ok(Self {
                 file,
-                temp,
+                temp: Some(temp),
                 done: false,
             })
         }
@@ -111,8 +112,8 @@ mod tempfile_like {
 
     impl Drop for Pending {
         fn drop(&mut self) {
-            if !self.done {
-                let _ = std::fs::remove_file(&self.temp);
+            if let (false, Some(temp)) = (self.done, &self.temp) {
+                let _ = std::fs::remove_file(temp);
             }
         }
     }
@@ -124,6 +125,40 @@ impl SaveWriter {
     /// # Errors
     /// [`SaveError::Io`].
     pub fn create(path: &Path, spec: &[u8], state: &MachineState, ram_bytes: u64) -> Result<Self, SaveError> {
+        let pending = tempfile_like::Pending::create(path).map_err(|source| SaveError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::begin(pending, path, spec, state, ram_bytes)
+    }
+
+    /// As [`SaveWriter::create`], into a file that another process opened. It is made durable at the end; its name is
+    /// that process's business, `path` is for messages only.
+    ///
+    /// # Errors
+    /// [`SaveError::Io`].
+    pub fn into_file(
+        file: File,
+        path: &Path,
+        spec: &[u8],
+        state: &MachineState,
+        ram_bytes: u64,
+    ) -> Result<Self, SaveError> {
+        let pending = tempfile_like::Pending {
+            file,
+            temp: None,
+            done: false,
+        };
+        Self::begin(pending, path, spec, state, ram_bytes)
+    }
+
+    fn begin(
+        pending: tempfile_like::Pending,
+        path: &Path,
+        spec: &[u8],
+        state: &MachineState,
+        ram_bytes: u64,
+    ) -> Result<Self, SaveError> {
         let fail = |source| SaveError::Io {
             path: path.to_owned(),
             source,
@@ -136,7 +171,7 @@ impl SaveWriter {
         let body = postcard::to_stdvec(&body).map_err(|e| fail(io::Error::other(e.to_string())))?;
         let len =
             u32::try_from(body.len()).map_err(|_| fail(io::Error::other("state is larger than 4 GiB")))?;
-        let mut out = BufWriter::with_capacity(1 << 20, tempfile_like::Pending::create(path).map_err(fail)?);
+        let mut out = BufWriter::with_capacity(1 << 20, pending);
         let mut write = |b: &[u8]| out.write_all(b).map_err(fail);
         write(MAGIC)?;
         write(&SAVE_FORMAT.to_le_bytes())?;
@@ -183,7 +218,10 @@ impl SaveWriter {
         self.out.flush().map_err(fail)?;
         let pending = self.out.get_mut();
         pending.file.sync_all().map_err(fail)?;
-        std::fs::rename(&pending.temp, &self.path).map_err(fail)?;
+        let Some(temp) = &pending.temp else {
+            return Ok(());
+        };
+        std::fs::rename(temp, &self.path).map_err(fail)?;
         pending.done = true;
         if let Some(dir) = self.path.parent().filter(|d| !d.as_os_str().is_empty()) {
             File::open(dir).and_then(|d| d.sync_all()).map_err(fail)?;

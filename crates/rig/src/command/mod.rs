@@ -4,6 +4,7 @@
 //! steadfast-rig up --> supervisor (holds the Rig) <-- control.sock <-- steadfast-rig kill|shell|switch|...
 //! ```
 
+pub mod demo;
 pub mod local;
 pub mod protocol;
 pub mod remote;
@@ -69,6 +70,8 @@ pub enum Verb {
         #[arg(long)]
         no_debian: bool,
     },
+    /// Show it: a Linux guest on a simulated server is saved and goes on in another process
+    Demo,
     /// Start simulated servers, and leave them running
     Up(UpOptions),
     /// End everything

@@ -1,6 +1,6 @@
 //! State of the transport: negotiation, queues, vectors, configuration space; and of the device behind it.
 
-use super::pci::{Negotiation, VirtioPci};
+use super::pci::{Negotiation, STATUS_FEATURES_OK, VirtioPci};
 use crate::devices::pci::config::ConfigState;
 use crate::devices::pci::msix::MsixState;
 use crate::state::{MachineState, StateError, StateKind, StateRecord};
@@ -125,7 +125,8 @@ impl VirtioPci {
                 self.queues.len()
             )));
         }
-        if s.driver_features & !self.offered() != 0 {
+        // Before FEATURES_OK the driver may have written anything; only what was agreed binds the device.
+        if s.status & STATUS_FEATURES_OK != 0 && s.driver_features & !self.offered() != 0 {
             return Err(refuse(format!(
                 "the guest uses features {:#x} that this device does not offer",
                 s.driver_features & !self.offered()

@@ -7,12 +7,13 @@
 //! | `say TEXT` | a line on the console |
 //! | `flood N` | N lines of 80 bytes on the console, as fast as it takes them |
 //! | `drop_caches` | frees the page cache |
+//! | `cpus` | the number of CPUs that run, behind `ok` |
+//! | `disk_bench ...` | measures a disk: see [`super::bench`] |
 //! | `poweroff`, `reboot` | ends the guest at once (no answer) |
 //! | `panic` | a kernel panic (no answer) |
 //! | `hang` | every CPU spins with real-time priority, for ever |
 
 use super::Guest;
-use crate::inside::sys;
 use std::sync::atomic::Ordering;
 
 /// Does what a line says; the answer is `ok` or `error ...`.
@@ -30,9 +31,14 @@ pub fn act(guest: &Guest, line: &str) -> String {
                 guest.say(&format!("FLOOD {line:073}"));
             }
         }
+        ("cpus", _) => {
+            let cpus = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+            return format!("ok {cpus}");
+        }
+        ("disk_bench", _) => return super::bench::disk(rest),
         ("drop_caches", _) => return written("/proc/sys/vm/drop_caches", "3"),
-        ("poweroff", _) => sys::power_off(),
-        ("reboot", _) => sys::restart_machine(),
+        ("poweroff", _) => guest.power_off(),
+        ("reboot", _) => guest.restart(),
         ("panic", _) => return written("/proc/sysrq-trigger", "c"),
         ("hang", _) => return hang(),
         _ => return format!("error: what is `{line}`?"),

@@ -20,10 +20,12 @@
 //! | TCP 8 | for each line: `COUNT <over all connections> <in this connection>` |
 //! | TCP 9 | one line of JSON, [`Status`] |
 //! | TCP 10 | a command a line, answered by `ok` or `error ...`: see [`control`] |
+//! | TCP 11 | bytes in bulk: see [`bench`] |
 //!
 //! Invariant: what it has found wrong stays in [`Status::faults`] and was printed on the console as a line `CORRUPT ...` or
 //! `JUMP ...`; a test that sees neither may believe that all is well, as far as it went.
 
+pub mod bench;
 pub mod clock;
 pub mod control;
 pub mod disk;
@@ -37,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The word on the kernel command line that makes this program the mini guest.
@@ -102,6 +104,8 @@ pub struct Guest {
     pub(crate) clock_jumps: AtomicU64,
     pub(crate) gap_max_us: AtomicU64,
     pub(crate) faults: Mutex<Vec<String>>,
+    /// It is on its way down: the kernel takes its devices away, and what they say from now on is no fault.
+    pub(crate) ending: AtomicBool,
 }
 
 impl Guest {
@@ -120,6 +124,18 @@ impl Guest {
         if faults.len() < 16 {
             faults.push(text);
         }
+    }
+
+    /// Ends the machine in order.
+    pub(crate) fn power_off(&self) {
+        self.ending.store(true, Ordering::Release);
+        sys::power_off();
+    }
+
+    /// Starts the machine anew.
+    pub(crate) fn restart(&self) {
+        self.ending.store(true, Ordering::Release);
+        sys::restart_machine();
     }
 
     /// The state as it is now.

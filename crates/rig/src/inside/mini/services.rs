@@ -35,6 +35,7 @@ pub fn start(guest: &'static Guest, start: Start) {
     listen(10, |guest, stream| {
         lines(stream, |line| control::act(guest, line))
     });
+    listen(11, |_, stream| super::bench::bulk(stream));
     start(
         "udp-7",
         Box::new(move || {
@@ -44,7 +45,7 @@ pub fn start(guest: &'static Guest, start: Start) {
         }),
     );
     start("vsock-7", Box::new(move || vsock_echo(guest)));
-    start("power", Box::new(power_button));
+    start("power", Box::new(move || power_button(guest)));
 }
 
 fn accept(
@@ -158,7 +159,7 @@ fn vsock_echo(guest: &Guest) {
 }
 
 /// Turns the guest off when its power button is pressed (an input event of type key, code 116, value 1).
-fn power_button() {
+fn power_button(guest: &'static Guest) {
     let Ok(entries) = std::fs::read_dir("/dev/input") else {
         return;
     };
@@ -173,7 +174,7 @@ fn power_button() {
             let mut event = [0; 24];
             while device.read_exact(&mut event).is_ok() {
                 if event[16..18] == [1, 0] && event[18..20] == [116, 0] && event[20..24] == [1, 0, 0, 0] {
-                    crate::inside::sys::power_off();
+                    guest.power_off();
                 }
             }
         });

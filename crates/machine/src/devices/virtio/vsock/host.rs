@@ -13,29 +13,42 @@ use std::path::{Path, PathBuf};
 pub(super) const GREETERS_MAX: usize = 32;
 const LINE_MAX: usize = 32;
 
-/// The listening socket; its path is removed on drop.
+/// The listening socket; its path is removed on drop if we made it.
 pub(super) struct Host {
     // Dropped before the listener that it names.
     pub(super) registration: Option<Registration>,
     pub(super) listener: UnixListener,
     path: PathBuf,
+    /// Whether the path is ours to remove.
+    own: bool,
+}
+
+/// Listens on `path`. A path left behind by a dead process is taken over.
+pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        other => other,
+    }
 }
 
 impl Host {
-    /// Listens on `path`. A path left behind by a dead process is taken over.
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-                std::fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
-            other => other?,
-        };
+        let mut host = Self::on(listen(path)?, path)?;
+        host.own = true;
+        Ok(host)
+    }
+
+    /// Uses a socket that already listens on `path`, which is someone else's to remove.
+    pub(super) fn on(listener: UnixListener, path: &Path) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             registration: None,
             listener,
             path: path.to_owned(),
+            own: false,
         })
     }
 
@@ -65,7 +78,9 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        if self.own {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,14 +95,43 @@ impl Vsock {
     /// [`DeviceError::Config`] for a reserved id, [`DeviceError::Host`] if the socket could not be made.
     pub fn new(name: impl Into<String>, guest_cid: u64, path: &Path) -> Result<Self, DeviceError> {
         let name: Arc<str> = name.into().into();
+        let host = Host::bind(path)
+            .map_err(|e| host_error(&name, &format!("listening on {}", path.display()), e))?;
+        Self::on_host(name, guest_cid, host)
+    }
+
+    /// Listens on `path`, for [`Vsock::on_listener`]. A path left behind by a dead process is taken over.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn listen(path: &Path) -> std::io::Result<UnixListener> {
+        host::listen(path)
+    }
+
+    /// As [`Vsock::new`], with a socket that listens on `path` already and stays the caller's: a machine built after
+    /// a reset listens on the same.
+    ///
+    /// # Errors
+    /// As [`Vsock::new`].
+    pub fn on_listener(
+        name: impl Into<String>,
+        guest_cid: u64,
+        listener: UnixListener,
+        path: &Path,
+    ) -> Result<Self, DeviceError> {
+        let name: Arc<str> = name.into().into();
+        let host = Host::on(listener, path)
+            .map_err(|e| host_error(&name, &format!("listening on {}", path.display()), e))?;
+        Self::on_host(name, guest_cid, host)
+    }
+
+    fn on_host(name: Arc<str>, guest_cid: u64, host: Host) -> Result<Self, DeviceError> {
         if !(3..u64::from(u32::MAX)).contains(&guest_cid) {
             return Err(DeviceError::Config {
                 device: name.to_string(),
                 why: format!("context id {guest_cid}; use 3 to {}", u32::MAX - 1),
             });
         }
-        let host = Host::bind(path)
-            .map_err(|e| host_error(&name, &format!("listening on {}", path.display()), e))?;
         let kick = Kick::new().map_err(|e| host_error(&name, "making its eventfd", e))?;
         Ok(Self {
             guest_cid,

@@ -1,0 +1,226 @@
+//! Real Linux under our monitor on a simulated server: from kernel and initrd, and from unmodified Debian images; with 1, 2
+//! and 4 vCPUs; redis answers; the power button and a reboot from inside do what they should.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+use steadfast_rig::inside::mini::Status;
+use steadfast_rig::vm::{CPU, mini_arguments};
+use steadfast_rig::{Mini, Rig, Vm, tools};
+
+const SHORT: Duration = Duration::from_secs(30);
+/// A guest's start, nested in software emulation on a machine that has other work.
+const BOOT: Duration = Duration::from_secs(240);
+
+fn address(last: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 90, 0, last)
+}
+
+fn can_run(test: &str) -> bool {
+    // SAFETY: no memory is passed, it cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    if !tools::qemu_present() {
+        println!("SKIPPED: {test}: qemu-system-x86_64 is not installed; run `steadfast-rig setup`");
+    } else if !root {
+        println!("SKIPPED: {test}: a client on the client switch takes root");
+    }
+    tools::qemu_present() && root
+}
+
+#[test]
+fn rig_boot_mini() {
+    if !can_run("rig_boot_mini") {
+        return;
+    }
+    let rig = Rig::builder().memory_mib(1024).start().unwrap();
+    for vcpus in [1, 2, 4] {
+        mini_boots(&rig, vcpus);
+    }
+    // A refused start names the cause and the way out.
+    let refused = |arguments: &str| {
+        let output = rig
+            .server(0)
+            .shell(&format!("steadfast vm run {arguments}"), SHORT)
+            .unwrap();
+        assert!(!output.success(), "{arguments} started");
+        output.error_text()
+    };
+    let no_image = refused("/data/none.raw");
+    assert!(no_image.contains("/data/none.raw"), "{no_image}");
+    let no_bridge = refused("--kernel /guests/mini/bzImage --nic br77");
+    assert!(no_bridge.contains("ip link add br77 type bridge"), "{no_bridge}");
+}
+
+fn debian_rig(test: &str) -> Option<Rig> {
+    can_run(test).then(|| {
+        Rig::builder()
+            .memory_mib(1280)
+            .debian_guest(true)
+            .start()
+            .unwrap()
+    })
+}
+
+#[test]
+fn rig_boot_debian_raw() {
+    if let Some(rig) = debian_rig("rig_boot_debian_raw") {
+        debian_from_image(&rig, "raw", 1);
+    }
+}
+
+#[test]
+fn rig_boot_debian_qcow2() {
+    if let Some(rig) = debian_rig("rig_boot_debian_qcow2") {
+        debian_from_image(&rig, "qcow2", 2);
+    }
+}
+
+#[test]
+fn rig_boot_debian_gpt() {
+    if let Some(rig) = debian_rig("rig_boot_debian_gpt") {
+        debian_from_image(&rig, "gpt", 1);
+    }
+}
+
+#[test]
+fn rig_boot_debian_kernel() {
+    if let Some(rig) = debian_rig("rig_boot_debian_kernel") {
+        debian_from_kernel(&rig);
+    }
+}
+
+/// The mini guest from kernel and initrd: all vCPUs, disk, network, console; reset and power button.
+fn mini_boots(rig: &Rig, vcpus: u32) {
+    let start = Instant::now();
+    let server = rig.server(0);
+    server.exec("truncate -s 64M /data/mini.raw").unwrap();
+    let words = "mini.mem=8 mini.disk=vda mini.disk_mib=8 mini.disk_rate=50";
+    let arguments = mini_arguments(vcpus, 256, address(100 + vcpus as u8), words) + " --disk /data/mini.raw";
+    let mut vm = Vm::run(server, "mini", &arguments).unwrap();
+    let mini = Mini::new(rig.client().unwrap(), address(100 + vcpus as u8));
+    let ready = vm.wait_console("READY ", 1, BOOT).unwrap();
+    let checked = |since: Option<&Status>| {
+        let deadline = Instant::now() + SHORT;
+        loop {
+            let now = mini.status(SHORT).unwrap();
+            assert_eq!(now.faults, Vec::<String>::new());
+            let grown = |before: u64, now: u64| now > before + 10;
+            let (memory, writes) = since.map_or((0, 0), |s| (s.memory_checked, s.disk_writes));
+            if grown(memory, now.memory_checked) && grown(writes, now.disk_writes) && now.disk_reads > 0 {
+                return now;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the guest's checks stand still: {now:?}"
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let first = checked(None);
+    checked(Some(&first));
+    // Every vCPU came up.
+    let cpus = mini.command("cpus", SHORT).unwrap();
+    assert_eq!(cpus, format!("ok {vcpus}"));
+    let took = start.elapsed();
+    // Started anew from inside, in the same process; the disk remembers.
+    assert_eq!(mini.counter(SHORT).unwrap().step().unwrap(), 1);
+    // It ends before it can answer.
+    let _ = mini.command("reboot", Duration::from_secs(3));
+    vm.wait_console("READY ", 2, BOOT).unwrap();
+    checked(None);
+    let console = String::from_utf8_lossy(&vm.console_bytes().unwrap()).into_owned();
+    let used: Vec<&str> = console.lines().filter(|line| line.starts_with("DISK ")).collect();
+    assert!(
+        used.len() == 2 && used[0].contains(", 0 used") && !used[1].contains(", 0 used"),
+        "the disk was lost over the reset: {used:?}"
+    );
+    assert_eq!(vm.control("status", "").unwrap()["guest_resets"], 1);
+    vm.control("shutdown", "").unwrap();
+    vm.wait_gone(SHORT).unwrap();
+    server.exec("rm /data/mini.raw").unwrap();
+    println!(
+        "mini guest, {vcpus} vCPUs: checks run after {took:.1?} ({})",
+        ready.trim()
+    );
+}
+
+/// An unmodified Debian image: its own kernel, initrd and command line; systemd, redis; reboot; shutdown.
+fn debian_from_image(rig: &Rig, kind: &str, vcpus: u32) {
+    let server = rig.server(0);
+    let (source, image) = match kind {
+        "gpt" => ("debian-gpt.raw", "/data/gpt.raw"),
+        "qcow2" => ("debian.qcow2", "/data/debian.qcow2"),
+        _ => ("debian.raw", "/data/debian.raw"),
+    };
+    server
+        .exec_within(
+            &format!("cp --sparse=always /guests/debian/{source} {image}"),
+            Duration::from_secs(180),
+        )
+        .unwrap();
+    let arguments =
+        format!("{image} --cpus {vcpus} --memory 384MiB --nic br0,mac=52:54:00:00:00:78 --cpu {CPU}");
+    debian(rig, kind, vcpus, &arguments, kind == "raw");
+    server.exec(&format!("rm {image}")).unwrap();
+}
+
+fn debian_from_kernel(rig: &Rig) {
+    let server = rig.server(0);
+    let copy = "cp --sparse=always /guests/debian/debian.raw /data/kernel.raw";
+    server.exec_within(copy, Duration::from_secs(180)).unwrap();
+    let arguments = format!(
+        "--kernel /guests/debian/vmlinuz --initrd /guests/debian/initrd.img --cmdline \"$(cat /guests/debian/cmdline)\" \
+         --disk /data/kernel.raw --cpus 1 --memory 384MiB --nic br0,mac=52:54:00:00:00:78 --cpu {CPU}"
+    );
+    debian(rig, "kernel and initrd", 1, &arguments, false);
+    server.exec("rm /data/kernel.raw").unwrap();
+}
+
+fn debian(rig: &Rig, kind: &str, vcpus: u32, arguments: &str, reboot: bool) {
+    let start = Instant::now();
+    let mut vm = Vm::run(rig.server(0), "debian", arguments).unwrap();
+    let up = vm.wait_console("RIG-GUEST-UP", 1, BOOT).unwrap();
+    let took = start.elapsed();
+    assert_eq!(redis(rig, "PING"), "+PONG");
+    assert_eq!(redis(rig, "SET kept yes"), "+OK");
+    // A login on the serial line: a command typed there is done.
+    vm.control("type", "'echo cpus=$(nproc) on $(findmnt -no FSTYPE /)\n'")
+        .unwrap();
+    vm.wait_console(&format!("cpus={vcpus} on ext4"), 1, SHORT)
+        .unwrap();
+    if reboot {
+        vm.control("type", "'systemctl reboot\n'").unwrap();
+        vm.wait_console("RIG-GUEST-UP", 2, BOOT).unwrap();
+        assert_eq!(
+            redis(rig, "EXISTS kept"),
+            ":1",
+            "what redis had is lost over a reboot"
+        );
+        assert_eq!(vm.control("status", "").unwrap()["guest_resets"], 1);
+    }
+    vm.control("shutdown", "").unwrap();
+    vm.wait_gone(Duration::from_secs(120)).unwrap();
+    let console = String::from_utf8_lossy(&vm.console_bytes().unwrap()).into_owned();
+    assert!(
+        console.contains("Power down") || console.contains("Power-Off"),
+        "the power button did not end it in order: {}",
+        tools::tail(&console, 600)
+    );
+    println!(
+        "Debian from {kind}, {vcpus} vCPUs: up after {took:.1?} ({})",
+        up.trim()
+    );
+}
+
+/// One request to redis in the guest, from the client; its answer's first line.
+fn redis(rig: &Rig, request: &str) -> String {
+    let to = SocketAddr::from((address(0x78), 6379));
+    let mut stream = rig.client().unwrap().tcp_retry(to, SHORT).unwrap();
+    stream.set_read_timeout(Some(SHORT)).unwrap();
+    stream.write_all(format!("{request}\r\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    answer.trim_end().to_string()
+}

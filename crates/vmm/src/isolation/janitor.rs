@@ -1,0 +1,125 @@
+//! Who tidies up after a VM's process that may no longer do so itself.
+//!
+//! A process that gave up root cannot take its sockets' names out of `/run/steadfast`, nor remove the cgroup it is in.
+//! So it forks a child first, which keeps its privileges, holds nothing but the end of a pipe, does nothing at all until
+//! that pipe closes (the process ended, also by SIGKILL), then tidies and exits. Nothing is ever sent through the
+//! pipe: a taken-over VM process has no way to talk to it, except to end.
+
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a cgroup may take to be empty after its process ended.
+const EMPTY_BOUND: Duration = Duration::from_secs(5);
+
+/// A file that is removed, if it is still the one that was there.
+#[derive(Clone, Debug)]
+pub struct Leftover {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Leftover {
+    /// Remembers the file at `path`.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let meta = std::fs::symlink_metadata(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            device: meta.dev(),
+            inode: meta.ino(),
+        })
+    }
+
+    /// Removes the file unless another has taken its name. Whoever makes such names holds [`lock_folder`] meanwhile.
+    pub fn remove(&self) {
+        let _lock = lock_folder(&self.path);
+        if Self::of(&self.path).is_ok_and(|now| (now.device, now.inode) == (self.device, self.inode)) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Keeps others from making or removing names in the folder of `path` while the result lives; none where the
+/// folder cannot be locked, which only widens a race.
+#[must_use]
+pub fn lock_folder(path: &Path) -> Option<File> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty())?;
+    let file = File::open(folder).ok()?;
+    flock(&file, FlockOperation::LockExclusive).ok()?;
+    Some(file)
+}
+
+/// The janitor waits while this lives. It is meant to live as long as the process.
+#[derive(Debug)]
+pub struct Janitor {
+    _alive: OwnedFd,
+}
+
+impl Janitor {
+    /// Forks the janitor, which removes `files` and then `folders` (in order; empty ones only) once this process ends.
+    /// It lives in the cgroups `home`, not in those that it is to remove.
+    ///
+    /// # Errors
+    /// No pipe or no process to be had.
+    pub fn start(files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) -> io::Result<Self> {
+        let (wait, alive) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        // SAFETY: the child runs only the code below. It allocates little, which glibc's fork allows also when other
+        // threads exist (its allocator is made consistent), takes no lock of ours, and leaves by _exit.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                drop(alive);
+                serve(&wait, files, folders, home);
+                // SAFETY: ends the child without running the parent's exit handlers.
+                unsafe { libc::_exit(0) }
+            }
+            _ => Ok(Self { _alive: alive }),
+        }
+    }
+}
+
+fn serve(wait: &OwnedFd, files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) {
+    // Its own session: a Ctrl-C at the terminal is for the VM.
+    let _ = rustix::process::setsid();
+    close_all_but(wait.as_raw_fd());
+    // SAFETY: the name is a literal with a final zero.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"vm-janitor".as_ptr(), 0, 0, 0) };
+    for group in home {
+        // Zero is whoever writes. If this fails the VM's group cannot be removed, which harms nobody.
+        let _ = std::fs::write(group.join("cgroup.procs"), "0");
+    }
+    let mut buf = [0; 1];
+    while let Err(rustix::io::Errno::INTR) = rustix::io::read(wait, &mut buf) {}
+    for file in files {
+        file.remove();
+    }
+    let began = Instant::now();
+    for folder in folders {
+        // Busy while the process is still on its way out.
+        while std::fs::remove_dir(folder).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
+            && began.elapsed() < EMPTY_BOUND
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// The janitor must hold neither the images' locks nor the control socket nor a terminal.
+fn close_all_but(keep: i32) {
+    let keep = keep.cast_unsigned();
+    // SAFETY: the child owns its copy of the descriptor table and uses no descriptor but `keep` from here on.
+    unsafe {
+        if keep > 0 {
+            libc::syscall(libc::SYS_close_range, 0u32, keep - 1, 0u32);
+        }
+        libc::syscall(libc::SYS_close_range, keep + 1, u32::MAX, 0u32);
+    }
+}

@@ -1,0 +1,231 @@
+//! What a VM uses of its host, opened once: before the process gives up its privileges, and for all machines that
+//! follow one another in it. A guest's reset builds a new machine from the same open files, so it needs no privilege,
+//! cannot fail on a path that has changed meanwhile, and loses no lock on an image.
+//!
+//! A kernel or initrd is read from the start of its open file at every power-on: rewritten in place it is found
+//! anew; replaced by another file of the same name it is found by the VM's next process.
+
+use crate::assemble::{AssembleError, GiveDisk};
+use crate::spec::{Boot, DiskSpec, MemoryKind, NicTarget, VmSpec};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
+use steadfast_disk::seed;
+use steadfast_machine::devices::virtio::vsock::Vsock;
+use steadfast_machine::kvm::Hypervisor;
+use steadfast_net::{NetBackend, SocketBackend, Tap, TapBackend, TapOptions};
+
+/// Largest kernel, initrd or flat guest that is read into memory.
+const BOOT_FILE_BYTES_MAX: u64 = 4 << 30;
+
+enum Card {
+    Tap(Tap),
+    Socket { socket: UnixDatagram, peer: PathBuf },
+}
+
+/// Open files, devices and sockets of one VM.
+pub struct Resources {
+    /// `/dev/kvm`.
+    pub hypervisor: Hypervisor,
+    /// Disks in order; the seed, if any, is last. Locked while the VM lives.
+    pub images: Vec<Arc<dyn BlockIo>>,
+    cards: Vec<Card>,
+    files: BTreeMap<PathBuf, File>,
+    ram: Option<File>,
+    virtio_console: Option<File>,
+    vsock: Option<UnixListener>,
+    /// Paths of sockets that are bound here.
+    sockets: Vec<PathBuf>,
+}
+
+fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AssembleError {
+    let path = path.to_owned();
+    move |source| AssembleError::File { path, source }
+}
+
+impl Resources {
+    /// Opens all that `spec` names, but for disks that `give` has an image of. Formats of disks that it leaves open are
+    /// filled in.
+    ///
+    /// # Errors
+    /// [`AssembleError`] names what cannot be opened, and the way out.
+    pub fn open(spec: &mut VmSpec, give: Option<&GiveDisk>) -> Result<Self, AssembleError> {
+        let mut this = Self {
+            hypervisor: Hypervisor::open()?,
+            images: Vec::new(),
+            cards: Vec::new(),
+            files: BTreeMap::new(),
+            ram: None,
+            virtio_console: None,
+            vsock: None,
+            sockets: Vec::new(),
+        };
+        for (i, disk) in spec.disks.iter_mut().enumerate() {
+            this.images.push(match give.and_then(|give| give(i)) {
+                Some(image) => image,
+                None => open_disk(disk)?,
+            });
+        }
+        if let Some(user_data) = &spec.cloud_init {
+            this.images.push(seed_image(spec, user_data)?);
+        }
+        let boot_files: Vec<&PathBuf> = match &spec.boot {
+            Boot::Kernel { kernel, initrd, .. } => std::iter::once(kernel).chain(initrd).collect(),
+            Boot::Flat { elf, .. } => vec![elf],
+            Boot::Disk { .. } => Vec::new(),
+        };
+        for path in boot_files {
+            let file = File::open(path).map_err(file_error(path))?;
+            this.files.insert(path.clone(), file);
+        }
+        if let MemoryKind::File(path) = &spec.memory {
+            let mut open = File::options();
+            open.read(true).write(true).create(true).truncate(false);
+            this.ram = Some(open.open(path).map_err(file_error(path))?);
+        }
+        if let Some(path) = &spec.virtio_console {
+            let file = File::options().append(true).create(true).open(path);
+            this.virtio_console = Some(file.map_err(file_error(path))?);
+        }
+        for nic in &spec.nics {
+            let card = this.card(&nic.to, nic.mtu)?;
+            this.cards.push(card);
+        }
+        if let Some(vsock) = &spec.vsock {
+            this.vsock = Some(Vsock::listen(&vsock.path).map_err(file_error(&vsock.path))?);
+            this.sockets.push(vsock.path.clone());
+        }
+        Ok(this)
+    }
+
+    fn card(&mut self, to: &NicTarget, mtu: Option<u16>) -> Result<Card, AssembleError> {
+        let options = |name: &str, bridge: Option<&String>| TapOptions {
+            name: name.to_owned(),
+            bridge: bridge.cloned(),
+            mtu,
+        };
+        Ok(match to {
+            NicTarget::Bridge(bridge) => Card::Tap(Tap::open(&options("", Some(bridge)))?),
+            NicTarget::Tap(name) => Card::Tap(Tap::open(&options(name, None))?),
+            NicTarget::Socket { own, peer } => {
+                let bound = SocketBackend::bind_kept(own).map_err(file_error(own))?;
+                self.sockets.push(own.clone());
+                Card::Socket {
+                    socket: bound,
+                    peer: peer.clone(),
+                }
+            }
+        })
+    }
+
+    /// A handle on card `index` for the next machine.
+    ///
+    /// # Errors
+    /// [`AssembleError`].
+    pub fn backend(&self, index: usize) -> Result<Box<dyn NetBackend>, AssembleError> {
+        let none = || AssembleError::Setting(format!("there is no network card {index}"));
+        Ok(match self.cards.get(index).ok_or_else(none)? {
+            Card::Tap(tap) => Box::new(TapBackend::new(tap.try_clone()?)),
+            Card::Socket { socket, peer } => {
+                let again = socket.try_clone().and_then(|s| SocketBackend::bound(s, peer));
+                Box::new(again.map_err(file_error(peer))?)
+            }
+        })
+    }
+
+    /// What the boot file at `path` holds now.
+    ///
+    /// # Errors
+    /// [`AssembleError::File`].
+    pub fn read(&self, path: &Path) -> Result<Vec<u8>, AssembleError> {
+        let read = || {
+            let file = self.files.get(path).ok_or(std::io::ErrorKind::NotFound)?;
+            let len = file.metadata()?.len();
+            if len > BOOT_FILE_BYTES_MAX {
+                return Err(std::io::Error::other(format!("{len} bytes are too much to boot")));
+            }
+            let mut bytes = vec![0; len as usize];
+            file.read_exact_at(&mut bytes, 0)?;
+            Ok(bytes)
+        };
+        read().map_err(file_error(path))
+    }
+
+    /// The file that holds guest RAM, if the specification names one.
+    ///
+    /// # Errors
+    /// No descriptor to be had.
+    pub fn ram_file(&self) -> std::io::Result<Option<File>> {
+        self.ram.as_ref().map(File::try_clone).transpose()
+    }
+
+    /// The virtio console's output.
+    ///
+    /// # Errors
+    /// No descriptor to be had.
+    pub fn virtio_console(&self) -> std::io::Result<Option<File>> {
+        self.virtio_console.as_ref().map(File::try_clone).transpose()
+    }
+
+    /// The listening socket of the vsock device.
+    ///
+    /// # Errors
+    /// No descriptor to be had.
+    pub fn vsock(&self) -> std::io::Result<Option<UnixListener>> {
+        self.vsock.as_ref().map(UnixListener::try_clone).transpose()
+    }
+
+    /// Paths of the sockets that are bound here, removed when this is dropped.
+    #[must_use]
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+}
+
+impl Drop for Resources {
+    fn drop(&mut self) {
+        for path in &self.sockets {
+            // An isolated process may not; then its janitor does.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
+    let format = disk
+        .format
+        .as_deref()
+        .map(str::parse::<ImageFormat>)
+        .transpose()?;
+    let options = ImageOptions {
+        format,
+        read_only: disk.read_only,
+        direct: disk.direct,
+        lock: true,
+    };
+    let image = image::open(&disk.path, &options)?;
+    // The format is fixed at first sight: a guest that writes a qcow2 header into a raw disk changes nothing.
+    disk.format = match image.info().format {
+        ImageFormat::Raw => Some("raw".into()),
+        ImageFormat::Qcow2 => Some("qcow2".into()),
+        ImageFormat::Memory => disk.format.take(),
+    };
+    Ok(image)
+}
+
+fn seed_image(spec: &VmSpec, user_data: &Path) -> Result<Arc<dyn BlockIo>, AssembleError> {
+    let text = std::fs::read(user_data).map_err(file_error(user_data))?;
+    let seed = seed::Seed {
+        user_data: text,
+        local_hostname: spec.name.to_string(),
+        instance_id: Some(spec.name.to_string()),
+        network_config: None,
+    };
+    Ok(Arc::new(seed.to_image().map_err(|e| {
+        AssembleError::Setting(format!("cloud-init seed: {e}"))
+    })?))
+}

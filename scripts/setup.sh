@@ -1,0 +1,47 @@
+# shellcheck shell=bash
+# What ./test and ./demo need on a fresh Debian 12. Sourced, not run.
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"
+  elif command -v sudo >/dev/null; then sudo -n "$@"
+  else return 1; fi
+}
+
+# The packages of the programs that are not there.
+missing_packages() {
+  local pair
+  for pair in cc:build-essential protoc:protobuf-compiler git:git cpio:cpio busybox:busybox-static mke2fs:e2fsprogs \
+    ip:iproute2 depmod:kmod mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || echo "${pair##*:}"
+  done
+  [ -e /usr/include/google/protobuf/any.proto ] || echo libprotobuf-dev
+}
+
+# Installs what is missing. Fails only when something that building needs cannot be had.
+install_packages() {
+  local packages
+  mapfile -t packages < <(missing_packages)
+  [ ${#packages[@]} -gt 0 ] || return 0
+  echo "installing: ${packages[*]}"
+  if command -v apt-get >/dev/null; then
+    export DEBIAN_FRONTEND=noninteractive
+    as_root apt-get update -q || true
+    as_root apt-get install -qy --no-install-recommends "${packages[@]}" && return 0
+    # A newer qemu-utils from elsewhere keeps Debian's QEMU out: take all of it from the release.
+    as_root apt-get install -qy --no-install-recommends --allow-downgrades "${packages[@]}" \
+      qemu-system-x86/bookworm qemu-system-common/bookworm qemu-system-data/bookworm qemu-utils/bookworm && return 0
+  fi
+  echo "could not install: ${packages[*]} (no Debian, no root, or no network). What needs them says so." >&2
+  command -v cc >/dev/null
+}
+
+# Finds cargo, also where rustup put it for a shell that was not started anew.
+need_rust() {
+  if ! command -v cargo >/dev/null && [ -r "$HOME/.cargo/env" ]; then
+    # shellcheck disable=SC1091
+    . "$HOME/.cargo/env"
+  fi
+  command -v cargo >/dev/null && return 0
+  echo "no Rust toolchain found. Install Rust 1.90 or newer from https://rustup.rs, then run this again." >&2
+  return 1
+}
