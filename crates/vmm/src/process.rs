@@ -165,6 +165,7 @@ fn build(
         debugcon: (options.debugcon)(),
         hooks: options.hooks.clone(),
         wrap_net: None,
+        give_disk: None,
     };
     let vm = assemble_from(spec.clone(), Arc::clone(resources), around)?;
     (options.on_serial)(&vm.serial);
@@ -180,7 +181,7 @@ fn prepare(
     let group = isolation
         .as_ref()
         .and_then(|i| i.enter_cgroup(&spec.name, spec.memory_bytes));
-    let resources = Arc::new(Resources::open(spec)?);
+    let resources = Arc::new(Resources::open(spec, None)?);
     let confined = match isolation {
         Some(isolation) => {
             let sockets: Vec<&Path> = options
