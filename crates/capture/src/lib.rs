@@ -1,1 +1,14 @@
-//! Four inputs, one sealed epoch.
+//! Capture: from a running machine to one sealed epoch that owns what it holds.
+//!
+//! ```text
+//! quiesce -> harvest dirty pages -> copy them into the arena -> save vCPUs and devices -> cut hooks -> run on
+//! ```
+//! The pause ends when the guest runs on; encoding and sending happen afterwards, from the sealed epoch, which owns
+//! its pages until it is acknowledged and dropped. A cut that fails half-way gives the dirty pages back: no page is
+//! ever forgotten (I3).
+
+mod pages;
+mod seal;
+
+pub use pages::{PageArena, SealedPages};
+pub use seal::{Capture, CaptureError, CutTimes, Sealed};

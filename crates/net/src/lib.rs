@@ -3,9 +3,11 @@
 //! A frame on a [`NetBackend`] always starts with the 12-byte virtio-net header (virtio 1.2, 5.1.6, with
 //! `num_buffers`), little-endian, whatever carries it. Backends never block.
 
+pub mod hold;
 pub mod socket;
 pub mod tap;
 
+pub use hold::{Hold, HoldBackend, HoldMode};
 pub use socket::SocketBackend;
 pub use tap::{Tap, TapBackend, TapError, TapOptions};
 

@@ -23,7 +23,12 @@ EOF
 # (a NoCloud seed); 10.90.0.N/24 with N the last byte of the MAC address. A seed's user-data that begins with #! is run.
 cat > "$root/usr/local/sbin/rig-net" <<'EOF'
 #!/bin/sh
-nic=$(ls /sys/class/net | grep -v '^lo$' | head -n 1)
+# The NIC's driver may still be loading.
+for try in $(seq 100); do
+    nic=$(ls /sys/class/net | grep -v '^lo$' | head -n 1)
+    [ -z "$nic" ] || break
+    sleep 0.1
+done
 [ -n "$nic" ] || exit 0
 address=$(sed -n 's/.*\brig\.ip=\([^ ]*\).*/\1/p' /proc/cmdline)
 seed=$(blkid -t LABEL=CIDATA -o device 2>/dev/null || blkid -t LABEL=cidata -o device 2>/dev/null || true)
@@ -52,8 +57,7 @@ cat > "$root/etc/systemd/system/rig-net.service" <<'EOF'
 [Unit]
 Description=Address of the first NIC
 DefaultDependencies=no
-After=systemd-udev-settle.service local-fs.target
-Wants=systemd-udev-settle.service
+After=systemd-udev-trigger.service local-fs.target
 Before=systemd-networkd.service network-pre.target
 Wants=network-pre.target
 [Service]
@@ -98,7 +102,12 @@ WantedBy=multi-user.target
 EOF
 chroot "$root" systemctl enable rig-net rig-seed rig-http rig-up systemd-networkd serial-getty@ttyS0 >/dev/null 2>&1
 chroot "$root" systemctl mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer e2scrub_reap.service \
-    fstrim.timer dpkg-db-backup.timer getty@tty1.service systemd-networkd-wait-online.service >/dev/null 2>&1
+    fstrim.timer dpkg-db-backup.timer getty@tty1.service getty-static.service systemd-networkd-wait-online.service >/dev/null 2>&1
+
+# A host under software emulation can be fifty times slower than one of metal; nothing shall fail for that alone.
+mkdir -p "$root/etc/systemd/system.conf.d" "$root/etc/sysctl.d"
+printf '[Manager]\nDefaultTimeoutStartSec=900s\nDefaultDeviceTimeoutSec=900s\n' > "$root/etc/systemd/system.conf.d/slow.conf"
+echo 'vm.overcommit_memory = 1' > "$root/etc/sysctl.d/redis.conf"
 
 sed -i -e 's/^bind .*/bind 0.0.0.0/' -e 's/^protected-mode .*/protected-mode no/' -e 's/^appendonly .*/appendonly yes/' \
     "$root/etc/redis/redis.conf"

@@ -3,14 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::net::SocketAddr;
-use std::time::Duration;
-use steadfast_rig::{Exec, Outcome, Rig, RigError, etcd, tools};
+use std::time::{Duration, Instant};
+use steadfast_rig::{DiskFault, Exec, Outcome, Rig, RigError, etcd, tools};
 
 const SHORT: Duration = Duration::from_secs(5);
 
 fn pings(rig: &Rig, from: usize, to: &str) -> bool {
     rig.server(from)
-        .shell(&format!("ping -c 1 -W 2 {to}"), SHORT)
+        .shell(&format!("ping -c 1 -W 1 {to}"), SHORT)
         .unwrap()
         .success()
 }
@@ -46,6 +46,8 @@ fn rig_basics() {
     client(&rig);
     partitions(&rig);
     cables(&rig);
+    disks(&rig);
+    starved(&rig);
     axe(&rig);
 
     let pids: Vec<i32> = rig
@@ -189,6 +191,69 @@ fn cables(rig: &Rig) {
         .unwrap();
 }
 
+fn disks(rig: &Rig) {
+    let server = rig.server(0);
+    let write = "dd if=/dev/zero of=/data/probe bs=4k count=1 conv=fsync 2>/dev/null";
+    let timed = || {
+        let start = Instant::now();
+        let done = server.shell(write, Duration::from_secs(20)).unwrap();
+        (done.success(), start.elapsed())
+    };
+    let (fine, whole) = timed();
+    assert!(fine);
+    server.disk_fault(DiskFault::Slow(400)).unwrap();
+    let (fine, slow) = timed();
+    assert!(
+        fine && slow >= Duration::from_millis(400),
+        "a slow disk took {slow:?}, a whole one {whole:?}"
+    );
+    server.disk_heal().unwrap();
+    server.disk_fault(DiskFault::Full(1)).unwrap();
+    let big = server
+        .shell("dd if=/dev/zero of=/data/big bs=1M count=8", SHORT)
+        .unwrap();
+    assert!(!big.success() && big.error_text().contains("No space"), "{big:?}");
+    server.disk_heal().unwrap();
+    server
+        .exec("dd if=/dev/zero of=/data/big bs=1M count=8 && rm /data/big")
+        .unwrap();
+    // Last, as the kernel may turn the file system read-only: reads and writes fail, past the page cache.
+    server.disk_fault(DiskFault::Fail).unwrap();
+    let read = server
+        .shell(
+            "dd if=/dev/mapper/data of=/dev/null iflag=direct bs=4k count=1",
+            SHORT,
+        )
+        .unwrap();
+    assert!(
+        !read.success() && read.error_text().contains("Input/output error"),
+        "{read:?}"
+    );
+    server.disk_heal().unwrap();
+    server
+        .exec("dd if=/dev/mapper/data of=/dev/null iflag=direct bs=4k count=1")
+        .unwrap();
+}
+
+fn starved(rig: &Rig) {
+    let server = rig.server(1);
+    let work = || {
+        let start = Instant::now();
+        server
+            .exec("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done")
+            .unwrap();
+        start.elapsed()
+    };
+    let free = work();
+    server.starve(10).unwrap();
+    let starved = work();
+    server.starve(100).unwrap();
+    assert!(
+        starved > free * 2,
+        "a starved server took {starved:?}, a free one {free:?}"
+    );
+}
+
 fn axe(rig: &Rig) {
     let members = rig.servers();
     etcd::start(members).unwrap();
@@ -229,10 +294,10 @@ fn axe(rig: &Rig) {
     rig.server(1)
         .spawn("sh -c 'sleep 0.2; echo c > /proc/sysrq-trigger'", "/tmp/log")
         .unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(30);
     while rig.server(1).starts() == starts {
         assert!(
-            std::time::Instant::now() < deadline,
+            Instant::now() < deadline,
             "it did not restart: {}",
             rig.server(1).console(800)
         );

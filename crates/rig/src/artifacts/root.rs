@@ -84,7 +84,13 @@ pub fn image(cache: &Cache, kernel: &Kernel, extra: &[String]) -> Result<PathBuf
         .iter()
         .flat_map(|(path, text)| [path.as_bytes(), text.as_bytes()].concat())
         .collect();
-    let what = digest(&[wanted.join(",").as_bytes(), kernel.release.as_bytes(), &files]);
+    // The last part counts the changes of how the tree is finished.
+    let what = digest(&[
+        wanted.join(",").as_bytes(),
+        kernel.release.as_bytes(),
+        &files,
+        b"2",
+    ]);
     let key = format!("root-{}-{what}", packages::suite());
     let folder = cache.get_or_make(&key, |folder| {
         let tree = folder.join("tree");
@@ -154,14 +160,19 @@ fn finish_tree(tree: &Path, kernel: &Kernel) -> Result<()> {
         std::os::unix::fs::symlink(format!("/opt/steadfast/{program}"), &link)
             .what(|| format!("link {}", link.display()))?;
     }
-    // What an `awk` or a `vi` of Debian's alternatives would give.
-    let shell = tree.join("bin/sh");
-    if std::fs::symlink_metadata(&shell).is_err() {
-        std::os::unix::fs::symlink("bash", &shell).what(|| format!("link {}", shell.display()))?;
-    }
-    let awk = tree.join("usr/bin/awk");
-    if std::fs::symlink_metadata(&awk).is_err() {
-        std::os::unix::fs::symlink("gawk", &awk).what(|| format!("link {}", awk.display()))?;
+    // What Debian's alternatives would give.
+    let alternatives = [
+        ("bin/sh", "bash"),
+        ("usr/bin/awk", "gawk"),
+        ("usr/bin/nc", "nc.openbsd"),
+        ("usr/bin/pager", "less"),
+        ("usr/bin/which", "which.debianutils"),
+    ];
+    for (link, target) in alternatives {
+        let link = tree.join(link);
+        if std::fs::symlink_metadata(&link).is_err() {
+            std::os::unix::fs::symlink(target, &link).what(|| format!("link {}", link.display()))?;
+        }
     }
     copy_tree(
         &kernel.modules(),

@@ -118,7 +118,13 @@ fn put(path: &str, mode: u32, channel: &Channel) -> io::Result<()> {
         }
         use std::os::unix::fs::PermissionsExt;
         file.set_permissions(std::fs::Permissions::from_mode(mode))?;
-        std::fs::rename(&partial, path)
+        // Whoever put it may cut the power next: it must be there then.
+        file.sync_all()?;
+        std::fs::rename(&partial, path)?;
+        if let Some(folder) = Path::new(path).parent() {
+            File::open(folder)?.sync_all()?;
+        }
+        Ok(())
     };
     let done = write();
     if done.is_err() {

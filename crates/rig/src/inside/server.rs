@@ -106,6 +106,7 @@ fn real_root() -> std::io::Result<()> {
 
 /// Stage 2, in the real root. Never returns.
 pub fn stage_2() -> ! {
+    name_process("rig-init");
     let mut failures = Vec::new();
     let config: ServerConfig = match std::env::var("RIG_CONFIG").map(|text| serde_json::from_str(&text)) {
         Ok(Ok(config)) => config,
@@ -136,6 +137,7 @@ pub fn stage_2() -> ! {
     }
     match sys::fork_single_threaded() {
         Ok(None) => {
+            name_process("rig-agent");
             let error = agent::serve(&config.name, failures);
             say(&format!("agent ended: {error}"));
             std::process::exit(1)
@@ -146,6 +148,12 @@ pub fn stage_2() -> ! {
         }
         Err(e) => fatal(&format!("fork: {e}")),
     }
+}
+
+/// What `ps` shows; without it every process of this program is called `exe`.
+fn name_process(name: &str) {
+    // Only for people.
+    let _ = std::fs::write("/proc/self/comm", name);
 }
 
 fn late_mounts() -> std::io::Result<()> {

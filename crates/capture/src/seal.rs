@@ -1,0 +1,165 @@
+//! One cut: the pause, and what it seals.
+
+use crate::pages::{Page, PageArena, SealedPages};
+use std::time::{Duration, Instant};
+use steadfast_machine::machine::Machine;
+use steadfast_machine::quiesce::{QuiesceError, Quiesced};
+use steadfast_machine::state::StateError;
+use steadfast_types::{Gfn, PAGE_SIZE};
+use vm_memory::{Bytes, GuestAddress};
+
+/// A cut that did not come about; the machine runs on and no dirty page is lost.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The machine did not stop.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// KVM did not tell what is dirty.
+    #[error(transparent)]
+    Harvest(#[from] steadfast_machine::kvm::KvmError),
+    /// State could not be taken.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A dirty page is not readable.
+    #[error("dirty page {0} cannot be read")]
+    Page(u64),
+    /// State could not be encoded.
+    #[error("device state cannot be encoded: {0}")]
+    Encode(String),
+}
+
+/// Where the pause went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CutTimes {
+    /// From the first kick until vCPUs and devices stood still.
+    pub stop: Duration,
+    /// Finding the dirty pages.
+    pub harvest: Duration,
+    /// Copying them.
+    pub copy: Duration,
+    /// State of vCPUs and devices.
+    pub state: Duration,
+    /// All of it, until the guest ran on.
+    pub pause: Duration,
+}
+
+/// What a cut sealed.
+pub struct Sealed {
+    /// Changed pages.
+    pub pages: SealedPages,
+    /// Machine state, encoded.
+    pub state: Vec<u8>,
+    /// Where the pause went.
+    pub times: CutTimes,
+}
+
+/// Makes cuts of one machine.
+pub struct Capture {
+    arena: PageArena,
+    dirty: Vec<Gfn>,
+}
+
+impl Capture {
+    /// With an arena for cuts of about `pages` pages.
+    #[must_use]
+    pub fn new(arena: PageArena) -> Self {
+        Self { arena, dirty: Vec::new() }
+    }
+
+    /// Stops the machine, seals what changed since the last cut and also the pages `extra` (rising), calls `at_cut`
+    /// while all stands still, and lets the machine run on, unless `freeze`.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the dirty pages are dirty again.
+    pub fn cut(
+        &mut self,
+        machine: &Machine,
+        extra: &[Gfn],
+        freeze: bool,
+        at_cut: impl FnOnce(&mut Quiesced<'_>),
+    ) -> Result<Sealed, CaptureError> {
+        let start = Instant::now();
+        let mut times = CutTimes::default();
+        let mut still = machine.quiesce()?;
+        times.stop = start.elapsed();
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let sealed = self.seal(machine, &mut still, &mut dirty, extra, &mut times, start);
+        match &sealed {
+            Ok(_) => at_cut(&mut still),
+            Err(_) => still.merge_back(&dirty),
+        }
+        self.dirty = dirty;
+        if freeze && sealed.is_ok() {
+            still.keep_stopped();
+        } else {
+            drop(still);
+        }
+        let (pages, state) = sealed?;
+        times.pause = start.elapsed();
+        Ok(Sealed { pages, state, times })
+    }
+
+    fn seal(
+        &self,
+        machine: &Machine,
+        still: &mut Quiesced<'_>,
+        dirty: &mut Vec<Gfn>,
+        extra: &[Gfn],
+        times: &mut CutTimes,
+        start: Instant,
+    ) -> Result<(SealedPages, Vec<u8>), CaptureError> {
+        let mark = |from: Duration| start.elapsed().saturating_sub(from);
+        still.harvest(dirty)?;
+        times.harvest = mark(times.stop);
+        if !extra.is_empty() {
+            dirty.extend_from_slice(extra);
+            dirty.sort_unstable();
+            dirty.dedup();
+        }
+        let pages = copy(machine, &self.arena, dirty)?;
+        times.copy = mark(times.stop + times.harvest);
+        let state = still.save()?;
+        let mut bytes = Vec::with_capacity(16 << 10);
+        bytes = postcard_into(&state, bytes)?;
+        times.state = mark(times.stop + times.harvest + times.copy);
+        Ok((pages, bytes))
+    }
+
+    /// Finds what changed since the last cut without sealing anything: the pages go to `pages` and are no longer
+    /// dirty. For the rounds of a full copy, while no epoch is under way.
+    ///
+    /// # Errors
+    /// [`CaptureError`].
+    pub fn harvest_only(&mut self, machine: &Machine, pages: &mut Vec<Gfn>) -> Result<(), CaptureError> {
+        let mut still = machine.quiesce()?;
+        Ok(still.harvest(pages)?)
+    }
+
+    /// Copies pages of a running machine, as they are now.
+    ///
+    /// # Errors
+    /// [`CaptureError::Page`].
+    pub fn copy_live(&self, machine: &Machine, gfns: &[Gfn]) -> Result<SealedPages, CaptureError> {
+        copy(machine, &self.arena, gfns)
+    }
+}
+
+fn postcard_into(
+    state: &steadfast_machine::state::MachineState,
+    into: Vec<u8>,
+) -> Result<Vec<u8>, CaptureError> {
+    postcard::to_extend(state, into).map_err(|e| CaptureError::Encode(e.to_string()))
+}
+
+fn copy(machine: &Machine, arena: &PageArena, gfns: &[Gfn]) -> Result<SealedPages, CaptureError> {
+    let memory = machine.ram().memory();
+    let mut pages = arena.begin(gfns.len());
+    let mut page: Page = [0; PAGE_SIZE as usize];
+    for &gfn in gfns {
+        memory
+            .read_slice(&mut page, GuestAddress(gfn.address()))
+            .map_err(|_| CaptureError::Page(gfn.0))?;
+        pages.push(gfn, &page);
+    }
+    Ok(pages)
+}

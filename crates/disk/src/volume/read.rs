@@ -1,0 +1,174 @@
+//! Reading: the latest bytes for the guest, the committed view for peers, and repair of bad blocks.
+
+use super::apply::Files;
+use super::core::Core;
+use super::op::JournaledOp;
+use super::overlay::Overlay;
+use super::{Piece, VolumeError};
+use crate::checksum::{self, BLOCK, UNKNOWN};
+use crate::journal::Kind;
+use std::sync::Arc;
+use steadfast_types::Epoch;
+
+/// Where the bytes of a range are, as of one instant.
+pub struct ReadPlan {
+    start: u64,
+    pieces: Vec<Piece>,
+}
+
+impl Core {
+    /// Plans a read of the latest bytes, open epoch included. The plan must be run before the journal is trimmed:
+    /// the runtime holds off trims while plans run.
+    ///
+    /// # Errors
+    /// [`VolumeError::OutOfRange`], [`VolumeError::Copying`].
+    pub fn plan_read(&self, offset: u64, len: u64) -> Result<ReadPlan, VolumeError> {
+        self.must_be_whole()?;
+        crate::journal::record::check_range(offset, len, self.capacity())?;
+        Ok(ReadPlan {
+            start: offset,
+            pieces: self.overlay.look_up(offset, offset + len),
+        })
+    }
+
+    /// The operations on a range that are not in the image for certain, up to `through`, in order.
+    pub(crate) fn pending_ops(&self, through: Epoch, start: u64, end: u64) -> Vec<Arc<JournaledOp>> {
+        let epochs = self
+            .epochs
+            .iter()
+            .filter(|e| e.epoch > self.applied && e.epoch <= through);
+        epochs
+            .flat_map(|e| e.ops.iter())
+            .filter(|op| op.offset < end && start < op.offset + op.len)
+            .cloned()
+            .collect()
+    }
+}
+
+/// What a read of the image found wrong.
+#[derive(Debug)]
+pub enum ReadFault {
+    /// Blocks from this byte on are unreadable or do not match their sums: `offset`, bytes.
+    Block(u64),
+    /// Anything else.
+    Other(VolumeError),
+}
+
+impl From<VolumeError> for ReadFault {
+    fn from(e: VolumeError) -> Self {
+        Self::Other(e)
+    }
+}
+
+impl ReadPlan {
+    /// Fills `buf`. With `verify`, blocks that are read whole from the image are checked.
+    ///
+    /// # Errors
+    /// [`ReadFault::Block`] names a block that needs repair.
+    pub fn run(&self, files: &Files, buf: &mut [u8], verify: bool) -> Result<(), ReadFault> {
+        for p in &self.pieces {
+            let part = &mut buf[(p.start - self.start) as usize..(p.end - self.start) as usize];
+            match &p.op {
+                None => read_image(files, p.start, part, verify)?,
+                Some(op) if op.kind == Kind::Write => {
+                    let data = op.load(&files.reader())?;
+                    part.copy_from_slice(&data[(p.start - op.offset) as usize..(p.end - op.offset) as usize]);
+                }
+                Some(_) => part.fill(0),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_image(files: &Files, start: u64, part: &mut [u8], verify: bool) -> Result<(), ReadFault> {
+    // A read may fail once for reasons that pass.
+    if files.image.read_at(start, part).is_err() && files.image.read_at(start, part).is_err() {
+        return Err(ReadFault::Block(first_unreadable(
+            files,
+            start,
+            part.len() as u64,
+        )));
+    }
+    if verify && let Some(bad) = first_bad(files, start, part)? {
+        // An epoch may have been applied between reading the block and reading its sum: look again with the image
+        // held still.
+        let _still = files.lock_image();
+        files
+            .image
+            .read_at(start, part)
+            .map_err(|_| ReadFault::Block(bad))?;
+        if let Some(bad) = first_bad(files, start, part)? {
+            return Err(ReadFault::Block(bad));
+        }
+    }
+    Ok(())
+}
+
+fn first_unreadable(files: &Files, start: u64, len: u64) -> u64 {
+    let blocks = start / BLOCK..(start + len).div_ceil(BLOCK);
+    blocks
+        .into_iter()
+        .find(|&b| files.read_block(b).is_err())
+        .map_or(start / BLOCK * BLOCK, |b| b * BLOCK)
+}
+
+/// The first whole block in the range that does not match its sum, as a byte offset.
+fn first_bad(files: &Files, start: u64, data: &[u8]) -> Result<Option<u64>, VolumeError> {
+    let end = start + data.len() as u64;
+    let first = start.div_ceil(BLOCK);
+    let behind = if end == files.capacity {
+        end.div_ceil(BLOCK)
+    } else {
+        end / BLOCK
+    };
+    if behind <= first {
+        return Ok(None);
+    }
+    let sums = files.sums.read(first, (behind - first) as usize)?;
+    for (block, sum) in (first..behind).zip(sums) {
+        let from = (block * BLOCK - start) as usize;
+        let bytes = &data[from..data.len().min(from + BLOCK as usize)];
+        if sum != UNKNOWN && sum != checksum::block_sum(block, bytes) {
+            return Ok(Some(block * BLOCK));
+        }
+    }
+    Ok(None)
+}
+
+/// Reads a range as of `through`: the image and the pending operations up to there. The caller holds the image lock
+/// and took `ops` under it.
+pub(crate) fn read_with(
+    files: &Files,
+    ops: &[Arc<JournaledOp>],
+    offset: u64,
+    buf: &mut [u8],
+    verify: bool,
+) -> Result<(), ReadFault> {
+    let mut overlay = Overlay::default();
+    ops.iter().for_each(|op| overlay.insert(op));
+    let end = offset + buf.len() as u64;
+    let plan = ReadPlan {
+        start: offset,
+        pieces: overlay.look_up(offset, end),
+    };
+    for p in plan.pieces.iter().filter(|p| p.op.is_none()) {
+        // No image lock here: the caller holds it.
+        let part = &mut buf[(p.start - offset) as usize..(p.end - offset) as usize];
+        if files.image.read_at(p.start, part).is_err() && files.image.read_at(p.start, part).is_err() {
+            return Err(ReadFault::Block(first_unreadable(
+                files,
+                p.start,
+                part.len() as u64,
+            )));
+        }
+        if verify && let Some(bad) = first_bad(files, p.start, part)? {
+            return Err(ReadFault::Block(bad));
+        }
+    }
+    let written = ReadPlan {
+        start: offset,
+        pieces: plan.pieces.into_iter().filter(|p| p.op.is_some()).collect(),
+    };
+    written.run(files, buf, false)
+}
