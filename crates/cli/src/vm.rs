@@ -44,6 +44,12 @@ pub enum VmVerb {
     Pause { name: VmId },
     /// Let a paused VM go on.
     Resume { name: VmId },
+    /// Ask the guest to give this much memory away in all, e.g. 128MiB; 0 gives everything back.
+    Balloon {
+        name: VmId,
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
     /// Press the power button: the guest shuts itself down.
     Shutdown { name: VmId },
     /// End a VM at once, as if its power failed.
@@ -371,6 +377,7 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
         VmVerb::Status { name } => (name, Request::Status),
         VmVerb::Pause { name } => (name, Request::Pause),
         VmVerb::Resume { name } => (name, Request::Resume),
+        VmVerb::Balloon { name, size } => (name, Request::Balloon { bytes: size }),
         VmVerb::Shutdown { name } => (name, Request::PowerButton),
         VmVerb::Stop { name } => (name, Request::Stop),
         VmVerb::Type { name, text } => (name, Request::Type { text }),

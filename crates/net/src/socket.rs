@@ -2,11 +2,12 @@
 //!
 //! One datagram is one frame with its 12-byte header, which is all zeroes: no offloads.
 
-use crate::{NetBackend, Offloads, Sent, VNET_HEADER};
+use crate::{NetBackend, Offloads, Sent, SocketKind, SocketName, VNET_HEADER};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Frames over a unix datagram socket.
 pub struct SocketBackend {
@@ -14,7 +15,7 @@ pub struct SocketBackend {
     /// Where frames go; the connected peer if not given.
     peer: Option<PathBuf>,
     /// Our own path, removed on drop.
-    own: Option<PathBuf>,
+    own: Option<Arc<SocketName>>,
 }
 
 impl SocketBackend {
@@ -37,34 +38,19 @@ impl SocketBackend {
     /// # Errors
     /// `own` could not be bound.
     pub fn bind(own: &Path, peer: &Path) -> io::Result<Self> {
-        let socket = match UnixDatagram::bind(own) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(own) => {
-                std::fs::remove_file(own)?;
-                UnixDatagram::bind(own)?
-            }
-            other => other?,
-        };
+        let (name, socket) = SocketName::bind(own, SocketKind::Datagram, |p| UnixDatagram::bind(p))?;
         socket.set_nonblocking(true)?;
         Ok(Self {
             socket,
             peer: Some(peer.to_owned()),
-            own: Some(own.to_owned()),
+            own: Some(Arc::new(name)),
         })
     }
-}
 
-/// Whether nobody listens on a socket path.
-fn is_stale(path: &Path) -> bool {
-    UnixDatagram::unbound()
-        .and_then(|s| s.connect(path))
-        .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
-}
-
-impl Drop for SocketBackend {
-    fn drop(&mut self) {
-        if let Some(own) = &self.own {
-            let _ = std::fs::remove_file(own);
-        }
+    /// Our own path, to hand it over to another process; none for a connected socket.
+    #[must_use]
+    pub fn name(&self) -> Option<Arc<SocketName>> {
+        self.own.clone()
     }
 }
 

@@ -25,7 +25,7 @@ use steadfast_machine::kvm::{DirtyMethod, Hypervisor, KvmError};
 use steadfast_machine::machine::{Builder, Machine, MachineError, ThreadHooks};
 use steadfast_machine::memory::{MemoryError, Ram, RamBacking};
 use steadfast_machine::vcpu::VcpuEvents;
-use steadfast_net::{NetBackend, SocketBackend, Tap, TapBackend, TapError, TapOptions};
+use steadfast_net::{NetBackend, SocketBackend, SocketName, Tap, TapBackend, TapError, TapOptions};
 use steadfast_types::Gfn;
 
 /// A VM that cannot be put together. Each names the cause and the way out.
@@ -77,6 +77,8 @@ pub struct Vm {
     /// Images that must stay open, and locked, while the VM lives.
     #[allow(dead_code, reason = "keeps the locks")]
     images: Vec<Arc<dyn BlockIo>>,
+    /// Socket paths that another process of this VM needs when it takes over.
+    names: Vec<Arc<SocketName>>,
     supported: kvm_bindings::CpuId,
 }
 
@@ -155,11 +157,11 @@ pub fn assemble<E: GuestEvents + 'static>(
         let settings = spec.disks.get(i);
         disks.push(add_disk(&mut b, i, settings, io, spec.vcpus)?);
     }
-    let mut nics = Vec::new();
+    let (mut nics, mut names) = (Vec::new(), Vec::new());
     for (i, nic) in spec.nics.iter().enumerate() {
-        nics.push(add_nic(&mut b, &spec, i, nic)?);
+        nics.push(add_nic(&mut b, &spec, i, nic, &mut names)?);
     }
-    let balloon = add_others(&mut b, &spec)?;
+    let balloon = add_others(&mut b, &spec, &mut names)?;
     let leaves = (0..spec.vcpus)
         .map(|v| leaves(&supported, &spec, v))
         .collect::<Result<Vec<_>, _>>()?;
@@ -175,6 +177,7 @@ pub fn assemble<E: GuestEvents + 'static>(
         nics,
         balloon,
         images,
+        names,
         supported,
     })
 }
@@ -261,7 +264,13 @@ fn add_disk(
     Ok(handle)
 }
 
-fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Result<NetHandle, AssembleError> {
+fn add_nic(
+    b: &mut Builder,
+    spec: &VmSpec,
+    index: usize,
+    nic: &NicSpec,
+    names: &mut Vec<Arc<SocketName>>,
+) -> Result<NetHandle, AssembleError> {
     let mac = match &nic.mac {
         Some(text) => parse_mac(text).map_err(AssembleError::Setting)?,
         None => made_mac(&spec.name, index),
@@ -278,12 +287,14 @@ fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Resul
         match &nic.to {
             NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
             NicTarget::Tap(name) => tap(name.clone(), None)?,
-            NicTarget::Socket { own, peer } => Box::new(SocketBackend::bind(own, peer).map_err(
-                |source| AssembleError::File {
+            NicTarget::Socket { own, peer } => {
+                let backend = SocketBackend::bind(own, peer).map_err(|source| AssembleError::File {
                     path: own.clone(),
                     source,
-                },
-            )?),
+                })?;
+                names.extend(backend.name());
+                Box::new(backend)
+            }
         };
     let config = NetConfig {
         name: format!("net{index}"),
@@ -299,7 +310,11 @@ fn add_nic(b: &mut Builder, spec: &VmSpec, index: usize, nic: &NicSpec) -> Resul
 }
 
 /// Devices that share one I/O thread: none of them carries much.
-fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<Option<BalloonHandle>, AssembleError> {
+fn add_others(
+    b: &mut Builder,
+    spec: &VmSpec,
+    names: &mut Vec<Arc<SocketName>>,
+) -> Result<Option<BalloonHandle>, AssembleError> {
     const THREAD: &str = "io-misc";
     let setting = |what: &str, e: std::io::Error| AssembleError::Setting(format!("{what}: {e}"));
     if spec.rng {
@@ -320,7 +335,9 @@ fn add_others(b: &mut Builder, spec: &VmSpec) -> Result<Option<BalloonHandle>, A
         b.add_virtio(Box::new(console), THREAD)?;
     }
     if let Some(vsock) = &spec.vsock {
-        b.add_virtio(Box::new(Vsock::new("vsock0", vsock.cid, &vsock.path)?), THREAD)?;
+        let vsock = Vsock::new("vsock0", vsock.cid, &vsock.path)?;
+        names.push(vsock.name_of_socket());
+        b.add_virtio(Box::new(vsock), THREAD)?;
     }
     if !spec.balloon {
         return Ok(None);
@@ -342,9 +359,14 @@ impl PageReclaimer for Reclaimer {
 }
 
 impl Vm {
-    /// Gives the images' locks up, so that another process can take the disks over. The machine stands still and has
-    /// been drained.
-    pub fn release_disks(&self) {
+    /// Gives up what only one process can have, so that another can take the VM over: the images' locks and the
+    /// paths of sockets. The machine stands still and has been drained.
+    pub fn release(&self) {
+        for name in &self.names {
+            if let Err(error) = name.release() {
+                tracing::warn!(path = %name.path().display(), %error, "a socket's path could not be released");
+            }
+        }
         for image in &self.images {
             if let Err(error) = image.release() {
                 tracing::warn!(%error, "an image could not be released");
@@ -352,12 +374,21 @@ impl Vm {
         }
     }
 
-    /// Takes the images back before the machine goes on.
+    /// Takes back what [`Vm::release`] gave up, before the machine goes on.
     ///
     /// # Errors
-    /// [`AssembleError::Disk`] while another process has one of them.
-    pub fn take_disks(&self) -> Result<(), AssembleError> {
-        Ok(self.images.iter().try_for_each(|i| i.reacquire())?)
+    /// [`AssembleError`] while another process has a part of it; this one then has none.
+    pub fn take_back(&self) -> Result<(), AssembleError> {
+        let take = || {
+            self.images.iter().try_for_each(|i| i.reacquire())?;
+            self.names.iter().try_for_each(|name| {
+                name.take_back().map_err(|source| AssembleError::File {
+                    path: name.path().to_owned(),
+                    source,
+                })
+            })
+        };
+        take().inspect_err(|_| self.release())
     }
 
     /// Loads what the specification boots and sets the first registers.

@@ -19,6 +19,7 @@ use steadfast_machine::devices::legacy::{EventSink, GuestEvent, OutputSink};
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
 use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
+use steadfast_types::PAGE_SIZE;
 
 /// A VM's process that ended, or could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +122,13 @@ enum Running {
     Paused,
 }
 
+/// What one pass of the main loop came to.
+enum Next {
+    Ended(Ended),
+    /// Power-on again.
+    Reset,
+}
+
 struct Process {
     vm: Vm,
     options: Options,
@@ -130,6 +138,8 @@ struct Process {
     resets: u64,
     started: Instant,
     last_pause_us: u64,
+    /// Another process may have the disks and sockets.
+    released: bool,
 }
 
 fn build(spec: &VmSpec, options: &Options, notes: &Arc<Notes>) -> Result<Vm, AssembleError> {
@@ -159,6 +169,7 @@ fn restore(path: &Path, options: &Options, notes: &Arc<Notes>) -> Result<Vm, Pro
 /// # Errors
 /// [`ProcessError`]; a guest that only resets or panics is no error.
 pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
+    ignore_file_size_signal();
     let (queue, events) = sync_channel(EVENTS_MAX);
     let notes = Arc::new(Notes {
         queue,
@@ -196,18 +207,41 @@ pub fn run(start: Start, options: Options) -> Result<Ended, ProcessError> {
         resets: 0,
         started: Instant::now(),
         last_pause_us: 0,
+        released: false,
         options,
     };
     if !process.options.paused {
         process.resume();
     }
-    let ended = process.serve(&events);
-    process.leave_control();
-    ended
+    loop {
+        match process.serve(&events) {
+            Ok(Next::Reset) => process = process.reset()?,
+            Ok(Next::Ended(ended)) => {
+                process.leave_control();
+                return Ok(ended);
+            }
+            Err(error) => {
+                process.leave_control();
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// A write beyond a limit on the size of files must fail like any other, not end the VM.
+fn ignore_file_size_signal() {
+    // SAFETY: sets a signal to be ignored; no handler of ours is replaced.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+fn leave_control(options: &mut Options) {
+    if let Some(path) = options.control.take() {
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 impl Process {
-    fn serve(&mut self, events: &Receiver<Event>) -> Result<Ended, ProcessError> {
+    fn serve(&mut self, events: &Receiver<Event>) -> Result<Next, ProcessError> {
         loop {
             let event = match events.recv_timeout(FLUSH_EVERY) {
                 Ok(event) => event,
@@ -215,14 +249,11 @@ impl Process {
                     self.flush_console();
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Stopped),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Next::Ended(Ended::Stopped)),
             };
             let ended = match event {
                 Event::Guest(GuestEvent::Shutdown) => Some(Ended::Shutdown),
-                Event::Guest(GuestEvent::Reset) => {
-                    self.reset()?;
-                    None
-                }
+                Event::Guest(GuestEvent::Reset) => return Ok(Next::Reset),
                 Event::Guest(panic @ (GuestEvent::Panic | GuestEvent::CrashLoaded)) => {
                     self.panics += 1;
                     tracing::warn!(event = ?panic, "the guest's kernel panicked");
@@ -231,8 +262,7 @@ impl Process {
                 // A triple fault is how a PC resets itself when all else fails.
                 Event::Vcpu(VcpuEvent::TripleFault(vcpu)) => {
                     tracing::warn!(vcpu, "triple fault: the guest is reset");
-                    self.reset()?;
-                    None
+                    return Ok(Next::Reset);
                 }
                 Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
                 Event::Control(call) => {
@@ -247,23 +277,25 @@ impl Process {
                 }
             };
             if let Some(ended) = ended {
-                self.flush_console();
                 if ended != Ended::Saved {
+                    self.flush_console();
                     self.pause();
                 }
-                return Ok(ended);
+                return Ok(Next::Ended(ended));
             }
         }
     }
 
     /// Takes the control socket's name away, once: a later one of this name is another process's.
     fn leave_control(&mut self) {
-        if let Some(path) = self.options.control.take() {
-            let _ = std::fs::remove_file(path);
-        }
+        leave_control(&mut self.options);
     }
 
+    /// Offers output again that the sink refused. Once another process may have the VM, that output is its to write.
     fn flush_console(&self) {
+        if self.released {
+            return;
+        }
         self.vm
             .serial
             .lock()
@@ -295,16 +327,39 @@ impl Process {
     }
 
     /// Power-on again: kernel and command line are read anew, as the guest's own upgrades left them.
-    fn reset(&mut self) -> Result<(), ProcessError> {
-        self.resets += 1;
+    ///
+    /// The old machine goes before the new one is made: both want the same disks, sockets, TAPs and memory.
+    fn reset(mut self) -> Result<Self, ProcessError> {
+        self.flush_console();
         self.pause();
-        let spec = self.vm.spec.clone();
-        self.vm.release_disks();
-        let vm = build(&spec, &self.options, &self.notes)?;
-        vm.boot()?;
-        self.vm = vm;
-        self.resume();
-        Ok(())
+        let Self {
+            vm,
+            mut options,
+            notes,
+            resets,
+            panics,
+            started,
+            last_pause_us,
+            ..
+        } = self;
+        let spec = vm.spec.clone();
+        drop(vm);
+        let built = build(&spec, &options, &notes)
+            .and_then(|vm| vm.boot().map(|()| vm))
+            .inspect_err(|_| leave_control(&mut options))?;
+        let mut process = Self {
+            vm: built,
+            options,
+            notes,
+            running: Running::Paused,
+            panics,
+            resets: resets + 1,
+            started,
+            last_pause_us,
+            released: false,
+        };
+        process.resume();
+        Ok(process)
     }
 
     fn control(&mut self, request: &Request) -> (Value, Option<Ended>) {
@@ -315,8 +370,11 @@ impl Process {
                 false => (failure(&"the VM could not be stopped; see its log"), None),
             },
             Request::Resume => {
-                if let Err(error) = self.vm.take_disks() {
-                    return (failure(&error), None);
+                if self.released {
+                    if let Err(error) = self.vm.take_back() {
+                        return (failure(&error), None);
+                    }
+                    self.released = false;
                 }
                 self.resume();
                 (json!({"ok": true}), None)
@@ -324,6 +382,14 @@ impl Process {
             Request::Save { path, then } => match self.save(path, *then) {
                 Ok(answer) => (answer, (*then == Then::Stop).then_some(Ended::Saved)),
                 Err(error) => (failure(&error), None),
+            },
+            Request::Balloon { bytes } => match (&self.vm.balloon, u32::try_from(bytes / PAGE_SIZE)) {
+                (Some(balloon), Ok(pages)) if *bytes < self.vm.spec.memory_bytes => {
+                    balloon.set_target(pages);
+                    (json!({"ok": true}), None)
+                }
+                (Some(_), _) => (failure(&"the guest has less memory than that"), None),
+                (None, _) => (failure(&"this VM has no balloon; run it with --balloon"), None),
             },
             Request::PowerButton => {
                 self.vm
@@ -344,6 +410,7 @@ impl Process {
 
     /// Writes the VM to `path`. If anything fails the VM goes on as if nothing had been asked.
     fn save(&mut self, path: &Path, then: Then) -> Result<Value, String> {
+        self.flush_console();
         let was = self.running;
         let began = Instant::now();
         let text = |e: &dyn std::fmt::Display| e.to_string();
@@ -374,8 +441,9 @@ impl Process {
             stopped.keep_stopped();
             self.running = Running::Paused;
             if then != Then::Resume {
-                // Whoever restores the file takes the disks now.
-                self.vm.release_disks();
+                // Whoever restores the file takes disks and sockets now.
+                self.vm.release();
+                self.released = true;
             }
         }
         self.last_pause_us = began.elapsed().as_micros() as u64;
@@ -398,6 +466,7 @@ impl Process {
             "events_lost": self.notes.lost.load(Ordering::Relaxed),
             "uptime_ms": self.started.elapsed().as_millis() as u64,
             "last_pause_us": self.last_pause_us,
+            "balloon_bytes": self.vm.balloon.as_ref().map(|b| u64::from(b.actual()) * PAGE_SIZE),
             "disks": disks,
         })
     }

@@ -8,6 +8,8 @@ use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketT
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use steadfast_net::{SocketKind, SocketName};
 
 /// Connections that have not said yet what they want.
 pub(super) const GREETERS_MAX: usize = 32;
@@ -18,24 +20,18 @@ pub(super) struct Host {
     // Dropped before the listener that it names.
     pub(super) registration: Option<Registration>,
     pub(super) listener: UnixListener,
-    path: PathBuf,
+    pub(super) name: Arc<SocketName>,
 }
 
 impl Host {
     /// Listens on `path`. A path left behind by a dead process is taken over.
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-                std::fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
-            other => other?,
-        };
+        let (name, listener) = SocketName::bind(path, SocketKind::Stream, |p| UnixListener::bind(p))?;
         listener.set_nonblocking(true)?;
         Ok(Self {
             registration: None,
             listener,
-            path: path.to_owned(),
+            name: Arc::new(name),
         })
     }
 
@@ -53,7 +49,7 @@ impl Host {
 
     /// Connects to whoever listens for `port`; never waits.
     pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = self.path.clone().into_os_string();
+        let mut path = self.name.path().as_os_str().to_owned();
         path.push(format!("_{port}"));
         let address = SocketAddrUnix::new(PathBuf::from(path))?;
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -61,16 +57,6 @@ impl Host {
         rustix::net::connect(&socket, &address)?;
         Ok(UnixStream::from(socket))
     }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn is_stale(path: &Path) -> bool {
-    UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// A host program that has connected.

@@ -24,6 +24,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use steadfast_net::SocketName;
 use virtio_queue::QueueT;
 
 /// Connections at a time.
@@ -365,6 +366,12 @@ impl Vsock {
             self.transport_reset = false;
         }
         Ok(())
+    }
+
+    /// The path that the host's programs connect to, to hand it over to another process.
+    #[must_use]
+    pub fn name_of_socket(&self) -> Arc<SocketName> {
+        Arc::clone(&self.host.name)
     }
 
     fn accept(&mut self) {
