@@ -283,19 +283,18 @@ fn add_nic(
         })?;
         Ok(Box::new(TapBackend::new(tap)))
     };
-    let backend =
-        match &nic.to {
-            NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
-            NicTarget::Tap(name) => tap(name.clone(), None)?,
-            NicTarget::Socket { own, peer } => {
-                let backend = SocketBackend::bind(own, peer).map_err(|source| AssembleError::File {
-                    path: own.clone(),
-                    source,
-                })?;
-                names.extend(backend.name());
-                Box::new(backend)
-            }
-        };
+    let backend = match &nic.to {
+        NicTarget::Bridge(bridge) => tap(String::new(), Some(bridge.clone()))?,
+        NicTarget::Tap(name) => tap(name.clone(), None)?,
+        NicTarget::Socket { own, peer } => {
+            let backend = SocketBackend::bind(own, peer).map_err(|source| AssembleError::File {
+                path: own.clone(),
+                source,
+            })?;
+            names.extend(backend.name());
+            Box::new(backend)
+        }
+    };
     let config = NetConfig {
         name: format!("net{index}"),
         mac,

@@ -5,18 +5,18 @@
 mod common;
 
 use common::peer::{Peer, VsockHost};
-use common::{World, busy, can_run};
+use common::{World, busy, busy_with_whole_pages, can_run};
 use std::time::{Duration, Instant};
 
 const RUN: &str = "run";
 
-fn rounds(rounds: u32) {
+fn rounds(rounds: u32, config: &pulse::Config) {
     if !can_run() {
         return;
     }
     let world = World::new();
     let host = VsockHost::listen(&world);
-    let mut process = world.boot(RUN, &busy(), 2);
+    let mut process = world.boot(RUN, config, 2);
     let peer = Peer::start(&world);
     peer.fresh();
     let began = Instant::now();
@@ -73,11 +73,16 @@ fn rounds(rounds: u32) {
 
 #[test]
 fn pulse_save_restore() {
-    rounds(60);
+    rounds(60, &busy());
+}
+
+#[test]
+fn pulse_save_restore_of_whole_pages() {
+    rounds(10, &busy_with_whole_pages());
 }
 
 #[test]
 #[ignore = "minutes; ./test --full"]
 fn long_pulse_save_restore() {
-    rounds(1000);
+    rounds(1000, &busy());
 }

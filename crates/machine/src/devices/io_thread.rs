@@ -297,7 +297,9 @@ mod tests {
         let probe = Arc::new(Mutex::new(Probe { fd, seen }));
         let target: Arc<Mutex<dyn IoTarget>> = Arc::clone(&probe) as _;
         let registrar = thread.registrar(Arc::downgrade(&target));
-        registrar.add_with(raw, 7, EventFlags::IN | EventFlags::ET).unwrap();
+        registrar
+            .add_with(raw, 7, EventFlags::IN | EventFlags::ET)
+            .unwrap();
         for n in 0..100 {
             let device = probe.lock().unwrap();
             // The thread now waits for the device's lock, or will.

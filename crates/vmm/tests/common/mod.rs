@@ -326,15 +326,19 @@ impl World {
         text.lines().count() as u64
     }
 
-    /// Checks a saved VM whose disk has not been written since: memory with itself, memory with the disk, memory
-    /// with the console.
-    pub fn check_save(&self, file: &str) -> Saved {
+    /// What a saved VM's memory says, checked.
+    pub fn memory(&self, file: &str) -> Summary {
         let reader = SaveReader::open(&self.at(file)).unwrap();
         let ram = Ram::new(reader.ram_bytes, &RamBacking::Memfd).unwrap();
         reader.load(&ram).unwrap();
-        let summary =
-            pulse::invariants_hold_with(|gpa, out| ram.memory().read_slice(out, GuestAddress(gpa)).is_ok())
-                .unwrap_or_else(|e| panic!("the saved memory is wrong: {e}"));
+        pulse::invariants_hold_with(|gpa, out| ram.memory().read_slice(out, GuestAddress(gpa)).is_ok())
+            .unwrap_or_else(|e| panic!("the saved memory is wrong: {e}"))
+    }
+
+    /// Checks a saved VM whose disk has not been written since: memory with itself, memory with the disk, memory
+    /// with the console.
+    pub fn check_save(&self, file: &str) -> Saved {
+        let summary = self.memory(file);
         let record = summary
             .agrees_with_disk(&self.disk(COUNTER_LBA, 512))
             .unwrap_or_else(|e| panic!("memory and disk disagree: {e}"));
@@ -371,14 +375,18 @@ pub struct Saved {
     pub disk_seq: u64,
 }
 
-/// Both vCPUs dirty memory (whole pages, few of them: an emulated instruction takes a microsecond), the disk ring runs, every other device works every few milliseconds.
+/// Both vCPUs dirty memory, the disk ring runs, every other device works every few milliseconds.
 pub fn busy() -> Config {
     Config::new()
-        .dirty(8)
-        .content(Content::Random)
-        .chunk(1)
+        .dirty(256)
+        .chunk(32)
         .disk(DiskMode::Verify)
         .ring(RING)
         .ip(GUEST)
         .extras(5, 5, 5, 5)
+}
+
+/// As [`busy`], with whole pages; few of them, since an emulated instruction takes a microsecond.
+pub fn busy_with_whole_pages() -> Config {
+    busy().dirty(8).chunk(1).content(Content::Random)
 }

@@ -19,6 +19,8 @@ const HEADER: usize = 12;
 pub struct Cable {
     socket: UnixDatagram,
     to: PathBuf,
+    /// Set when nobody waits for answers any more.
+    abandoned: Arc<AtomicBool>,
 }
 
 impl Cable {
@@ -28,6 +30,7 @@ impl Cable {
         Self {
             socket: UnixDatagram::bind(own).unwrap(),
             to: world.at("guest.net"),
+            abandoned: Arc::default(),
         }
     }
 }
@@ -49,6 +52,9 @@ impl Wire for Cable {
     }
 
     fn receive(&mut self, timeout: Duration) -> io::Result<Option<Vec<u8>>> {
+        if self.abandoned.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
         // The kernel rounds a timeout up to a tick, so "do not wait" is said in another way.
         self.socket.set_nonblocking(timeout.is_zero())?;
         if !timeout.is_zero() {
@@ -80,13 +86,15 @@ struct Board {
 /// the counter must grow by one with each request, whatever happens to the guest meanwhile.
 pub struct Peer {
     board: Arc<Board>,
+    abandoned: Arc<AtomicBool>,
     join: Option<JoinHandle<()>>,
 }
 
 impl Peer {
     pub fn start(world: &World) -> Self {
         let board = Arc::new(Board::default());
-        let (for_thread, client) = (Arc::clone(&board), client(world));
+        let (for_thread, mut client) = (Arc::clone(&board), client(world));
+        let abandoned = Arc::clone(&client.wire().abandoned);
         let join = std::thread::spawn(move || {
             if let Err(e) = talk(client, &for_thread) {
                 *for_thread.broken.lock().unwrap() = Some(e);
@@ -94,6 +102,7 @@ impl Peer {
         });
         Self {
             board,
+            abandoned,
             join: Some(join),
         }
     }
@@ -133,7 +142,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        self.board.stop.store(true, Ordering::SeqCst);
+        self.abandoned.store(true, Ordering::SeqCst);
         if let Some(join) = self.join.take() {
             let _ = join.join();
         }
