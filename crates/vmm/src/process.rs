@@ -256,12 +256,17 @@ impl Process {
                 Event::Guest(GuestEvent::Reset) => return Ok(Next::Reset),
                 Event::Guest(panic @ (GuestEvent::Panic | GuestEvent::CrashLoaded)) => {
                     self.panics += 1;
-                    tracing::warn!(event = ?panic, "the guest's kernel panicked");
+                    // A guest can say so in a loop: the log hears of the 1st, 2nd, 4th, 8th...
+                    if self.panics.is_power_of_two() {
+                        tracing::warn!(event = ?panic, count = self.panics, "the guest's kernel panicked");
+                    }
                     None
                 }
                 // A triple fault is how a PC resets itself when all else fails.
                 Event::Vcpu(VcpuEvent::TripleFault(vcpu)) => {
-                    tracing::warn!(vcpu, "triple fault: the guest is reset");
+                    if (self.resets + 1).is_power_of_two() {
+                        tracing::warn!(vcpu, resets = self.resets, "triple fault: the guest is reset");
+                    }
                     return Ok(Next::Reset);
                 }
                 Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
