@@ -114,7 +114,7 @@ fn rages(what: &str, code: &[u8]) -> Option<World> {
     assert!(process.wait().success());
     let said = process.said();
     assert!(
-        !said.contains("panicked") && !said.contains("poisoned"),
+        !said.contains("panicked at") && !said.contains("poisoned"),
         "{what}: {said}"
     );
     assert!(said.len() < 256 << 10, "{what}: {} bytes of log", said.len());
