@@ -44,6 +44,8 @@ struct Queue {
 
 /// Buffers kept for reuse.
 const SPARE_MAX: usize = 256;
+/// Most incoming frames dropped when an instance begins to speak: more than a TAP's queue (1000) or a socket's holds.
+const STALE_MAX: usize = 4096;
 
 /// The queue of one NIC, as the epoch engine sees it.
 pub struct Hold {
@@ -95,8 +97,14 @@ impl Hold {
     }
 
     /// Changes what becomes of frames. From `Hold` to `Pass` all that waits leaves; to `Mute` it is dropped.
+    ///
+    /// From `Mute` on, what has come in until now is dropped too: it was for the instance that spoke then. The guest
+    /// that goes on here has seen it, or its sender sends it again; hearing it now would be hearing it late, and twice.
     pub fn set_mode(&self, mode: HoldMode) {
         let mut q = self.queue();
+        if q.mode == HoldMode::Mute && mode != HoldMode::Mute {
+            q.drop_incoming();
+        }
         q.mode = mode;
         match mode {
             HoldMode::Hold => {}
@@ -157,6 +165,17 @@ impl Hold {
 }
 
 impl Queue {
+    fn drop_incoming(&mut self) {
+        let mut frame = vec![0; 1 << 16];
+        for _ in 0..STALE_MAX {
+            match self.backend.receive(&mut frame) {
+                Ok(None) => return,
+                // A frame that cannot be used is gone as well.
+                Ok(Some(_)) | Err(_) => {}
+            }
+        }
+    }
+
     fn let_go(&mut self, until: u64, send: bool) -> u64 {
         let mut left = 0;
         while self.gone < until {

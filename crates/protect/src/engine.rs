@@ -7,6 +7,7 @@
 
 use crate::codec;
 use crate::config::ProtectSpec;
+use crate::disks::Disks;
 use crate::input::{Input, Inputs};
 use crate::peer::{Peer, Record};
 use crate::store::{self, Ask, Store, random_u64};
@@ -69,6 +70,8 @@ pub struct Parts {
     pub make_vm: MakeVm,
     /// Their NICs.
     pub holds: Holds,
+    /// Its writable disks.
+    pub disks: Disks,
     /// Size of RAM in bytes.
     pub ram_bytes: u64,
     /// The arbiter.
@@ -83,6 +86,7 @@ pub struct Engine {
     pub(crate) vm: Vm,
     pub(crate) vm_hash: u64,
     pub(crate) holds: Holds,
+    pub(crate) disks: Disks,
     pub(crate) peers: BTreeMap<HostId, Peer>,
     pub(crate) capture: Capture,
     pub(crate) sealed: VecDeque<(Epoch, Record)>,
@@ -139,6 +143,7 @@ impl Engine {
             vm,
             vm_hash: vm_hash(&parts.name),
             holds: parts.holds,
+            disks: parts.disks,
             peers,
             capture: Capture::new(PageArena::new(4096, 256 << 20)),
             sealed: VecDeque::new(),
@@ -197,6 +202,7 @@ impl Engine {
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .flush_output();
+                self.disks_moved()?;
                 console = Instant::now();
             }
         }
@@ -229,8 +235,11 @@ impl Engine {
             }
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
             Action::ResumeGuest => self.vm.machine.resume(),
-            Action::SyncJournal { through } => self.events.push_back(Event::JournalSynced { through }),
-            Action::Commit { .. } => {}
+            Action::SyncJournal { through } if self.disks.is_empty() => {
+                self.events.push_back(Event::JournalSynced { through });
+            }
+            Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
+            Action::Commit { through } => self.events.extend(self.disks.commit(through, false)),
             Action::Release { through } => self.release(through),
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
@@ -261,6 +270,10 @@ impl Engine {
             Action::Notice(notice) => self.note(format!("{notice:?}")),
         }
         Ok(())
+    }
+
+    fn disks_moved(&mut self) -> Result<(), ProcessError> {
+        self.disks.moved().into_iter().try_for_each(|e| self.step(e))
     }
 
     pub(crate) fn note(&mut self, text: String) {
@@ -295,6 +308,18 @@ impl Engine {
             Input::Vcpu(VcpuEvent::TripleFault(_)) => return Ok(Some(Ended::Reset)),
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
+            Input::DiskFlush => {
+                self.inputs.heard_flush();
+                self.step(Event::Flush)?;
+            }
+            Input::DiskMoved => {
+                self.inputs.heard_moved();
+                self.disks_moved()?;
+            }
+            Input::DiskCopied(join, result) => {
+                let events = self.disks.copied(join, result);
+                events.into_iter().try_for_each(|e| self.step(e))?;
+            }
         }
         Ok(None)
     }
@@ -307,6 +332,7 @@ impl Engine {
         match event {
             E::SessionUp { .. } => {
                 peer.connected = true;
+                peer.dead = false;
                 peer.reset_stream();
                 self.step(Event::Connected(host.clone()))?;
             }
@@ -317,6 +343,9 @@ impl Engine {
             }
             E::PathDown { why, left, path } => {
                 let gone = left == 0 && why.is_process_gone();
+                if gone {
+                    (peer.dead, peer.fed) = (true, false);
+                }
                 self.note(format!("path {path} to {host} down, {left} left: {why}"));
                 if gone {
                     self.step(Event::PeerDied(host.clone()))?;
@@ -388,9 +417,16 @@ impl Engine {
             message.term,
             codec::encode(&message),
         )];
+        match message.body {
+            Body::Join { .. } => peer.fed = false,
+            Body::Resume { .. } => peer.fed = true,
+            _ => {}
+        }
         if let Body::Epoch(header) = &message.body {
             let epoch = header.epoch.epoch;
-            let Some((_, record)) = self.sealed.iter().find(|(e, _)| *e == epoch) else {
+            // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
+            let whole = |(e, r): &&(_, Record)| *e == epoch && r.pages.is_some();
+            let Some((_, record)) = self.sealed.iter().find(whole) else {
                 // Inherited from a former primary: this standby has it only encoded. The peer asks again and, after its
                 // bound, is filled anew.
                 self.note(format!("epoch {epoch} is not at hand for {to}"));
@@ -399,7 +435,17 @@ impl Engine {
             if header.base.is_some() {
                 peer.expect_base(epoch);
             }
-            if let Err(error) = peer.encode_epoch(message.term, epoch, record, header.flush, &mut frames) {
+            let disk = match header.base {
+                Some(_) => record.bases.get(to),
+                None => record.disk.as_ref(),
+            };
+            let Some(disk) = disk else {
+                // What a disk did not give cannot be sent: this standby is filled anew, if it can be.
+                self.note(format!("epoch {epoch} lacks its disk writes for {to}"));
+                return;
+            };
+            let encoded = peer.encode_epoch(message.term, epoch, record, disk, header.flush, &mut frames);
+            if let Err(error) = encoded {
                 self.note(format!("epoch {epoch} cannot be encoded for {to}: {error}"));
                 return;
             }

@@ -23,6 +23,12 @@ pub enum Input {
     Vcpu(VcpuEvent),
     /// From the control socket, which waits for its answer.
     Control(Call),
+    /// The guest flushed a disk, or waits for room in one; once until it is heard.
+    DiskFlush,
+    /// A cursor of a volume moved; once until it is heard.
+    DiskMoved,
+    /// The end of this full copy of all disks is done, or why not.
+    DiskCopied(u64, Result<(), String>),
 }
 
 /// The queue's sending side.
@@ -32,6 +38,8 @@ pub struct Inputs {
     shutdown: Arc<AtomicBool>,
     reset: Arc<AtomicBool>,
     panic: Arc<AtomicBool>,
+    flushed: Arc<AtomicBool>,
+    moved: Arc<AtomicBool>,
 }
 
 impl Inputs {
@@ -42,12 +50,38 @@ impl Inputs {
             shutdown: Arc::default(),
             reset: Arc::default(),
             panic: Arc::default(),
+            flushed: Arc::default(),
+            moved: Arc::default(),
         }
     }
 
     /// Puts something into the queue. After the engine ended it goes nowhere.
     pub fn send(&self, input: Input) {
         let _ = self.queue.send(input);
+    }
+
+    /// A cut is wanted soon for the sake of a disk.
+    pub fn disk_flushed(&self) {
+        if !self.flushed.swap(true, Ordering::AcqRel) {
+            self.send(Input::DiskFlush);
+        }
+    }
+
+    /// A cursor of a volume moved.
+    pub fn disk_moved(&self) {
+        if !self.moved.swap(true, Ordering::AcqRel) {
+            self.send(Input::DiskMoved);
+        }
+    }
+
+    /// The engine has heard of flushes: the next may come.
+    pub fn heard_flush(&self) {
+        self.flushed.store(false, Ordering::Release);
+    }
+
+    /// The engine has heard of moved cursors.
+    pub fn heard_moved(&self) {
+        self.moved.store(false, Ordering::Release);
     }
 
     /// The engine has heard this guest event: the next of its kind may come.

@@ -4,12 +4,15 @@
 //! codec   messages <-> bytes            engine   the loop: inputs -> Replica -> actions
 //! store   the arbiter's record          primary  cut, copy, release     standby  stage, apply, promote
 //! peer    a link and its streams        run      the process around it
+//! disks   volumes of writable disks     block    what their devices stand on
 //! ```
-//! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are not replicated by
-//! this engine, so a VM that has one cannot be protected.
+//! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
+//! raw image files; others, and writable disks without held outputs, cannot be protected.
 
+mod block;
 pub mod codec;
 pub mod config;
+mod disks;
 mod engine;
 mod input;
 mod peer;

@@ -1,9 +1,11 @@
 //! One other host: its link, what was encoded for it, what comes from it.
 
 use crate::config::{PeerSpec, ProtectSpec};
+use crate::disks::{NumberedOp, wire_op};
 use crate::input::{Input, Inputs};
 use std::collections::{BTreeMap, VecDeque};
 use steadfast_capture::SealedPages;
+use steadfast_disk::volume::EpochOp;
 use steadfast_epoch::message::Message;
 use steadfast_types::{Epoch, Gfn, HostId, PAGE_SIZE, Term, VmId};
 use steadfast_wire::link::{OpenError, PathConfig, Role, Security, SendError, TlsFiles};
@@ -21,6 +23,8 @@ pub struct Join {
     count: u64,
     /// Chunks sent, with their pages: a lost one counts as not sent.
     sent: BTreeMap<u64, Vec<Gfn>>,
+    /// Pieces of disks in those chunks: volume, offset, length.
+    pub sent_disk: BTreeMap<u64, (u16, u64, u64)>,
     /// Times that the machine was looked at again for pages dirtied meanwhile.
     pub rounds: u32,
 }
@@ -33,6 +37,7 @@ impl Join {
             missing: Vec::new(),
             count: 0,
             sent: BTreeMap::new(),
+            sent_disk: BTreeMap::new(),
             rounds: 0,
         };
         for &(start, len) in regions {
@@ -106,6 +111,11 @@ pub struct Peer {
     pub connected: bool,
     /// The copy under way, when primary.
     pub join: Option<Join>,
+    /// It has, or may have, all that was sealed up to some epoch and may be sent the next: from the base epoch of its copy
+    /// on, listed as in sync or not, until its process dies or a new copy begins. While so, every cut takes everything.
+    pub fed: bool,
+    /// Its process is known to have ended since the last session.
+    pub dead: bool,
     /// Message whose bulk is still arriving.
     pub pending: Option<Message>,
     /// Collects the bulk.
@@ -169,6 +179,8 @@ impl Peer {
             wanted: peer.standby,
             connected: false,
             join: None,
+            fed: false,
+            dead: false,
             pending: None,
             stager: Stager::new(StageConfig::default(), valid),
             encoder,
@@ -217,6 +229,7 @@ impl Peer {
         term: Term,
         epoch: Epoch,
         record: &Record,
+        disk: &[NumberedOp],
         flush: bool,
         out: &mut Vec<Frame>,
     ) -> Result<(), EncodeError> {
@@ -224,7 +237,7 @@ impl Peer {
             self.encoder.reset();
         }
         self.next = Some(epoch.next());
-        let done = self.encode(term, RecordId::Epoch(epoch), record, flush, out);
+        let done = self.encode(term, RecordId::Epoch(epoch), record, disk, flush, out);
         if done.is_err() {
             self.encoder.reset();
             self.next = None;
@@ -242,6 +255,7 @@ impl Peer {
         join: u64,
         seq: u64,
         pages: SealedPages,
+        disk: &[NumberedOp],
         out: &mut Vec<Frame>,
     ) -> Result<(), EncodeError> {
         if seq == 0 {
@@ -253,8 +267,10 @@ impl Peer {
             pages: Some(pages),
             state: Vec::new(),
             boundary: 0,
+            disk: None,
+            bases: BTreeMap::new(),
         };
-        self.encode(term, RecordId::Copy { join, seq }, &record, false, out)
+        self.encode(term, RecordId::Copy { join, seq }, &record, disk, false, out)
     }
 
     /// Makes the next epoch continue the stream of the chunks before it.
@@ -267,6 +283,7 @@ impl Peer {
         term: Term,
         id: RecordId,
         record: &Record,
+        disk: &[NumberedOp],
         flush: bool,
         out: &mut Vec<Frame>,
     ) -> Result<(), EncodeError> {
@@ -275,6 +292,9 @@ impl Peer {
             for (gfn, page) in pages.iter() {
                 self.encoder.page(gfn, page, out)?;
             }
+        }
+        for op in disk {
+            self.encoder.disk(&wire_op(op), out)?;
         }
         if !record.state.is_empty() {
             self.encoder.device(&record.state, out)?;
@@ -298,12 +318,23 @@ pub struct Record {
     pub state: Vec<u8>,
     /// Frames that the guest had sent at the cut.
     pub boundary: u64,
+    /// Operations on disks; none if they could not be read.
+    pub disk: Option<Vec<NumberedOp>>,
+    /// For the hosts whose full copy this epoch completes: what their disks still lack, instead.
+    pub bases: BTreeMap<HostId, Vec<NumberedOp>>,
 }
 
 impl Record {
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
-        self.pages.as_ref().map_or(0, SealedPages::bytes) + self.state.len() as u64
+        let lists = self.disk.iter().chain(self.bases.values());
+        let disk = |(_, op): &NumberedOp| match op {
+            EpochOp::Write { data, .. } => data.len() as u64 + 32,
+            _ => 32,
+        };
+        self.pages.as_ref().map_or(0, SealedPages::bytes)
+            + self.state.len() as u64
+            + lists.flatten().map(disk).sum::<u64>()
     }
 }
 

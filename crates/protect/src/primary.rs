@@ -2,6 +2,7 @@
 
 use crate::engine::Engine;
 use crate::peer::{Join, Record};
+use std::collections::BTreeMap;
 use std::sync::PoisonError;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
@@ -20,11 +21,13 @@ const COPY_ENOUGH_PAGES: usize = 512;
 const CUT_FAILURES_MAX: u32 = 5;
 
 impl Engine {
-    /// Whether any host mirrors this VM, or is being filled.
+    /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
+    /// base of its copy on every epoch must be whole.
     fn mirrored(&self) -> bool {
         match self.replica.status() {
             Status::Primary(p) => {
-                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some())
+                p.members.iter().any(|m| m.in_sync || !m.lost)
+                    || self.peers.values().any(|p| p.join.is_some() || p.fed)
             }
             Status::Standby(_) => false,
         }
@@ -34,24 +37,32 @@ impl Engine {
     pub(crate) fn cut(&mut self, epoch: Epoch, bases: &[HostId], freeze: bool) -> Result<(), ProcessError> {
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let boundary = || holds.iter().map(|h| h.emitted()).sum();
+        let term = match self.replica.status() {
+            Status::Primary(p) => p.term,
+            Status::Standby(_) => return Ok(()),
+        };
         if !self.mirrored() && bases.is_empty() && !freeze {
             // Nobody needs the record: only the boundary of the outputs is marked. Dirty pages stay with KVM, and a
             // standby that comes later is filled from the start.
             for h in &holds {
                 h.cut(epoch.0);
             }
+            // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
+            let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
             self.sealed.push_back((
                 epoch,
                 Record {
                     pages: None,
                     state: Vec::new(),
                     boundary: boundary(),
+                    disk: Some(Vec::new()),
+                    bases: BTreeMap::new(),
                 },
             ));
             self.events.push_back(Event::Sealed(SealedEpoch {
                 epoch,
                 bytes: 0,
-                flush: false,
+                flush: disks.flush,
                 pause_us: 0,
             }));
             return Ok(());
@@ -64,12 +75,16 @@ impl Engine {
         }
         extra.sort_unstable();
         extra.dedup();
+        let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
         let mut emitted = 0;
+        let mut disks = None;
+        let volumes = &mut self.disks;
         let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_| {
             for h in &holds {
                 h.cut(epoch.0);
             }
             emitted = boundary();
+            disks = Some(volumes.seal(epoch, term, &slots));
         });
         let sealed = match sealed {
             Ok(sealed) => sealed,
@@ -85,9 +100,13 @@ impl Engine {
             }
         };
         self.cut_failures = 0;
+        let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {
-                Some(_) if bases.contains(host) => peer.join = None,
+                Some(_) if bases.contains(host) => {
+                    peer.join = None;
+                    peer.fed = true;
+                }
                 Some(join) => sealed.pages.gfns().iter().for_each(|g| join.add(*g)),
                 None => {}
             }
@@ -98,17 +117,33 @@ impl Engine {
         c.pages += sealed.pages.gfns().len() as u64;
         c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
         c.last = sealed.times;
-        let record = Record {
+        let mut record = Record {
             pages: Some(sealed.pages),
             state: sealed.state,
             boundary: emitted,
+            disk: None,
+            bases: BTreeMap::new(),
         };
+        let flush = disks.as_ref().is_some_and(|d| d.flush);
+        if let Some(disks) = disks {
+            // Now, while the epoch cannot be committed: after that the journal may use the place of its bytes again.
+            match self.disks.writes(&disks) {
+                Ok(ops) => record.disk = Some(ops),
+                Err(error) => self.note(format!("epoch {epoch}: {error}")),
+            }
+            for (n, base) in bases.iter().enumerate() {
+                match self.disks.residue(&disks, n) {
+                    Ok(ops) => drop(record.bases.insert(base.clone(), ops)),
+                    Err(error) => self.note(format!("end of the copy to {base}: {error}")),
+                }
+            }
+        }
         let bytes = record.bytes();
         self.sealed.push_back((epoch, record));
         self.events.push_back(Event::Sealed(SealedEpoch {
             epoch,
             bytes,
-            flush: false,
+            flush,
             pause_us,
         }));
         Ok(())
@@ -123,7 +158,7 @@ impl Engine {
         seq: u64,
     ) -> Result<(), ProcessError> {
         let mirrored_by_others = match self.replica.status() {
-            Status::Primary(p) => p.members.iter().any(|m| m.in_sync),
+            Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
             Status::Standby(_) => return Ok(()),
         };
         let regions: Vec<_> = self
@@ -134,13 +169,28 @@ impl Engine {
             .iter()
             .map(|r| (r.start, r.len))
             .collect();
+        let Some(slot) = self.slot(to) else { return Ok(()) };
         let Some(peer) = self.peers.get_mut(to) else {
             return Ok(());
         };
+        let mut failed = None;
         let state = match &mut peer.join {
             Some(j) if j.join == join => j,
-            other => other.insert(Join::new(join, &regions)),
+            other => {
+                failed = self.disks.begin_resync(slot).err();
+                other.insert(Join::new(join, &regions))
+            }
         };
+        for (_, lost) in state.sent_disk.split_off(&seq) {
+            self.disks.chunk_lost(slot, lost);
+        }
+        let disk = self.disks.next_chunk(slot);
+        if let Ok(Some((number, op))) = &disk {
+            let (offset, len) = op.range();
+            state.sent_disk.insert(seq, (*number, offset, len));
+        }
+        failed = failed.or(disk.as_ref().err().cloned());
+        let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
         let pages = state.chunk(seq);
         if state.remaining() == 0 && state.rounds < COPY_ROUNDS && !mirrored_by_others {
             state.rounds += 1;
@@ -157,7 +207,7 @@ impl Engine {
                 }
             }
         }
-        let remaining = state.remaining();
+        let remaining = state.remaining() + self.disks.remaining(slot);
         let copied = self.capture.copy_live(&self.vm.machine, &pages);
         let mut frames = vec![Frame::control(
             self.vm_hash,
@@ -165,12 +215,15 @@ impl Engine {
             crate::codec::encode(&message),
         )];
         let encoded = copied.map_err(|e| e.to_string()).and_then(|pages| {
-            peer.encode_chunk(message.term, join, seq, pages, &mut frames)
+            peer.encode_chunk(message.term, join, seq, pages, &disk, &mut frames)
                 .map_err(|e| e.to_string())
         });
         match encoded {
             Ok(()) => peer.send(frames),
             Err(error) => self.note(format!("chunk {seq} for {to}: {error}")),
+        }
+        if let Some(error) = failed {
+            self.note(format!("disks in chunk {seq} for {to}: {error}"));
         }
         self.events.push_back(Event::ChunkSent {
             to: to.clone(),
@@ -199,6 +252,7 @@ impl Engine {
     /// Powers the VM on here.
     pub(crate) fn cold_boot(&mut self, term: Term, at: EpochRef) -> Result<(), ProcessError> {
         self.note(format!("boots here under term {term}, after epoch {at}"));
+        self.disks.boot(at, term).map_err(disk_failed)?;
         self.vm.boot()?;
         self.go_live()
     }
@@ -220,11 +274,21 @@ impl Engine {
         Ok(())
     }
 
+    /// Where volumes keep account of what this host lacks.
+    fn slot(&self, host: &HostId) -> Option<usize> {
+        self.peers.keys().position(|h| h == host)
+    }
+
     pub(crate) fn set_holds(&self, mode: HoldMode) {
         for h in self.holds.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             h.set_mode(mode);
         }
     }
+}
+
+/// A disk that cannot be used ends this instance: its standby is better off.
+pub(crate) fn disk_failed(why: String) -> ProcessError {
+    ProcessError::Assemble(steadfast_vmm::AssembleError::Setting(why))
 }
 
 /// What a machine error means to this process.

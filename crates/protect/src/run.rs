@@ -1,12 +1,14 @@
 //! The process of a protected VM, on any of its hosts.
 
 use crate::config::ProtectSpec;
+use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
 use crate::store::FileStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
+use steadfast_disk::image::BlockIo;
 use steadfast_machine::devices::legacy::OutputSink;
 use steadfast_net::{Hold, HoldBackend, HoldMode};
 use steadfast_vmm::control::{self, Call};
@@ -23,11 +25,16 @@ const HELD_BYTES_MAX: usize = 32 << 20;
 /// [`ProcessError`].
 pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended, ProcessError> {
     let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
-    if let Some(disk) = spec.disks.iter().find(|d| !d.read_only) {
+    if let Some(disk) = spec.disks.iter().find(|d| !d.read_only && !protect.hold_outputs) {
         return Err(setting(format!(
-            "disk {} is writable and this version does not replicate disks: its writes would be lost at a failover; \
-             make it read-only (,ro), or run the VM without protection",
+            "disk {} is writable and outputs are not held: a flush that the guest reports could be lost; hold outputs, \
+             or make the disk read-only (,ro)",
             disk.path.display()
+        )));
+    }
+    if protect.peers.len() > SLOTS && spec.disks.iter().any(|d| !d.read_only) {
+        return Err(setting(format!(
+            "a VM with writable disks has at most {SLOTS} other hosts; name fewer peers"
         )));
     }
     let store = FileStore::new(protect.store.clone(), spec.name.clone())
@@ -39,6 +46,8 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
+    let disks = Disks::open(&spec, &spec.name, &inputs).map_err(setting)?;
+    let blocks = disks.blocks();
     if let Some(path) = &options.control {
         serve_control(path, &inputs).map_err(ProcessError::Control)?;
     }
@@ -65,6 +74,10 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                         .push(Arc::clone(&hold));
                     Box::new(HoldBackend(hold))
                 })),
+                give_disk: Some(Arc::new(move |index| {
+                    let block = blocks.iter().find(|(i, _)| *i == index);
+                    block.map(|(_, block)| Arc::clone(block) as Arc<dyn BlockIo>)
+                })),
             };
             let vm = assemble(&spec, around)?;
             (options.on_serial)(&vm.serial);
@@ -78,6 +91,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         spec: protect,
         make_vm: Box::new(make_vm),
         holds,
+        disks,
         ram_bytes,
         store: Box::new(store),
         inputs,

@@ -35,13 +35,19 @@ impl Engine {
         self.note(format!("full copy {join} begins"));
         self.staged.clear();
         self.state.clear();
+        self.disks.begin_copy(join);
     }
 
     pub(crate) fn store_chunk(&mut self, join: u64, seq: u64) {
         let Some(record) = self.arrived.take() else { return };
         if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
             self.note(format!("chunk {seq} of copy {join}: {error}"));
+            self.disks.copy_failed = true;
             self.events.push_back(Event::StateLost);
+        }
+        if let Err(error) = self.disks.store_chunk(join, &record) {
+            self.note(format!("chunk {seq} of copy {join}: {error}"));
+            self.disks.copy_failed = true;
         }
     }
 
@@ -51,6 +57,17 @@ impl Engine {
             self.note(format!("epoch {epoch} should be staged but is not here"));
             return;
         };
+        if !self.disks.is_empty() {
+            match self.disks.stage(epoch, flush, &record) {
+                Ok(events) => self.events.extend(events),
+                Err(error) => {
+                    self.note(format!("epoch {epoch}: {error}"));
+                    self.events.push_back(Event::StateLost);
+                }
+            }
+            self.staged.insert(epoch.epoch, record);
+            return;
+        }
         self.staged.insert(epoch.epoch, record);
         self.events.push_back(Event::Staged { epoch });
         if flush {
@@ -61,23 +78,38 @@ impl Engine {
 
     /// Applies committed epochs, whole and in order (I3).
     pub(crate) fn apply(&mut self, through: Epoch) {
+        if !self.apply_memory(through) {
+            return;
+        }
+        if self.disks.is_empty() {
+            self.events.push_back(Event::Applied { through });
+        } else {
+            self.events.extend(self.disks.commit(through, true));
+        }
+    }
+
+    fn apply_memory(&mut self, through: Epoch) -> bool {
         while let Some(entry) = self.staged.first_entry().filter(|e| *e.key() <= through) {
             let (epoch, record) = entry.remove_entry();
             if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
                 self.note(format!("epoch {epoch} cannot be applied: {error}"));
                 self.events.push_back(Event::StateLost);
-                return;
+                return false;
             }
             if !record.device().is_empty() {
                 self.state.clear();
                 self.state.extend_from_slice(record.device());
             }
         }
-        self.events.push_back(Event::Applied { through });
+        true
     }
 
     pub(crate) fn truncate(&mut self, after: EpochRef) {
         let _dropped = self.staged.split_off(&after.epoch.next());
+        if let Err(error) = self.disks.truncate(after.epoch) {
+            self.note(format!("what follows epoch {after} cannot be dropped: {error}"));
+            self.events.push_back(Event::StateLost);
+        }
         // What is sent again refers to nothing before it.
         for peer in self.peers.values_mut() {
             peer.stager.forget();
@@ -88,17 +120,24 @@ impl Engine {
     pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
         let began = Instant::now();
         let _never = self.staged.split_off(&at.epoch.next());
-        self.apply(at.epoch);
+        let _whole = self.apply_memory(at.epoch);
         // The protocol stands beyond these reports.
         self.events.clear();
         let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| {
             let why = format!("the state of epoch {at} does not parse: {e}");
             machine_failed(MachineError::State(StateError::Refused(why)))
         })?;
+        // Before the devices begin: what waits at a NIC was for the former primary, and what they send is held.
+        self.set_holds(HoldMode::Hold);
+        // Before the devices: they issue again what was in flight at the cut.
+        self.disks
+            .promote(at, term)
+            .map_err(crate::primary::disk_failed)?;
         self.vm.machine.restore(state).map_err(machine_failed)?;
         self.staged.clear();
         for peer in self.peers.values_mut() {
             peer.join = None;
+            peer.fed = !peer.dead;
             peer.reset_stream();
         }
         self.go_live()?;

@@ -185,7 +185,8 @@ fn debian(rig: &Rig, kind: &str, vcpus: u32, arguments: &str, reboot: bool) {
     let took = start.elapsed();
     assert_eq!(redis(rig, "PING"), "+PONG");
     assert_eq!(redis(rig, "SET kept yes"), "+OK");
-    // A login on the serial line: a command typed there is done.
+    // A login on the serial line: a command typed there is done. What is typed before the prompt is thrown away by getty.
+    vm.wait_console("root@debian-guest:", 1, SHORT).unwrap();
     vm.control("type", "'echo cpus=$(nproc) on $(findmnt -no FSTYPE /)\n'")
         .unwrap();
     vm.wait_console(&format!("cpus={vcpus} on ext4"), 1, SHORT)

@@ -95,10 +95,15 @@ pub struct Surroundings<E> {
     pub hooks: ThreadHooks,
     /// Puts something between a NIC (by its index) and what it is plugged into.
     pub wrap_net: Option<WrapNet>,
+    /// Gives the image of a disk (by its index) that [`assemble`] shall not simply open.
+    pub give_disk: Option<GiveDisk>,
 }
 
 /// See [`Surroundings::wrap_net`].
 pub type WrapNet = Arc<dyn Fn(usize, Box<dyn NetBackend>) -> Box<dyn NetBackend> + Send + Sync>;
+
+/// See [`Surroundings::give_disk`].
+pub type GiveDisk = Arc<dyn Fn(usize) -> Option<Arc<dyn BlockIo>> + Send + Sync>;
 
 /// Puts the machine of `spec` together. Nothing is loaded and nothing runs yet: [`Vm::boot`] or a restore follows.
 ///
@@ -109,7 +114,7 @@ pub fn assemble<E: GuestEvents + 'static>(
     around: Surroundings<E>,
 ) -> Result<Vm, AssembleError> {
     let mut spec = spec.clone();
-    let resources = Arc::new(Resources::open(&mut spec)?);
+    let resources = Arc::new(Resources::open(&mut spec, around.give_disk.as_ref())?);
     assemble_from(spec, resources, around)
 }
 

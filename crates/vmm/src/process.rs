@@ -69,6 +69,9 @@ pub enum Start {
     Restore(PathBuf),
 }
 
+/// Takes a machine's serial port, to feed it input.
+pub type OnSerial = dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>);
+
 /// What a VM's process is given.
 pub struct Options {
     /// Path of the control socket; none: the VM cannot be reached.
@@ -78,7 +81,7 @@ pub struct Options {
     /// Makes the sink of the debug console.
     pub debugcon: Box<dyn Fn() -> Option<Box<dyn OutputSink>>>,
     /// Takes the serial port whenever there is a new one, to feed it input.
-    pub on_serial: Box<dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>)>,
+    pub on_serial: Box<OnSerial>,
     /// Stays paused after a boot or restore until `resume`.
     pub paused: bool,
     /// Run first on each thread of the machine, under its system call filter if there is one.
@@ -174,6 +177,7 @@ fn build(
         debugcon: (options.debugcon)(),
         hooks: options.hooks.clone(),
         wrap_net: None,
+        give_disk: None,
     };
     let vm = assemble_from(spec.clone(), Arc::clone(resources), around)?;
     (options.on_serial)(&vm.serial);
@@ -189,7 +193,7 @@ fn prepare(
     let group = isolation
         .as_ref()
         .and_then(|i| i.enter_cgroup(&spec.name, spec.memory_bytes));
-    let resources = Arc::new(Resources::open(spec)?);
+    let resources = Arc::new(Resources::open(spec, None)?);
     let confined = match isolation {
         Some(isolation) => {
             let sockets: Vec<&Path> = options

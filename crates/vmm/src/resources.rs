@@ -5,7 +5,7 @@
 //! A kernel or initrd is read from the start of its open file at every power-on: rewritten in place it is found
 //! anew; replaced by another file of the same name it is found by the VM's next process.
 
-use crate::assemble::AssembleError;
+use crate::assemble::{AssembleError, GiveDisk};
 use crate::spec::{Boot, DiskSpec, MemoryKind, NicTarget, VmSpec};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -50,11 +50,12 @@ fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AssembleError {
 }
 
 impl Resources {
-    /// Opens all that `spec` names. Formats of disks that it leaves open are filled in.
+    /// Opens all that `spec` names, but for disks that `give` has an image of. Formats of disks that it leaves open are
+    /// filled in.
     ///
     /// # Errors
     /// [`AssembleError`] names what cannot be opened, and the way out.
-    pub fn open(spec: &mut VmSpec) -> Result<Self, AssembleError> {
+    pub fn open(spec: &mut VmSpec, give: Option<&GiveDisk>) -> Result<Self, AssembleError> {
         let mut this = Self {
             names: Vec::new(),
             hypervisor: Hypervisor::open()?,
@@ -65,8 +66,11 @@ impl Resources {
             virtio_console: None,
             vsock: None,
         };
-        for disk in &mut spec.disks {
-            this.images.push(open_disk(disk)?);
+        for (i, disk) in spec.disks.iter_mut().enumerate() {
+            this.images.push(match give.and_then(|give| give(i)) {
+                Some(image) => image,
+                None => open_disk(disk)?,
+            });
         }
         if let Some(user_data) = &spec.cloud_init {
             this.images.push(seed_image(spec, user_data)?);

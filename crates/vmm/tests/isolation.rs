@@ -3,6 +3,8 @@
 //! Each VM is this test binary again (`child`, ignored by itself), since a process is confined for good. Needs root and
 //! /dev/kvm; without them the tests say `SKIPPED`.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
 use serde_json::Value;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};

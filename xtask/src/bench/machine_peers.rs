@@ -90,7 +90,8 @@ const METRICS: [(&str, &str, bool); 7] = [
     ("network round trip", "us", false),
 ];
 
-fn run(quick: bool) -> Result<Report> {
+fn run(extent: &super::Extent<'_>) -> Result<Report> {
+    let quick = extent.quick;
     build()?;
     let rig = Rig::builder()
         .memory_mib(1280)

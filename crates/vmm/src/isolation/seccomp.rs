@@ -11,7 +11,7 @@
 //! our own threads. A process that may be neither patched with code nor replaced by exec keeps to the code it has.
 //!
 //! `STEADFAST_SECCOMP=log` only reports (kernel log, audit type 1326), to find what a list lacks; `off` switches
-//! filters off. Both say so at start. Source: seccomp(2); lists found by reading the code and with strace.
+//! filters off. Both say so at start. Source: seccomp(2); lists found by reading the code and by running pulse.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -199,6 +199,11 @@ const COMMON: &[Rule] = &[
     ]),
     Bits(libc::SYS_mmap, 2, PROT_EXEC, 0),
     Bits(libc::SYS_mprotect, 2, PROT_EXEC, 0),
+    // The C library, at moments of its own choosing (seen: once per process, on whatever thread is first): it reads
+    // files of /sys and /proc that anybody may read, and asks about itself. This user can open nothing else.
+    Bits(libc::SYS_open, 1, READ_ONLY, 0),
+    // Without privileges, and with no_new_privs set, nothing that prctl can change widens what this process may do.
+    Any(&[libc::SYS_prctl]),
     // Growing and moving a heap block; the protection stays.
     Any(&[libc::SYS_mremap]),
 ];
@@ -233,6 +238,8 @@ const DEVICES: &[Rule] = &[Any(&[
 /// Type and number of an ioctl, without size and direction.
 const NUMBER: u64 = 0xffff;
 const WHOLE: u64 = 0xffff_ffff;
+/// Bits of open flags that are clear in one that only reads.
+const READ_ONLY: u64 = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
 
 /// `(request, bits)`; the most frequent first.
 type Ioctls = &'static [(u64, u64)];
@@ -363,10 +370,7 @@ const MAIN: &[Rule] = &[
         libc::SYS_sysinfo,
         libc::SYS_unlink,
     ]),
-    Bits(libc::SYS_prctl, 0, WHOLE, libc::PR_SET_NAME as u64),
     // A thread adds its own, stricter filter.
-    Bits(libc::SYS_prctl, 0, WHOLE, libc::PR_SET_NO_NEW_PRIVS as u64),
-    Bits(libc::SYS_prctl, 0, WHOLE, libc::PR_SET_SECCOMP as u64),
     Any(&[libc::SYS_seccomp]),
 ];
 

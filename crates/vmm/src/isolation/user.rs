@@ -146,6 +146,7 @@ fn limit(resource: libc::__rlimit_resource_t, most: u64) -> Result<(), UserError
 /// # Errors
 /// [`UserError`]; the process must then end, since part of its privileges may be gone.
 pub fn drop_privileges((uid, gid): (u32, u32)) -> Result<(), UserError> {
+    one_arena()?;
     limit(libc::RLIMIT_CORE, 0)?;
     limit(libc::RLIMIT_NOFILE, FILES_MAX)?;
     let root = is_root();
@@ -175,15 +176,21 @@ pub fn drop_privileges((uid, gid): (u32, u32)) -> Result<(), UserError> {
     }
     drop_capabilities()?;
     // SAFETY: takes plain numbers.
-    check(
-        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) },
-        || "set no_new_privs".into(),
-    )?;
+    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    check(done, || "set no_new_privs".into())?;
     // No ptrace and no /proc/PID/mem for other processes of the same user.
     // SAFETY: takes plain numbers.
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }, || {
         "forbid dumps and tracing".into()
     })
+}
+
+/// One malloc arena for all threads: making another reads /sys and asks the kernel things (`open`, `prctl`) on whatever
+/// thread happens to find the first one taken, which no filter of a vCPU thread should have to allow.
+fn one_arena() -> Result<(), UserError> {
+    // SAFETY: takes plain numbers; it changes only how later allocations are made. It returns 1 when done.
+    let done = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    check(done - 1, || "keep to one malloc arena".into())
 }
 
 fn drop_bounding_set() -> Result<(), UserError> {
@@ -201,10 +208,8 @@ fn drop_bounding_set() -> Result<(), UserError> {
 
 fn drop_capabilities() -> Result<(), UserError> {
     // SAFETY: takes plain numbers.
-    check(
-        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) },
-        || "give up ambient capabilities".into(),
-    )?;
+    let done = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    check(done, || "give up ambient capabilities".into())?;
     #[repr(C)]
     struct Header {
         version: u32,

@@ -1,0 +1,633 @@
+//! Writable disks of a protected VM: what the protocol says, done to a replicated volume per disk.
+//!
+//! ```text
+//! guest --> LateBlock --> Volume (primary) --seal at the cut--> record --> Replica (standby): stage, sync, commit
+//! ```
+//! Each raw image has a folder `<image>.sfj` with journal and checksums beside it (`docs/disk-format.md`). Every epoch is
+//! sealed and staged on every volume, also when nothing was written, so that their numbers never part.
+//! Invariants: I3 (disk and memory are cut at one instant and applied to one epoch), I4, I5 (an epoch with a flush is
+//! reported as synced only when all volumes are). The engine never waits here for a disk that works, but at a cold boot.
+
+use crate::block::LateBlock;
+use crate::input::{Input, Inputs};
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
+use steadfast_disk::journal::State;
+use steadfast_disk::resync::Residue;
+use steadfast_disk::storage::{BlockFile, DirStorage, StorageFile};
+use steadfast_disk::volume::{self, EpochOp, Notify, Options, Replica, Sealed, Volume, VolumeError};
+use steadfast_epoch::io::Event;
+use steadfast_epoch::message::EpochRef;
+use steadfast_types::{Epoch, Term, VmId};
+use steadfast_vmm::spec::VmSpec;
+use steadfast_wire::record::{DiskKind, DiskOp};
+use steadfast_wire::{StagedRecord, vm_hash};
+
+/// Standbys that a volume can keep apart.
+pub const SLOTS: usize = steadfast_disk::volume::PEERS;
+/// Bytes of a disk in one chunk of a full copy.
+const CHUNK_BYTES: u64 = 4 << 20;
+/// A disk whose journal takes nothing for so long is as good as dead: the standby is better off.
+const STUCK: Duration = Duration::from_secs(5);
+/// Replaying a journal at a cold boot.
+const REPLAY: Duration = Duration::from_secs(120);
+
+/// An operation and the volume that it belongs to.
+pub type NumberedOp = (u16, EpochOp);
+
+/// As it is written into a record.
+pub fn wire_op((volume, op): &NumberedOp) -> DiskOp<'_> {
+    let (offset, len) = op.range();
+    let (kind, data): (_, &[u8]) = match op {
+        EpochOp::Write { data, .. } => (DiskKind::Write, data),
+        EpochOp::Discard { .. } => (DiskKind::Discard, &[]),
+        EpochOp::WriteZeroes { .. } => (DiskKind::WriteZeroes, &[]),
+    };
+    DiskOp {
+        kind,
+        volume: *volume,
+        offset,
+        len,
+        data,
+    }
+}
+
+struct Disk {
+    path: PathBuf,
+    image: Arc<dyn BlockIo>,
+    storage: DirStorage,
+    options: Options,
+    late: Arc<LateBlock>,
+    notify: Notify,
+    /// None: what is in the folder cannot be used, and why.
+    replica: Result<Replica, String>,
+}
+
+impl Disk {
+    fn file(&self) -> Arc<dyn StorageFile> {
+        Arc::new(BlockFile(Arc::clone(&self.image)))
+    }
+
+    fn text(&self) -> impl Fn(VolumeError) -> String + use<> {
+        let path = self.path.display().to_string();
+        move |e| format!("disk {path}: {e}")
+    }
+
+    fn format(&mut self, at: EpochRef) -> Result<&Replica, String> {
+        self.replica = Err("being laid out".into());
+        volume::format(&self.storage, &*self.file(), &self.options, at.epoch, at.term)
+            .map_err(self.text())?;
+        self.open();
+        self.replica()
+    }
+
+    fn open(&mut self) {
+        let opened = Replica::open(
+            &self.storage,
+            self.file(),
+            &self.options,
+            Some(Arc::clone(&self.notify)),
+        );
+        self.replica = opened.map(|(r, _)| r).map_err(self.text());
+    }
+
+    fn replica(&self) -> Result<&Replica, String> {
+        self.replica.as_ref().map_err(Clone::clone)
+    }
+}
+
+/// An epoch that the standby's volumes have not taken yet.
+struct Waiting {
+    epoch: EpochRef,
+    flush: bool,
+    /// For each volume.
+    ops: Vec<Vec<EpochOp>>,
+    /// Volumes that have it.
+    done: usize,
+}
+
+/// What a cut sealed on all volumes.
+pub struct Cut {
+    sealed: Vec<Sealed>,
+    /// For each base: its residues.
+    bases: Vec<Result<Vec<Residue>, String>>,
+    /// The guest flushed one of them.
+    pub flush: bool,
+}
+
+/// All writable disks of the VM.
+pub struct Disks {
+    list: Vec<Disk>,
+    inputs: Inputs,
+    queue: VecDeque<Waiting>,
+    /// Number of the copy whose end is under way on a thread.
+    finishing: Option<u64>,
+    /// A piece of the copy was lost here: its end is refused.
+    pub copy_failed: bool,
+    /// Reported as synced.
+    reported: Epoch,
+    /// To be committed, and whether that is to be reported as applied.
+    commit: Option<(Epoch, bool)>,
+}
+
+impl Disks {
+    /// Opens the writable disks of `spec`.
+    ///
+    /// # Errors
+    /// Which disk cannot be protected, why, and what to do.
+    pub fn open(spec: &VmSpec, name: &VmId, inputs: &Inputs) -> Result<Self, String> {
+        let mut list = Vec::new();
+        for (index, disk) in spec.disks.iter().enumerate().filter(|(_, d)| !d.read_only) {
+            let path = disk.path.display();
+            let meta = std::fs::metadata(&disk.path).map_err(|e| format!("disk {path}: {e}"))?;
+            if !meta.is_file() {
+                return Err(format!(
+                    "disk {path} is no file: this version replicates image files; copy it into a raw image"
+                ));
+            }
+            let format = disk.format.as_deref().map(str::parse::<ImageFormat>).transpose();
+            let options = ImageOptions {
+                format: format.map_err(|e| format!("disk {path}: {e}"))?,
+                direct: disk.direct,
+                ..ImageOptions::default()
+            };
+            let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
+            if image.info().format != ImageFormat::Raw {
+                return Err(format!(
+                    "disk {path} is no raw image and only raw images can be protected: convert it \
+                     (qemu-img convert -O raw), or make it read-only (,ro)"
+                ));
+            }
+            let mut folder = disk.path.clone().into_os_string();
+            folder.push(".sfj");
+            let folder = PathBuf::from(folder);
+            let storage =
+                DirStorage::new(&folder).map_err(|e| format!("journal {}: {e}", folder.display()))?;
+            let late = Arc::new(LateBlock::new(index, image.info(), inputs.clone()));
+            let notify: Notify = {
+                // Weak: the block holds the volume, which holds this.
+                let (inputs, late) = (inputs.clone(), Arc::downgrade(&late));
+                Arc::new(move |_| {
+                    if let Some(late) = late.upgrade() {
+                        late.room();
+                    }
+                    inputs.disk_moved();
+                })
+            };
+            let options = Options {
+                journal_bytes: image.info().capacity_bytes.clamp(4 << 20, 64 << 20),
+                // The engine never waits: what has no room now is tried again when a cursor has moved.
+                wait_ms: 0,
+                ..Options::new(vm_hash(name) ^ (index as u64 + 1))
+            };
+            let mut disk = Disk {
+                path: disk.path.clone(),
+                image,
+                storage,
+                options,
+                late,
+                notify,
+                replica: Err("not opened".into()),
+            };
+            if folder.join("journal").exists() {
+                disk.open();
+            } else {
+                disk.format(EpochRef::ZERO)?;
+            }
+            list.push(disk);
+        }
+        Ok(Self {
+            list,
+            inputs: inputs.clone(),
+            queue: VecDeque::new(),
+            finishing: None,
+            copy_failed: false,
+            reported: Epoch::ZERO,
+            commit: None,
+        })
+    }
+
+    /// The VM has no writable disk.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// What the devices of the machine stand on, by number of the disk.
+    pub fn blocks(&self) -> Vec<(usize, Arc<LateBlock>)> {
+        self.list
+            .iter()
+            .map(|d| (d.late.index, Arc::clone(&d.late)))
+            .collect()
+    }
+
+    fn volumes(&self) -> impl Iterator<Item = Volume> + '_ {
+        self.list
+            .iter()
+            .filter_map(|d| d.replica.as_ref().ok().map(Replica::common))
+    }
+
+    // ---- primary -------------------------------------------------------------------------------------------------
+
+    /// Cold boot: all complete epochs count (they may have been committed), then numbers go on from `at`.
+    ///
+    /// # Errors
+    /// The disk that cannot be used.
+    pub fn boot(&mut self, at: EpochRef, term: Term) -> Result<(), String> {
+        for d in &mut self.list {
+            let text = d.text();
+            let replica = d
+                .replica()
+                .map_err(|e| format!("{e}; start the VM on the host with the good copy"))?
+                .clone();
+            let p = replica.progress();
+            if let State::Copying { join } = p.state {
+                return Err(text(VolumeError::Copying { join }));
+            }
+            if p.tip != at.epoch {
+                replica.wait_synced(p.tip, REPLAY).map_err(&text)?;
+                replica.commit(p.tip).map_err(&text)?;
+                replica.common().wait_applied(p.tip, REPLAY).map_err(&text)?;
+                // The last of them ends the volume's threads.
+                drop(replica);
+                d.format(at)?;
+            }
+        }
+        self.go_live(at, term)
+    }
+
+    /// The standby's volumes become the primary's, after exactly epoch `at`.
+    ///
+    /// # Errors
+    /// The disk that does not stand there.
+    pub fn promote(&mut self, at: EpochRef, term: Term) -> Result<(), String> {
+        self.queue.clear();
+        for d in &self.list {
+            let replica = d.replica()?;
+            replica.discard_after(at.epoch).map_err(d.text())?;
+        }
+        self.go_live(at, term)
+    }
+
+    fn go_live(&mut self, at: EpochRef, term: Term) -> Result<(), String> {
+        self.reported = Epoch::ZERO;
+        self.commit = None;
+        for d in &self.list {
+            let replica = d.replica()?;
+            let tip = replica.progress().tip;
+            if tip != at.epoch {
+                return Err(format!(
+                    "disk {} stands at epoch {tip}, not at {at}",
+                    d.path.display()
+                ));
+            }
+            replica.clone().promote(term).map_err(d.text())?;
+            d.late.bind(replica.common());
+        }
+        Ok(())
+    }
+
+    /// Seals `epoch` on all volumes, and ends the copies of the standbys in the slots `bases`.
+    ///
+    /// # Errors
+    /// A disk that is stuck: this instance must end, its standby is better off.
+    pub fn seal(&mut self, epoch: Epoch, term: Term, bases: &[usize]) -> Result<Cut, String> {
+        // No request of the guest may fall between two volumes, or between an epoch and the residue of a copy.
+        let gates: Vec<_> = self.list.iter().map(|d| d.late.shut()).collect();
+        let mut sealed = Vec::with_capacity(self.list.len());
+        for d in &self.list {
+            let volume = d.replica()?.common();
+            let until = Instant::now() + STUCK;
+            sealed.push(loop {
+                match volume.seal(epoch, term) {
+                    Ok(s) => break s,
+                    Err(e) if e.is_back_pressure() && Instant::now() < until => {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    Err(e) => return Err(d.text()(e)),
+                }
+            });
+        }
+        let bases = bases
+            .iter()
+            .map(|slot| {
+                let end =
+                    |(d, s): (&Disk, &Sealed)| d.replica()?.common().end_resync(*slot, s).map_err(d.text());
+                self.list.iter().zip(&sealed).map(end).collect()
+            })
+            .collect();
+        drop(gates);
+        self.list.iter().for_each(|d| d.late.cut());
+        let flush = sealed.iter().any(Sealed::flush);
+        Ok(Cut { sealed, bases, flush })
+    }
+
+    /// The sealed operations, to be sent. Before the epoch can be committed.
+    ///
+    /// # Errors
+    /// What could not be read.
+    pub fn writes(&self, cut: &Cut) -> Result<Vec<NumberedOp>, String> {
+        let mut all = Vec::new();
+        for ((number, d), sealed) in (0..).zip(&self.list).zip(&cut.sealed) {
+            for op in sealed.ops() {
+                all.push((number, op.map_err(d.text())?));
+            }
+        }
+        Ok(all)
+    }
+
+    /// What completes the copy of base `n` of the cut. Before the epoch can be committed.
+    ///
+    /// # Errors
+    /// What could not be read.
+    pub fn residue(&self, cut: &Cut, n: usize) -> Result<Vec<NumberedOp>, String> {
+        let mut all = Vec::new();
+        let Some(residues) = cut.bases.get(n) else {
+            return Ok(all);
+        };
+        let residues = residues.as_ref().map_err(Clone::clone)?;
+        for ((number, d), residue) in (0..).zip(&self.list).zip(residues) {
+            let ops = d.replica()?.common().read_residue(residue).map_err(d.text())?;
+            all.extend(ops.into_iter().map(|op| (number, op)));
+        }
+        Ok(all)
+    }
+
+    /// A full copy to the standby in `slot` begins.
+    pub fn begin_resync(&self, slot: usize) -> Result<(), String> {
+        self.volumes()
+            .try_for_each(|v| v.begin_resync(slot, None).map(|_| ()))
+            .map_err(|e| e.to_string())
+    }
+
+    /// Bytes that the standby in `slot` lacks.
+    pub fn remaining(&self, slot: usize) -> u64 {
+        self.volumes().map(|v| v.resync_remaining(slot)).sum()
+    }
+
+    /// The next piece of the copy; none if nothing is missing now.
+    ///
+    /// # Errors
+    /// It could not be read and counts as missing.
+    pub fn next_chunk(&self, slot: usize) -> Result<Option<NumberedOp>, String> {
+        for (number, volume) in (0..).zip(self.volumes()) {
+            let chunk = volume.next_chunk(slot, CHUNK_BYTES).map_err(|e| e.to_string())?;
+            if let Some(c) = chunk {
+                let data = Arc::new(c.data);
+                return Ok(Some((
+                    number,
+                    EpochOp::Write {
+                        offset: c.offset,
+                        data,
+                    },
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A piece was lost on the way.
+    pub fn chunk_lost(&self, slot: usize, (number, offset, len): (u16, u64, u64)) {
+        if let Some(v) = self.volumes().nth(usize::from(number))
+            && let Err(error) = v.chunk_lost(slot, offset, len)
+        {
+            tracing::warn!(%error, "a lost piece of a copy");
+        }
+    }
+
+    /// All journals are to be durable up to `through`; an event tells.
+    pub fn request_sync(&mut self, through: Epoch) -> Vec<Event> {
+        self.reported = Epoch::ZERO;
+        self.volumes().for_each(|v| v.request_sync(through));
+        self.moved()
+    }
+
+    // ---- standby -------------------------------------------------------------------------------------------------
+
+    /// A full copy begins: nothing of what is here counts any more.
+    pub fn begin_copy(&mut self, join: u64) {
+        self.forget();
+        self.copy_failed = false;
+        for d in &mut self.list {
+            if let Err(error) = begin_copy(d, join) {
+                tracing::error!(%error, "the copy of a disk cannot begin");
+                self.copy_failed = true;
+            }
+        }
+    }
+
+    fn forget(&mut self) {
+        self.queue.clear();
+        self.finishing = None;
+        self.commit = None;
+        self.reported = Epoch::ZERO;
+    }
+
+    fn split(&self, record: &StagedRecord) -> Result<Vec<Vec<EpochOp>>, String> {
+        let mut ops = vec![Vec::new(); self.list.len()];
+        for op in record.disk_ops() {
+            let of = ops.get_mut(usize::from(op.volume)).ok_or_else(|| {
+                format!(
+                    "the peer speaks of disk {}, which this VM does not have",
+                    op.volume
+                )
+            })?;
+            let (offset, len) = (op.offset, op.len);
+            match op.kind {
+                DiskKind::Write => of.push(EpochOp::Write {
+                    offset,
+                    data: Arc::new(op.data.to_vec()),
+                }),
+                DiskKind::WriteZeroes => of.push(EpochOp::WriteZeroes { offset, len }),
+                DiskKind::Discard => of.push(EpochOp::Discard { offset, len }),
+                DiskKind::Flush => {}
+            }
+        }
+        Ok(ops)
+    }
+
+    /// Pieces of a full copy, straight to the images.
+    ///
+    /// # Errors
+    /// They are not there, and the copy is void.
+    pub fn store_chunk(&mut self, join: u64, record: &StagedRecord) -> Result<(), String> {
+        for (d, ops) in self.list.iter().zip(self.split(record)?) {
+            for op in ops {
+                if let EpochOp::Write { offset, data } = op {
+                    d.replica()?.store_chunk(join, offset, &data).map_err(d.text())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes an epoch into the journals, as soon as they have room; events tell.
+    ///
+    /// # Errors
+    /// The record does not fit this VM.
+    pub fn stage(
+        &mut self,
+        epoch: EpochRef,
+        flush: bool,
+        record: &StagedRecord,
+    ) -> Result<Vec<Event>, String> {
+        let ops = self.split(record)?;
+        self.queue.push_back(Waiting {
+            epoch,
+            flush,
+            ops,
+            done: 0,
+        });
+        Ok(self.moved())
+    }
+
+    /// Commits up to `through`; with `report`, an event tells when all have.
+    pub fn commit(&mut self, through: Epoch, report: bool) -> Vec<Event> {
+        self.commit = Some((through, report));
+        self.moved()
+    }
+
+    /// Drops epochs after `after`.
+    ///
+    /// # Errors
+    /// One of them is committed here.
+    pub fn truncate(&mut self, after: Epoch) -> Result<(), String> {
+        self.queue.retain(|w| w.epoch.epoch <= after);
+        self.reported = Epoch::ZERO;
+        for d in &self.list {
+            d.replica()?.discard_after(after).map_err(d.text())?;
+        }
+        Ok(())
+    }
+
+    /// The end of a copy is done, or not.
+    pub fn copied(&mut self, join: u64, result: Result<(), String>) -> Vec<Event> {
+        if self.finishing != Some(join) {
+            return Vec::new();
+        }
+        self.finishing = None;
+        let Some(base) = self.queue.pop_front() else {
+            return Vec::new();
+        };
+        if let Err(error) = result {
+            return self.lost(&error);
+        }
+        let mut events = vec![Event::Staged { epoch: base.epoch }];
+        events.extend(self.moved());
+        events
+    }
+
+    fn lost(&mut self, error: &str) -> Vec<Event> {
+        tracing::error!(%error, "this host's replica is of no use any more; a full copy follows");
+        self.forget();
+        vec![Event::StateLost]
+    }
+
+    /// Looks what is possible now that something moved, and what there is to report.
+    pub fn moved(&mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        if self.list.is_empty() || self.finishing.is_some() {
+            return events;
+        }
+        if let Err(error) = self.pump(&mut events) {
+            return self.lost(&error);
+        }
+        if self.finishing.is_some() {
+            return events;
+        }
+        let synced = self.volumes().map(|v| v.progress().synced).min();
+        if let Some(through) = synced.filter(|s| *s > self.reported) {
+            self.reported = through;
+            events.push(Event::JournalSynced { through });
+        }
+        if let Some((through, report)) = self.commit {
+            let done = self.volumes().try_for_each(|v| v.commit(through));
+            match done {
+                Ok(()) => {
+                    self.commit = None;
+                    if report {
+                        events.push(Event::Applied { through });
+                    }
+                }
+                Err(VolumeError::NotDurable { .. }) => self.volumes().for_each(|v| v.request_sync(through)),
+                Err(error) => tracing::error!(%error, %through, "epochs cannot be committed now"),
+            }
+        }
+        events
+    }
+
+    fn pump(&mut self, events: &mut Vec<Event>) -> Result<(), String> {
+        while let Some(w) = self.queue.front_mut() {
+            for d in self.list.iter().skip(w.done) {
+                let replica = d.replica()?;
+                if let State::Copying { join } = replica.progress().state {
+                    return self.finish(join);
+                }
+                let ops = w.ops.get(w.done).map_or(&[][..], Vec::as_slice);
+                match replica.stage(w.epoch.epoch, w.epoch.term, w.flush, ops) {
+                    Ok(()) => w.done += 1,
+                    Err(e) if e.is_back_pressure() => return Ok(()),
+                    Err(e) => return Err(d.text()(e)),
+                }
+            }
+            events.push(Event::Staged { epoch: w.epoch });
+            self.queue.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Ends a copy on a thread: it syncs whole images.
+    fn finish(&mut self, join: u64) -> Result<(), String> {
+        if self.copy_failed {
+            return Err("a piece of the copy is missing".into());
+        }
+        let Some(w) = self.queue.front_mut() else {
+            return Ok(());
+        };
+        let mut work = Vec::new();
+        for (d, ops) in self.list.iter().zip(std::mem::take(&mut w.ops)) {
+            work.push((d.replica()?.clone(), Arc::clone(&d.image), ops));
+        }
+        let (epoch, inputs) = (w.epoch, self.inputs.clone());
+        std::thread::Builder::new()
+            .name("disk-copied".into())
+            .spawn(move || {
+                let done = work.into_iter().try_for_each(|(replica, image, ops)| {
+                    // Most of the sync happens here, where it holds nobody up.
+                    image.flush().map_err(|e| e.to_string())?;
+                    finish_copy(&replica, join, &ops, epoch).map_err(|e| e.to_string())
+                });
+                inputs.send(Input::DiskCopied(join, done));
+            })
+            .map_err(|e| format!("the end of a copy needs a thread: {e}"))?;
+        self.finishing = Some(join);
+        Ok(())
+    }
+}
+
+fn finish_copy(replica: &Replica, join: u64, ops: &[EpochOp], at: EpochRef) -> Result<(), VolumeError> {
+    until_still(|| replica.finish_copy(join, ops, at.epoch, at.term))
+}
+
+fn begin_copy(d: &mut Disk, join: u64) -> Result<(), String> {
+    if d.replica.is_err() {
+        d.format(EpochRef::ZERO)?;
+    }
+    let replica = d.replica()?;
+    until_still(|| replica.begin_copy(join, true)).map_err(d.text())
+}
+
+/// A copy begins and ends between two jobs of the volume's threads.
+fn until_still(mut what: impl FnMut() -> Result<(), VolumeError>) -> Result<(), VolumeError> {
+    let until = Instant::now() + STUCK;
+    loop {
+        match what() {
+            Err(VolumeError::Refused(_)) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other,
+        }
+    }
+}
