@@ -50,6 +50,12 @@ pub enum VmVerb {
     Pause { name: VmId },
     /// Let a paused VM go on.
     Resume { name: VmId },
+    /// Ask the guest to give this much memory away in all, e.g. 128MiB; 0 gives everything back.
+    Balloon {
+        name: VmId,
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
     /// Press the power button: the guest shuts itself down.
     Shutdown { name: VmId },
     /// Hand a protected VM over to a standby in sync (planned promote, live migration).
@@ -467,6 +473,7 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
         VmVerb::Status { name } => (name, Request::Status),
         VmVerb::Pause { name } => (name, Request::Pause),
         VmVerb::Resume { name } => (name, Request::Resume),
+        VmVerb::Balloon { name, size } => (name, Request::Balloon { bytes: size }),
         VmVerb::Shutdown { name } => (name, Request::PowerButton),
         VmVerb::HandOver { name, to } => (name, Request::HandOver { to }),
         VmVerb::Stop { name } => (name, Request::Stop),

@@ -19,6 +19,7 @@ use crate::memory::{Ram, layout};
 use crate::state::{MachineState, StateError, StateKind};
 use crate::vcpu::{self, VcpuEvents, VcpuPeripherals, Vcpus};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_sregs};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use steadfast_types::{Gfn, PAGE_SIZE};
 use vmm_sys_util::eventfd::EventFd;
@@ -193,6 +194,8 @@ impl Builder {
                         name: name.to_owned(),
                         source,
                     })?;
+                // Still, like the rest of the machine, until it is resumed.
+                thread.hold();
                 self.io_threads.push((name.to_owned(), thread));
                 self.io_threads.len() - 1
             }
@@ -252,6 +255,7 @@ impl Builder {
             parts: self.parts,
             ram: self.vm.ram().clone(),
             dirty_method: self.vm.dirty_method(),
+            restored: AtomicBool::new(false),
             vm: Mutex::new(self.vm),
         })
     }
@@ -261,12 +265,13 @@ impl Builder {
 pub struct Machine {
     // Dropped in this order: vCPUs stop before I/O threads, both before the devices and the VM that they use.
     pub(crate) vcpus: Vcpus,
-    #[allow(dead_code, reason = "keeps the threads running")]
     io_threads: Vec<(String, IoThread)>,
     pub(crate) virtio: Vec<Arc<Mutex<VirtioPci>>>,
     pub(crate) parts: Vec<Arc<Mutex<dyn Stateful>>>,
     ram: Ram,
     dirty_method: DirtyMethod,
+    /// Set by a restore: at the first resume every queue is looked at.
+    restored: AtomicBool,
     pub(crate) vm: Mutex<KvmVm>,
 }
 
@@ -289,7 +294,22 @@ impl Machine {
 
     /// Lets the guest run.
     pub fn resume(&self) {
+        if self.restored.swap(false, Ordering::AcqRel) {
+            for device in &self.virtio {
+                lock(device).kick();
+            }
+        }
+        for (_, thread) in &self.io_threads {
+            thread.release();
+        }
         self.vcpus.resume();
+    }
+
+    /// No device is called from now on, until [`Machine::resume`]. The caller holds their locks.
+    pub(crate) fn hold_devices(&self) {
+        for (_, thread) in &self.io_threads {
+            thread.hold();
+        }
     }
 
     /// Sets the first registers of a vCPU, from those after power-on.
@@ -361,9 +381,8 @@ impl Machine {
             lock(device).restore(&mut state)?;
         }
         state.finish()?;
-        for device in &self.virtio {
-            lock(device).kick();
-        }
+        // Not before the machine runs: until then another process may be the one that goes on.
+        self.restored.store(true, Ordering::Release);
         Ok(())
     }
 

@@ -155,8 +155,10 @@ impl<'m> Quiesced<'m> {
         }
     }
 
-    /// Leaves the vCPUs parked when this guard goes; the devices are free again.
+    /// Leaves the machine stopped when this guard goes: the vCPUs parked, and no device called by its I/O thread, until
+    /// [`Machine::resume`]. Device locks are free again, so that state can be looked at.
     pub fn keep_stopped(mut self) {
+        self.machine.hold_devices();
         self.resume = false;
     }
 }
@@ -165,7 +167,7 @@ impl Drop for Quiesced<'_> {
     fn drop(&mut self) {
         self.held = None;
         if self.resume {
-            self.machine.vcpus.resume();
+            self.machine.resume();
         }
     }
 }

@@ -4,10 +4,12 @@
 //! `num_buffers`), little-endian, whatever carries it. Backends never block.
 
 pub mod hold;
+pub mod name;
 pub mod socket;
 pub mod tap;
 
 pub use hold::{Hold, HoldBackend, HoldMode};
+pub use name::{SocketKind, SocketName};
 pub use socket::SocketBackend;
 pub use tap::{Tap, TapBackend, TapError, TapOptions};
 

@@ -2,7 +2,7 @@
 //!
 //! One datagram is one frame with its 12-byte header, which is all zeroes: no offloads.
 
-use crate::{NetBackend, Offloads, Sent, VNET_HEADER};
+use crate::{NetBackend, Offloads, Sent, SocketKind, SocketName, VNET_HEADER};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 
 /// Frames over a unix datagram socket.
 pub struct SocketBackend {
+    /// Our own path if it is ours to remove. Dropped before the socket: a name that nobody serves may be taken by
+    /// another process, whose name it is then.
+    own: Option<SocketName>,
     socket: UnixDatagram,
     /// Where frames go; the connected peer if not given.
     peer: Option<PathBuf>,
-    /// Our own path, removed on drop.
-    own: Option<PathBuf>,
 }
 
 impl SocketBackend {
@@ -50,38 +51,19 @@ impl SocketBackend {
     /// # Errors
     /// `own` could not be bound.
     pub fn bind(own: &Path, peer: &Path) -> io::Result<Self> {
-        let mut this = Self::bound(Self::bind_kept(own)?, peer)?;
-        this.own = Some(own.to_owned());
+        let (name, socket) = Self::bind_kept(own)?;
+        let mut this = Self::bound(socket, peer)?;
+        this.own = Some(name);
         Ok(this)
     }
 
-    /// Binds `own`, whose path the caller removes, for [`SocketBackend::bound`].
+    /// Binds `own`, whose name is the caller's to hand over and to remove, for [`SocketBackend::bound`].
+    /// A path left behind by a dead process is taken over.
     ///
     /// # Errors
     /// `own` could not be bound.
-    pub fn bind_kept(own: &Path) -> io::Result<UnixDatagram> {
-        match UnixDatagram::bind(own) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(own) => {
-                std::fs::remove_file(own)?;
-                UnixDatagram::bind(own)
-            }
-            other => other,
-        }
-    }
-}
-
-/// Whether nobody listens on a socket path.
-fn is_stale(path: &Path) -> bool {
-    UnixDatagram::unbound()
-        .and_then(|s| s.connect(path))
-        .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
-}
-
-impl Drop for SocketBackend {
-    fn drop(&mut self) {
-        if let Some(own) = &self.own {
-            let _ = std::fs::remove_file(own);
-        }
+    pub fn bind_kept(own: &Path) -> io::Result<(SocketName, UnixDatagram)> {
+        SocketName::bind(own, SocketKind::Datagram, |p| UnixDatagram::bind(p))
     }
 }
 

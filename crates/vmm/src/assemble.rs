@@ -312,22 +312,18 @@ impl PageReclaimer for Reclaimer {
 }
 
 impl Vm {
-    /// Gives the images' locks up, so that another process can take the disks over. The machine stands still and has
-    /// been drained.
-    pub fn release_disks(&self) {
-        for image in &self.resources.images {
-            if let Err(error) = image.release() {
-                tracing::warn!(%error, "an image could not be released");
-            }
-        }
+    /// Gives up what only one process can have, so that another can take the VM over: the images' locks and the
+    /// paths of sockets. The machine stands still and has been drained.
+    pub fn release(&self) {
+        self.resources.release();
     }
 
-    /// Takes the images back before the machine goes on.
+    /// Takes back what [`Vm::release`] gave up, before the machine goes on.
     ///
     /// # Errors
-    /// [`AssembleError::Disk`] while another process has one of them.
-    pub fn take_disks(&self) -> Result<(), AssembleError> {
-        Ok(self.resources.images.iter().try_for_each(|i| i.reacquire())?)
+    /// [`AssembleError`] while another process has a part of it; this one then has none.
+    pub fn take_back(&self) -> Result<(), AssembleError> {
+        self.resources.take_back()
     }
 
     /// Loads what the specification boots and sets the first registers.

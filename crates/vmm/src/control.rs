@@ -45,6 +45,11 @@ pub enum Request {
         #[serde(default)]
         then: Then,
     },
+    /// Ask the guest to give memory away, or to take it back.
+    Balloon {
+        /// What the guest shall do without, in all.
+        bytes: u64,
+    },
     /// Press the power button.
     PowerButton,
     /// Hand a protected VM over to this host (planned promote, live migration).
@@ -68,7 +73,7 @@ pub enum Then {
     /// Its process ends: the file is the VM now.
     #[default]
     Stop,
-    /// It stands still, with its disks released, until `resume` (the restore failed) or `stop` (it went well).
+    /// It stands still, with its disks and socket paths released, until `resume` (the restore failed) or `stop` (it went well).
     Pause,
     /// It goes on: the file is a copy of its past.
     Resume,

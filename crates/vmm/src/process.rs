@@ -24,6 +24,7 @@ use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
 use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
+use steadfast_types::PAGE_SIZE;
 
 /// A VM's process that ended, or could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +138,13 @@ enum Running {
     Paused,
 }
 
+/// What one pass of the main loop came to.
+enum Next {
+    Ended(Ended),
+    /// Power-on again.
+    Reset,
+}
+
 struct Process<'a> {
     vm: Vm,
     options: &'a mut Options,
@@ -150,6 +158,10 @@ struct Process<'a> {
     last_pause_us: u64,
     /// The guest is on a new TAP, perhaps on another host: at its first step it tells the network where it is now.
     announce: bool,
+    /// Another process may have the disks and sockets.
+    released: bool,
+    /// The guest asked for a reset that waits until the disks and sockets are ours again.
+    reset_waits: bool,
 }
 
 /// The machine of `spec` from what is open: at start, and again after a reset.
@@ -187,8 +199,8 @@ fn prepare(
             let sockets: Vec<&Path> = options
                 .control
                 .iter()
-                .chain(resources.sockets())
                 .map(PathBuf::as_path)
+                .chain(resources.sockets())
                 .collect();
             let confined = isolation.confine(&spec.name, group.as_ref(), &sockets, &options.hooks)?;
             options.hooks = confined.hooks.clone();
@@ -206,6 +218,7 @@ fn prepare(
 /// # Errors
 /// [`ProcessError`]; a guest that only resets or panics is no error.
 pub fn run(start: Start, mut options: Options) -> Result<Ended, ProcessError> {
+    ignore_file_size_signal();
     let path = options.control.clone();
     let control = path
         .as_deref()
@@ -216,6 +229,12 @@ pub fn run(start: Start, mut options: Options) -> Result<Ended, ProcessError> {
     // Also when the VM could not begin.
     leave_control(&mut options.control, control.as_ref());
     ended
+}
+
+/// A write beyond a limit on the size of files must fail like any other, not end the VM.
+fn ignore_file_size_signal() {
+    // SAFETY: sets a signal to be ignored; no handler of ours is replaced.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Takes the control socket out of service, once: a later one of its name is another process's.
@@ -282,6 +301,8 @@ fn run_bound(
         started: Instant::now(),
         last_pause_us: 0,
         announce,
+        released: false,
+        reset_waits: false,
         options,
         control,
         _confined: confined,
@@ -289,11 +310,16 @@ fn run_bound(
     if !process.options.paused {
         process.resume();
     }
-    process.serve(&events)
+    loop {
+        match process.serve(&events)? {
+            Next::Reset => process = process.reset()?,
+            Next::Ended(ended) => return Ok(ended),
+        }
+    }
 }
 
 impl Process<'_> {
-    fn serve(&mut self, events: &Receiver<Event>) -> Result<Ended, ProcessError> {
+    fn serve(&mut self, events: &Receiver<Event>) -> Result<Next, ProcessError> {
         loop {
             let event = match events.recv_timeout(FLUSH_EVERY) {
                 Ok(event) => event,
@@ -301,23 +327,28 @@ impl Process<'_> {
                     self.flush_console();
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Stopped),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Next::Ended(Ended::Stopped)),
             };
             let ended = match event {
                 Event::Guest(GuestEvent::Shutdown) => Some(Ended::Shutdown),
                 Event::Guest(GuestEvent::Reset) => {
-                    self.reset()?;
+                    self.reset_waits = true;
                     None
                 }
                 Event::Guest(panic @ (GuestEvent::Panic | GuestEvent::CrashLoaded)) => {
                     self.panics += 1;
-                    tracing::warn!(event = ?panic, "the guest's kernel panicked");
+                    // A guest can say so in a loop: the log hears of the 1st, 2nd, 4th, 8th...
+                    if self.panics.is_power_of_two() {
+                        tracing::warn!(event = ?panic, count = self.panics, "the guest's kernel panicked");
+                    }
                     None
                 }
                 // A triple fault is how a PC resets itself when all else fails.
                 Event::Vcpu(VcpuEvent::TripleFault(vcpu)) => {
-                    tracing::warn!(vcpu, "triple fault: the guest is reset");
-                    self.reset()?;
+                    if (self.resets + 1).is_power_of_two() {
+                        tracing::warn!(vcpu, resets = self.resets, "triple fault: the guest is reset");
+                    }
+                    self.reset_waits = true;
                     None
                 }
                 Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
@@ -333,16 +364,23 @@ impl Process<'_> {
                 }
             };
             if let Some(ended) = ended {
-                self.flush_console();
                 if ended != Ended::Saved {
+                    self.flush_console();
                     self.pause();
                 }
-                return Ok(ended);
+                return Ok(Next::Ended(ended));
+            }
+            if self.reset_waits && !self.released {
+                return Ok(Next::Reset);
             }
         }
     }
 
+    /// Offers output again that the sink refused. Once another process may have the VM, that output is its to write.
     fn flush_console(&self) {
+        if self.released {
+            return;
+        }
         self.vm
             .serial
             .lock()
@@ -377,16 +415,25 @@ impl Process<'_> {
     }
 
     /// Power-on again: kernel and command line are read anew, as the guest's own upgrades left them.
-    fn reset(&mut self) -> Result<(), ProcessError> {
-        self.resets += 1;
+    ///
+    /// The old machine goes before the new one is made: both use the same open disks, sockets, TAPs and memory. A VM
+    /// that was paused stays so.
+    fn reset(mut self) -> Result<Self, ProcessError> {
+        let was = self.running;
+        self.flush_console();
         self.pause();
         let spec = self.vm.spec.clone();
         let resources = Arc::clone(&self.vm.resources);
-        let vm = build(&spec, &resources, self.options, &self.notes)?;
-        vm.boot()?;
-        self.vm = vm;
-        self.resume();
-        Ok(())
+        drop(self.vm);
+        self.vm = build(&spec, &resources, self.options, &self.notes)?;
+        self.vm.boot()?;
+        self.resets += 1;
+        self.reset_waits = false;
+        self.running = Running::Paused;
+        if was == Running::Yes {
+            self.resume();
+        }
+        Ok(self)
     }
 
     fn control(&mut self, request: &Request, file: Option<File>) -> (Value, Option<Ended>) {
@@ -397,8 +444,11 @@ impl Process<'_> {
                 false => (failure(&"the VM could not be stopped; see its log"), None),
             },
             Request::Resume => {
-                if let Err(error) = self.vm.take_disks() {
-                    return (failure(&error), None);
+                if self.released {
+                    if let Err(error) = self.vm.take_back() {
+                        return (failure(&error), None);
+                    }
+                    self.released = false;
                 }
                 self.resume();
                 (json!({"ok": true}), None)
@@ -406,6 +456,14 @@ impl Process<'_> {
             Request::Save { path, then } => match self.save(path, file, *then) {
                 Ok(answer) => (answer, (*then == Then::Stop).then_some(Ended::Saved)),
                 Err(error) => (failure(&error), None),
+            },
+            Request::Balloon { bytes } => match (&self.vm.balloon, u32::try_from(bytes / PAGE_SIZE)) {
+                (Some(balloon), Ok(pages)) if *bytes < self.vm.spec.memory_bytes => {
+                    balloon.set_target(pages);
+                    (json!({"ok": true}), None)
+                }
+                (Some(_), _) => (failure(&"the guest has less memory than that"), None),
+                (None, _) => (failure(&"this VM has no balloon; run it with --balloon"), None),
             },
             Request::PowerButton => {
                 self.vm
@@ -428,8 +486,10 @@ impl Process<'_> {
         }
     }
 
-    /// Writes the VM to `path`, or to `file` if that is open already. If anything fails the VM goes on as if nothing had been asked.
+    /// Writes the VM to `path`, or to `file` if that is open already. If anything fails the VM goes on as if nothing
+    /// had been asked.
     fn save(&mut self, path: &Path, file: Option<File>, then: Then) -> Result<Value, String> {
+        self.flush_console();
         let was = self.running;
         let began = Instant::now();
         let text = |e: &dyn std::fmt::Display| e.to_string();
@@ -463,8 +523,9 @@ impl Process<'_> {
             stopped.keep_stopped();
             self.running = Running::Paused;
             if then != Then::Resume {
-                // Whoever restores the file takes the disks now.
-                self.vm.release_disks();
+                // Whoever restores the file takes disks and sockets now.
+                self.vm.release();
+                self.released = true;
             }
         }
         self.last_pause_us = began.elapsed().as_micros() as u64;
@@ -487,6 +548,7 @@ impl Process<'_> {
             "events_lost": self.notes.lost.load(Ordering::Relaxed),
             "uptime_ms": self.started.elapsed().as_millis() as u64,
             "last_pause_us": self.last_pause_us,
+            "balloon_bytes": self.vm.balloon.as_ref().map(|b| u64::from(b.actual()) * PAGE_SIZE),
             "disks": disks,
         })
     }

@@ -17,7 +17,7 @@ use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
 use steadfast_disk::seed;
 use steadfast_machine::devices::virtio::vsock::Vsock;
 use steadfast_machine::kvm::Hypervisor;
-use steadfast_net::{NetBackend, SocketBackend, Tap, TapBackend, TapOptions};
+use steadfast_net::{NetBackend, SocketBackend, SocketName, Tap, TapBackend, TapOptions};
 
 /// Largest kernel, initrd or flat guest that is read into memory.
 const BOOT_FILE_BYTES_MAX: u64 = 4 << 30;
@@ -28,7 +28,11 @@ enum Card {
 }
 
 /// Open files, devices and sockets of one VM.
+///
+/// Shared by the machines that follow one another, of which one lives at a time.
 pub struct Resources {
+    /// Names of the sockets below, removed before those are closed: see [`SocketName`].
+    names: Vec<SocketName>,
     /// `/dev/kvm`.
     pub hypervisor: Hypervisor,
     /// Disks in order; the seed, if any, is last. Locked while the VM lives.
@@ -38,8 +42,6 @@ pub struct Resources {
     ram: Option<File>,
     virtio_console: Option<File>,
     vsock: Option<UnixListener>,
-    /// Paths of sockets that are bound here.
-    sockets: Vec<PathBuf>,
 }
 
 fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AssembleError {
@@ -55,6 +57,7 @@ impl Resources {
     /// [`AssembleError`] names what cannot be opened, and the way out.
     pub fn open(spec: &mut VmSpec, give: Option<&GiveDisk>) -> Result<Self, AssembleError> {
         let mut this = Self {
+            names: Vec::new(),
             hypervisor: Hypervisor::open()?,
             images: Vec::new(),
             cards: Vec::new(),
@@ -62,7 +65,6 @@ impl Resources {
             ram: None,
             virtio_console: None,
             vsock: None,
-            sockets: Vec::new(),
         };
         for (i, disk) in spec.disks.iter_mut().enumerate() {
             this.images.push(match give.and_then(|give| give(i)) {
@@ -96,8 +98,9 @@ impl Resources {
             this.cards.push(card);
         }
         if let Some(vsock) = &spec.vsock {
-            this.vsock = Some(Vsock::listen(&vsock.path).map_err(file_error(&vsock.path))?);
-            this.sockets.push(vsock.path.clone());
+            let (name, listener) = Vsock::listen(&vsock.path).map_err(file_error(&vsock.path))?;
+            this.names.push(name);
+            this.vsock = Some(listener);
         }
         Ok(this)
     }
@@ -112,10 +115,10 @@ impl Resources {
             NicTarget::Bridge(bridge) => Card::Tap(Tap::open(&options("", Some(bridge)))?),
             NicTarget::Tap(name) => Card::Tap(Tap::open(&options(name, None))?),
             NicTarget::Socket { own, peer } => {
-                let bound = SocketBackend::bind_kept(own).map_err(file_error(own))?;
-                self.sockets.push(own.clone());
+                let (name, socket) = SocketBackend::bind_kept(own).map_err(file_error(own))?;
+                self.names.push(name);
                 Card::Socket {
-                    socket: bound,
+                    socket,
                     peer: peer.clone(),
                 }
             }
@@ -179,19 +182,39 @@ impl Resources {
         self.vsock.as_ref().map(UnixListener::try_clone).transpose()
     }
 
-    /// Paths of the sockets that are bound here, removed when this is dropped.
-    #[must_use]
-    pub fn sockets(&self) -> &[PathBuf] {
-        &self.sockets
+    /// Paths of the sockets that are bound here. They are removed when this is dropped; where an isolated process may
+    /// not, its janitor does.
+    pub fn sockets(&self) -> impl Iterator<Item = &Path> {
+        self.names.iter().map(SocketName::path)
     }
-}
 
-impl Drop for Resources {
-    fn drop(&mut self) {
-        for path in &self.sockets {
-            // An isolated process may not; then its janitor does.
-            let _ = std::fs::remove_file(path);
+    /// Gives up what only one process can have: the images' locks and the sockets' names. A process that may not
+    /// rename in a socket's folder keeps that name until it ends, and says so.
+    pub fn release(&self) {
+        for name in &self.names {
+            if let Err(error) = name.release() {
+                tracing::warn!(path = %name.path().display(), %error, "a socket's path could not be released");
+            }
         }
+        for image in &self.images {
+            if let Err(error) = image.release() {
+                tracing::warn!(%error, "an image could not be released");
+            }
+        }
+    }
+
+    /// Takes back what [`Resources::release`] gave up.
+    ///
+    /// # Errors
+    /// [`AssembleError`] while another process has a part of it; this one then has none.
+    pub fn take_back(&self) -> Result<(), AssembleError> {
+        let take = || {
+            self.images.iter().try_for_each(|i| i.reacquire())?;
+            self.names
+                .iter()
+                .try_for_each(|name| name.take_back().map_err(file_error(name.path())))
+        };
+        take().inspect_err(|_: &AssembleError| self.release())
     }
 }
 

@@ -3,12 +3,16 @@
 //! A device is always called with its own lock held, so whoever holds the lock of every device knows that no
 //! device is at work: that is how `quiesce` stops them, without waking a thread. The loop itself holds no lock
 //! while it waits, and never holds two.
+//!
+//! A machine that stays stopped holds its threads ([`IoThread::hold`]): then no device is called until
+//! [`IoThread::release`], and what became ready meanwhile is handled after that. So nothing that a stopped guest had
+//! left in a ring reaches a disk or a console which another process may have taken over.
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -35,10 +39,30 @@ struct Inner {
     epoll: OwnedFd,
     table: Mutex<Table>,
     stop: AtomicBool,
+    held: Mutex<bool>,
+    changed: Condvar,
     wake: EventFd,
 }
 
 impl Inner {
+    fn held(&self) -> std::sync::MutexGuard<'_, bool> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while the thread is held; false if it must end.
+    fn may_go_on(&self) -> bool {
+        let mut held = self.held();
+        while *held && !self.stop.load(Ordering::Acquire) {
+            held = self.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+        !self.stop.load(Ordering::Acquire)
+    }
+
+    fn set_held(&self, value: bool) {
+        *self.held() = value;
+        self.changed.notify_all();
+    }
+
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
         // A panic while the table was held leaves it whole: every change to it is a single assignment.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
@@ -80,6 +104,8 @@ impl IoThread {
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             table: Mutex::default(),
             stop: AtomicBool::new(false),
+            held: Mutex::new(false),
+            changed: Condvar::new(),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         });
         // SAFETY: `wake` lives in `inner`, which outlives the registration.
@@ -96,6 +122,17 @@ impl IoThread {
         })
     }
 
+    /// Calls no device from now on, until [`IoThread::release`]. The caller holds the locks of the devices, so none
+    /// is being called.
+    pub fn hold(&self) {
+        self.inner.set_held(true);
+    }
+
+    /// Devices are called again, first for what became ready meanwhile.
+    pub fn release(&self) {
+        self.inner.set_held(false);
+    }
+
     /// A registrar for one device.
     #[must_use]
     pub fn registrar(&self, target: Weak<Mutex<dyn IoTarget>>) -> IoRegistrar {
@@ -108,7 +145,12 @@ impl IoThread {
 
 impl Drop for IoThread {
     fn drop(&mut self) {
-        self.inner.stop.store(true, Ordering::Release);
+        {
+            // Under the lock: a held thread is between its look at `stop` and its wait, or waits.
+            let _held = self.inner.held();
+            self.inner.stop.store(true, Ordering::Release);
+            self.inner.changed.notify_all();
+        }
         let _ = self.inner.wake.write(1);
         if let Some(join) = self.join.take() {
             let _ = join.join();
@@ -197,21 +239,31 @@ fn run(inner: &Inner) {
                 let _ = inner.wake.read();
                 continue;
             }
-            let (slot, generation) = ((data & 0xffff_ffff) as usize, (data >> 32) as u32);
-            let found = inner.table().slots.get(slot).and_then(|e| {
-                e.as_ref()
-                    .filter(|e| e.generation == generation)
-                    .map(|e| (e.target.clone(), e.token))
-            });
-            if let Some((target, token)) = found
-                && let Some(target) = target.upgrade()
-            {
-                // A device that panicked is not called again: its state cannot be trusted.
-                match target.lock() {
-                    Ok(mut device) => device.io_ready(token),
-                    Err(_) => tracing::error!(token, "device is poisoned; event dropped"),
-                }
-            }
+            dispatch(inner, (data & 0xffff_ffff) as usize, (data >> 32) as u32);
+        }
+    }
+}
+
+/// Calls the device of an event, as soon as the thread is not held.
+fn dispatch(inner: &Inner, slot: usize, generation: u32) {
+    while inner.may_go_on() {
+        // Looked up after each wait: the registration may have been taken back meanwhile.
+        let found = inner.table().slots.get(slot).and_then(|e| {
+            e.as_ref()
+                .filter(|e| e.generation == generation)
+                .map(|e| (e.target.clone(), e.token))
+        });
+        let Some((target, token)) = found else { return };
+        let Some(target) = target.upgrade() else { return };
+        // A device that panicked is not called again: its state cannot be trusted.
+        let Ok(mut device) = target.lock() else {
+            tracing::error!(token, "device is poisoned; event dropped");
+            return;
+        };
+        // Held while this thread waited for the device: whoever had its lock has stopped the machine.
+        if !*inner.held() {
+            device.io_ready(token);
+            return;
         }
     }
 }
@@ -233,6 +285,38 @@ mod tests {
             let _ = self.fd.read();
             let _ = self.seen.send(token);
         }
+    }
+
+    #[test]
+    fn a_held_thread_calls_nothing_and_forgets_nothing() {
+        let thread = IoThread::start("io-test", || {}).unwrap();
+        let (seen, got) = mpsc::channel();
+        let fd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let other = fd.try_clone().unwrap();
+        let raw = fd.as_raw_fd();
+        let probe = Arc::new(Mutex::new(Probe { fd, seen }));
+        let target: Arc<Mutex<dyn IoTarget>> = Arc::clone(&probe) as _;
+        let registrar = thread.registrar(Arc::downgrade(&target));
+        registrar
+            .add_with(raw, 7, EventFlags::IN | EventFlags::ET)
+            .unwrap();
+        for n in 0..100 {
+            let device = probe.lock().unwrap();
+            // The thread now waits for the device's lock, or will.
+            other.write(1).unwrap();
+            if n % 2 == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            thread.hold();
+            drop(device);
+            assert!(got.recv_timeout(Duration::from_millis(1)).is_err());
+            thread.release();
+            assert_eq!(got.recv_timeout(Duration::from_secs(10)).unwrap(), 7);
+        }
+        thread.hold();
+        other.write(1).unwrap();
+        drop(thread);
+        assert!(got.try_recv().is_err());
     }
 
     #[test]

@@ -177,11 +177,11 @@ impl VirtioPci {
     }
 
     fn needs_reset(&mut self, error: &DeviceError) {
-        // A hostile guest can do this in a loop: the log hears of the first, then of every 1024th.
-        if self.failures.is_multiple_of(1024) {
-            tracing::warn!(%error, count = self.failures + 1, "virtio device needs a reset by its driver");
+        // A hostile guest can do this in a loop: the log hears of the 1st, 2nd, 4th, 8th...
+        self.failures = self.failures.saturating_add(1);
+        if self.failures.is_power_of_two() {
+            tracing::warn!(%error, count = self.failures, "virtio device needs a reset by its driver");
         }
-        self.failures = self.failures.wrapping_add(1);
         self.n.status |= STATUS_NEEDS_RESET;
         self.stop();
         self.interrupt.config();

@@ -8,6 +8,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketT
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use steadfast_net::{SocketKind, SocketName};
 
 /// Connections that have not said yet what they want.
 pub(super) const GREETERS_MAX: usize = 32;
@@ -17,27 +18,22 @@ const LINE_MAX: usize = 32;
 pub(super) struct Host {
     // Dropped before the listener that it names.
     pub(super) registration: Option<Registration>,
+    /// The path if it is ours to remove, which is done before the listener is closed.
+    _own: Option<SocketName>,
     pub(super) listener: UnixListener,
     path: PathBuf,
-    /// Whether the path is ours to remove.
-    own: bool,
 }
 
 /// Listens on `path`. A path left behind by a dead process is taken over.
-pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        other => other,
-    }
+pub(super) fn listen(path: &Path) -> io::Result<(SocketName, UnixListener)> {
+    SocketName::bind(path, SocketKind::Stream, |p| UnixListener::bind(p))
 }
 
 impl Host {
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
-        let mut host = Self::on(listen(path)?, path)?;
-        host.own = true;
+        let (name, listener) = listen(path)?;
+        let mut host = Self::on(listener, path)?;
+        host._own = Some(name);
         Ok(host)
     }
 
@@ -48,7 +44,7 @@ impl Host {
             registration: None,
             listener,
             path: path.to_owned(),
-            own: false,
+            _own: None,
         })
     }
 
@@ -74,18 +70,6 @@ impl Host {
         rustix::net::connect(&socket, &address)?;
         Ok(UnixStream::from(socket))
     }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        if self.own {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn is_stale(path: &Path) -> bool {
-    UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// A host program that has connected.

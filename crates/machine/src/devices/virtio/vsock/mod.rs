@@ -25,6 +25,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use steadfast_net::SocketName;
 use virtio_queue::QueueT;
 
 /// Connections at a time.
@@ -100,11 +101,12 @@ impl Vsock {
         Self::on_host(name, guest_cid, host)
     }
 
-    /// Listens on `path`, for [`Vsock::on_listener`]. A path left behind by a dead process is taken over.
+    /// Listens on `path`, for [`Vsock::on_listener`]; the name is the caller's to hand over and to remove. A path left
+    /// behind by a dead process is taken over.
     ///
     /// # Errors
     /// What the system said.
-    pub fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    pub fn listen(path: &Path) -> std::io::Result<(SocketName, UnixListener)> {
         host::listen(path)
     }
 

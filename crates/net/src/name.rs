@@ -1,0 +1,149 @@
+//! The path of a unix socket that a VM's process serves, and that another process of the same VM can take over.
+//!
+//! ```text
+//! bind -> in its place --release()--> set aside --take_back()--> in its place
+//! ```
+//! A socket that is set aside keeps its descriptor and its queue, under a path that nobody else knows; only its name is
+//! given up. Invariant: a name that another living process serves is never taken or removed.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+/// Which kind of socket a path names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketKind {
+    /// Frames.
+    Datagram,
+    /// Connections.
+    Stream,
+}
+
+/// A bound socket's path; removed on drop, which comes before the socket is closed.
+#[derive(Debug)]
+pub struct SocketName {
+    path: PathBuf,
+    kind: SocketKind,
+    /// Where the socket is while its name is given up.
+    aside: Mutex<Option<PathBuf>>,
+}
+
+impl SocketName {
+    /// Calls `bind` for `path`, after a path left behind by a dead process has been removed.
+    ///
+    /// # Errors
+    /// What `bind` said; `AddrInUse` while a living process serves the path.
+    pub fn bind<S>(
+        path: &Path,
+        kind: SocketKind,
+        bind: impl Fn(&Path) -> io::Result<S>,
+    ) -> io::Result<(Self, S)> {
+        let socket = match bind(path) {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(path, kind) => {
+                std::fs::remove_file(path)?;
+                bind(path)
+            }
+            other => other,
+        }?;
+        let name = Self {
+            path: path.to_owned(),
+            kind,
+            aside: Mutex::new(None),
+        };
+        Ok((name, socket))
+    }
+
+    /// The path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the name up, for another process to bind. Doing it twice is no error.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn release(&self) -> io::Result<()> {
+        let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+        if aside.is_none() {
+            let mut hidden = OsString::from(&self.path);
+            hidden.push(format!(".aside-{}", std::process::id()));
+            let hidden = PathBuf::from(hidden);
+            std::fs::rename(&self.path, &hidden)?;
+            *aside = Some(hidden);
+        }
+        Ok(())
+    }
+
+    /// Takes the name back. Doing it twice is no error.
+    ///
+    /// # Errors
+    /// `AddrInUse` while a living process serves the path.
+    pub fn take_back(&self) -> io::Result<()> {
+        let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(hidden) = &*aside {
+            if self.path.exists() && !is_stale(&self.path, self.kind) {
+                return Err(io::Error::new(
+                    io::ErrorKind::AddrInUse,
+                    format!(
+                        "{} is served by another process: the restored VM runs; end it first, or stop this one",
+                        self.path.display()
+                    ),
+                ));
+            }
+            std::fs::rename(hidden, &self.path)?;
+            *aside = None;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        let aside = self.aside.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = std::fs::remove_file(aside.as_ref().unwrap_or(&self.path));
+    }
+}
+
+/// Whether nobody serves a socket path.
+fn is_stale(path: &Path, kind: SocketKind) -> bool {
+    let connected = match kind {
+        SocketKind::Datagram => UnixDatagram::unbound().and_then(|s| s.connect(path)),
+        SocketKind::Stream => UnixStream::connect(path).map(drop),
+    };
+    connected.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_name_is_handed_over_and_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let bind = || SocketName::bind(&path, SocketKind::Stream, |p| UnixListener::bind(p));
+        let (first, _socket) = bind().unwrap();
+        assert_eq!(bind().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        first.release().unwrap();
+        first.release().unwrap();
+        let (second, socket) = bind().unwrap();
+        assert!(first.take_back().is_err());
+        // The other process is killed: its path stays, nobody serves it.
+        std::mem::forget(second);
+        drop(socket);
+        first.take_back().unwrap();
+        first.take_back().unwrap();
+        UnixStream::connect(&path).unwrap();
+        first.release().unwrap();
+        let (third, _socket) = bind().unwrap();
+        // The end of the first does not touch the third's name.
+        drop(first);
+        UnixStream::connect(&path).unwrap();
+        drop(third);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
