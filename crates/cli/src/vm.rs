@@ -436,6 +436,7 @@ pub fn run_vmm(args: VmmArgs) -> Done {
     let protect: ProtectSpec =
         serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
     with_options(&name, &args.process, |options| {
+        eprintln!("steadfast: protection is experimental and not yet right: see docs/known-problems.md\r");
         steadfast_protect::run(spec, protect, options)
     })
 }
