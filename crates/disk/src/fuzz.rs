@@ -179,6 +179,8 @@ mod tests {
         bytes[518] = 4;
         assert_eq!(with_qcow2(&bytes, false, |_| ()), None, "a count of zero");
         bytes[1025] = 1;
+        // The second block's address is no cluster: an image that is otherwise right.
+        bytes[527] = 0;
         assert_eq!(with_qcow2(&bytes, false, |_| ()), Some(()));
     }
 }
