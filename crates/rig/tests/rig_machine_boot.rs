@@ -30,7 +30,8 @@ fn can_run(test: &str) -> bool {
 }
 
 #[test]
-fn rig_boot_mini() {
+#[ignore = "takes minutes on a busy machine; passed before its last part was added (docs/known-problems.md)"]
+fn long_rig_boot_mini() {
     if !can_run("rig_boot_mini") {
         return;
     }
