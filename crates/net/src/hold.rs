@@ -168,10 +168,9 @@ impl Queue {
     fn drop_incoming(&mut self) {
         let mut frame = vec![0; 1 << 16];
         for _ in 0..STALE_MAX {
-            match self.backend.receive(&mut frame) {
-                Ok(None) => return,
-                // A frame that cannot be used is gone as well.
-                Ok(Some(_)) | Err(_) => {}
+            // A frame that cannot be used is gone as well.
+            if let Ok(None) = self.backend.receive(&mut frame) {
+                return;
             }
         }
     }

@@ -57,6 +57,7 @@ pub fn instance_process() {
         on_serial: Box::new(|_| {}),
         paused: false,
         hooks: ThreadHooks::default(),
+        isolation: None,
     };
     match steadfast_protect::run(spec, protect, options) {
         Ok(ended) => tracing::info!(?ended, "the instance ended"),

@@ -115,7 +115,7 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// Changes a resource limit of the running process.
+    /// Changes a resource limit of the running process, which needs a [`World::of_one_user`].
     pub fn limit_file_size(&self, bytes: u64) {
         let limit = libc::rlimit {
             rlim_cur: bytes,
@@ -165,10 +165,21 @@ pub fn came(within: Duration, mut done: impl FnMut() -> bool) -> bool {
 /// A folder in memory with all that one VM needs.
 pub struct World {
     dir: tempfile::TempDir,
+    /// VMs stay the test's user, who may then change their limits.
+    same_user: bool,
 }
 
 impl World {
     pub fn new() -> Self {
+        Self::of(false)
+    }
+
+    /// A world whose VMs stay the test's user.
+    pub fn of_one_user() -> Self {
+        Self::of(true)
+    }
+
+    fn of(same_user: bool) -> Self {
         let shm = Path::new("/dev/shm");
         let made = if shm.is_dir() {
             tempfile::Builder::new()
@@ -177,9 +188,10 @@ impl World {
         } else {
             tempfile::tempdir()
         };
-        let world = Self { dir: made.unwrap() };
+        let dir = made.unwrap();
+        let world = Self { dir, same_user };
         // As root, a VM's process becomes the VM's own user, who saves files and hands sockets over in this folder.
-        if rustix::process::geteuid().is_root() {
+        if !same_user && rustix::process::geteuid().is_root() {
             let (uid, gid) = UserChoice::default().ids(&NAME.parse().unwrap());
             std::os::unix::fs::chown(world.path(), Some(uid), Some(gid)).unwrap();
         }
@@ -277,7 +289,12 @@ impl World {
             "--console",
             &text("serial"),
         ];
-        let mut process = Process::spawn(&mut self.command(run, &args), &self.log(run));
+        let mut command = self.command(run, &args);
+        if self.same_user {
+            let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+            command.args(["--user", &format!("{uid}:{gid}")]);
+        }
+        let mut process = Process::spawn(&mut command, &self.log(run));
         self.reachable(run, &mut process);
         process
     }
