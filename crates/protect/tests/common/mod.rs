@@ -56,6 +56,7 @@ pub fn instance_process() {
         debugcon: Box::new(|| None),
         on_serial: Box::new(|_| {}),
         paused: false,
+        isolation: None,
         hooks: ThreadHooks::default(),
         isolation: None,
     };
