@@ -58,7 +58,6 @@ pub fn instance_process() {
         paused: false,
         isolation: None,
         hooks: ThreadHooks::default(),
-        isolation: None,
     };
     match steadfast_protect::run(spec, protect, options) {
         Ok(ended) => tracing::info!(?ended, "the instance ended"),
