@@ -272,10 +272,10 @@ impl BlockIo for Stuck {
     fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
         None
     }
-    fn release(&self) -> Result<(), DiskError> {
+    fn release(&self) -> Result<(), steadfast_disk::DiskError> {
         Ok(())
     }
-    fn reacquire(&self) -> Result<(), DiskError> {
+    fn reacquire(&self) -> Result<(), steadfast_disk::DiskError> {
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! A protected guest on this machine's KVM: its primary is killed, again and again, and its client notices a short wait.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
 mod common;
 
 use common::client::Load;

@@ -289,7 +289,7 @@ fn limits_change_while_the_vm_runs_and_its_group_goes_with_it() {
     let dir = folder();
     let mut vm = Vm::start(dir.path(), "pulse", &[("ISOLATION_CGROUP", "1")]);
     vm.until("a disk write", |s| writes(s) > 0);
-    let name = VmId::new(&format!("cgroup-test-{}", std::process::id())).unwrap();
+    let name = VmId::new(format!("cgroup-test-{}", std::process::id())).unwrap();
     let group = match Cgroup::of_process(vm.child.id(), &name) {
         Ok(group) => group,
         Err(error) => {

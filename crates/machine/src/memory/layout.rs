@@ -43,6 +43,11 @@ pub fn ram_regions(bytes: u64) -> Vec<(u64, u64)> {
     regions
 }
 
+// The windows do not overlap.
+const _: () = assert!(PCI_MMIO_START + PCI_MMIO_SIZE <= PCI_ECAM_START);
+const _: () = assert!(PCI_ECAM_START + PCI_ECAM_SIZE <= IOAPIC_START);
+const _: () = assert!(LOW_RAM_END_MAX <= PCI_MMIO_START);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,12 +57,5 @@ mod tests {
         assert_eq!(ram_regions(64 << 20), vec![(0, 64 << 20)]);
         assert_eq!(ram_regions(3 << 30), vec![(0, 3 << 30)]);
         assert_eq!(ram_regions(5 << 30), vec![(0, 3 << 30), (4 << 30, 2 << 30)]);
-    }
-
-    #[test]
-    fn windows_do_not_overlap() {
-        assert!(PCI_MMIO_START + PCI_MMIO_SIZE <= PCI_ECAM_START);
-        assert!(PCI_ECAM_START + PCI_ECAM_SIZE <= IOAPIC_START);
-        assert!(LOW_RAM_END_MAX <= PCI_MMIO_START);
     }
 }

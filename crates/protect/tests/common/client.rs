@@ -36,11 +36,6 @@ pub struct Seen {
     loops: u64,
     /// What was wrong.
     pub wrong: Vec<String>,
-    /// Every frame since [`Load::record`]: when, from whose NIC, counter (0: another kind of frame).
-    pub frames: Vec<(Instant, char, u64)>,
-    recording: bool,
-    /// The counter may begin again: the VM was powered on anew.
-    pub anew: bool,
 }
 
 /// The client at work on a thread of its own.
@@ -74,18 +69,6 @@ impl Load {
         let seen = self.lock();
         assert!(seen.wrong.is_empty(), "the client saw: {:#?}", seen.wrong);
         seen.clone()
-    }
-
-    /// Records every frame from now on.
-    pub fn record(&self) {
-        let mut seen = self.lock();
-        seen.frames.clear();
-        seen.recording = true;
-    }
-
-    /// The VM is powered on anew: the counter begins again.
-    pub fn anew(&self) {
-        self.lock().anew = true;
     }
 
     /// Waits for a reply from a host's NIC that came after `since`; says how long after.
@@ -155,9 +138,6 @@ fn run(socket: &UnixDatagram, nics: &[PathBuf; 2], seen: &Mutex<Seen>, stop: &At
             _ => {}
         }
         let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.recording && seen.frames.len() < 1_000_000 {
-            seen.frames.push((at, from, reply.map_or(0, |r| r.counter)));
-        }
         if let Some(reply) = reply
             && seen.take(&reply, nonce, (at, from))
         {
@@ -193,10 +173,7 @@ impl Seen {
         }
         let answers = r.nonce == nonce;
         if answers {
-            let anew = std::mem::take(&mut self.anew) && r.counter == 1;
-            if anew {
-                (self.uptime, self.loops) = (0, 0);
-            } else if r.counter != self.counter + 1 {
+            if r.counter != self.counter + 1 {
                 wrong.push(format!(
                     "counter {} after {} (nonce {nonce}, from {})",
                     r.counter, self.counter, last.1
