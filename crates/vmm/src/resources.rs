@@ -214,9 +214,11 @@ impl Resources {
     pub fn take_back(&self) -> Result<(), AssembleError> {
         let take = || {
             self.images.iter().try_for_each(|i| i.reacquire())?;
-            self.names
-                .iter()
-                .try_for_each(|name| name.take_back().map_err(file_error(name.path())))
+            self.names.iter().try_for_each(|name| {
+                // The janitor of a process that had the name may be about to remove it.
+                let _lock = lock_folder(name.path());
+                name.take_back().map_err(file_error(name.path()))
+            })
         };
         take().inspect_err(|_: &AssembleError| self.release())
     }

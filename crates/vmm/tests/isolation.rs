@@ -271,6 +271,8 @@ fn a_confined_vm_resets() {
     let mut vm = Vm::start(dir.path(), "resetter", &[]);
     vm.until("five resets", |s| s["guest_resets"].as_u64() >= Some(5));
     vm.ask(&Request::Pause);
+    // Answered after a reset that the guest asked for before it was paused.
+    vm.ask(&Request::Status);
     vm.is_confined();
     vm.ask(&Request::Stop);
     assert!(vm.end().success());
