@@ -42,8 +42,10 @@ impl SocketName {
     ) -> io::Result<(Self, S)> {
         let socket = match bind(path) {
             Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_stale(path, kind) => {
-                std::fs::remove_file(path)?;
-                bind(path)
+                match std::fs::remove_file(path) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => bind(path),
+                }
             }
             other => other,
         }?;
@@ -84,7 +86,7 @@ impl SocketName {
     pub fn take_back(&self) -> io::Result<()> {
         let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(hidden) = &*aside {
-            if self.path.exists() && !is_stale(&self.path, self.kind) {
+            if !is_stale(&self.path, self.kind) {
                 return Err(io::Error::new(
                     io::ErrorKind::AddrInUse,
                     format!(
@@ -107,13 +109,19 @@ impl Drop for SocketName {
     }
 }
 
-/// Whether nobody serves a socket path.
+/// Whether nobody serves a socket path; also when there is none (any more). A socket that may not be asked counts as
+/// served.
 fn is_stale(path: &Path, kind: SocketKind) -> bool {
     let connected = match kind {
         SocketKind::Datagram => UnixDatagram::unbound().and_then(|s| s.connect(path)),
         SocketKind::Stream => UnixStream::connect(path).map(drop),
     };
-    connected.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+    connected.is_err_and(|e| {
+        matches!(
+            e.kind(),
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+        )
+    })
 }
 
 #[cfg(test)]

@@ -202,6 +202,7 @@ fn prepare(
                 .map(PathBuf::as_path)
                 .chain(resources.sockets())
                 .collect();
+            isolation.give(&spec.name, resources.sockets());
             let confined = isolation.confine(&spec.name, group.as_ref(), &sockets, &options.hooks)?;
             options.hooks = confined.hooks.clone();
             Some(confined)

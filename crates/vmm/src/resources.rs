@@ -6,6 +6,7 @@
 //! anew; replaced by another file of the same name it is found by the VM's next process.
 
 use crate::assemble::{AssembleError, GiveDisk};
+use crate::isolation::janitor::lock_folder;
 use crate::spec::{Boot, DiskSpec, MemoryKind, NicTarget, VmSpec};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -98,6 +99,8 @@ impl Resources {
             this.cards.push(card);
         }
         if let Some(vsock) = &spec.vsock {
+            // A dead process's janitor may be about to remove the name.
+            let _lock = lock_folder(&vsock.path);
             let (name, listener) = Vsock::listen(&vsock.path).map_err(file_error(&vsock.path))?;
             this.names.push(name);
             this.vsock = Some(listener);
@@ -115,6 +118,7 @@ impl Resources {
             NicTarget::Bridge(bridge) => Card::Tap(Tap::open(&options("", Some(bridge)))?),
             NicTarget::Tap(name) => Card::Tap(Tap::open(&options(name, None))?),
             NicTarget::Socket { own, peer } => {
+                let _lock = lock_folder(own);
                 let (name, socket) = SocketBackend::bind_kept(own).map_err(file_error(own))?;
                 self.names.push(name);
                 Card::Socket {
@@ -210,9 +214,11 @@ impl Resources {
     pub fn take_back(&self) -> Result<(), AssembleError> {
         let take = || {
             self.images.iter().try_for_each(|i| i.reacquire())?;
-            self.names
-                .iter()
-                .try_for_each(|name| name.take_back().map_err(file_error(name.path())))
+            self.names.iter().try_for_each(|name| {
+                // The janitor of a process that had the name may be about to remove it.
+                let _lock = lock_folder(name.path());
+                name.take_back().map_err(file_error(name.path()))
+            })
         };
         take().inspect_err(|_: &AssembleError| self.release())
     }

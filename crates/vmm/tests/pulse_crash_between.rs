@@ -127,7 +127,7 @@ fn pulse_save_without_room() {
     if !can_run() {
         return;
     }
-    let world = World::new();
+    let world = World::of_one_user();
     // The limits are beyond all that the guest writes to its disk, and below the memory that it has filled.
     let source = world.boot(SOURCE, &busy().dirty(1024), 2);
     let peer = Peer::start(&world);

@@ -87,9 +87,10 @@ impl Janitor {
 }
 
 fn serve(wait: &OwnedFd, files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) {
+    // First of all, so that a VM that is killed at once leaves no lock and no socket behind here.
+    close_all_but(wait.as_raw_fd());
     // Its own session: a Ctrl-C at the terminal is for the VM.
     let _ = rustix::process::setsid();
-    close_all_but(wait.as_raw_fd());
     // SAFETY: the name is a literal with a final zero.
     unsafe { libc::prctl(libc::PR_SET_NAME, c"vm-janitor".as_ptr(), 0, 0, 0) };
     for group in home {

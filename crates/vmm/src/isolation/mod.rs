@@ -94,6 +94,20 @@ impl Isolation {
         Some(group)
     }
 
+    /// Makes sockets the VM user's own: each process of the VM, also an earlier one, can then see whether a socket of
+    /// the VM is served. A socket that cannot be given away is worth a warning.
+    pub fn give<'a>(&self, name: &VmId, sockets: impl Iterator<Item = &'a Path>) {
+        if !user::is_root() {
+            return;
+        }
+        let ids = self.user.ids(name);
+        for path in sockets {
+            if let Err(error) = user::give_socket(path, ids) {
+                tracing::warn!(path = %path.display(), %error, "a socket cannot be given to the VM's user");
+            }
+        }
+    }
+
     /// Gives up all privileges. `sockets` are names of ours in the file system.
     ///
     /// # Errors

@@ -352,6 +352,7 @@ const MAIN: &[Rule] = &[
         libc::SYS_clone,
         libc::SYS_clone3,
         libc::SYS_epoll_create1,
+        libc::SYS_flock,
         libc::SYS_fstat,
         libc::SYS_ftruncate,
         libc::SYS_getuid,

@@ -116,6 +116,20 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Makes the socket at `path`, which is root's, the user's. Others may write in its folder: nothing but a socket with
+/// this one name is given away.
+pub(super) fn give_socket(path: &std::path::Path, (uid, gid): (u32, u32)) -> io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, fstat, openat};
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = openat(CWD, path, flags, Mode::empty())?;
+    let stat = fstat(&socket)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_nlink != 1 {
+        return Err(io::Error::other("it is not the socket that was bound there"));
+    }
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    Ok(chownat(&socket, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?)
+}
+
 fn limit(resource: libc::__rlimit_resource_t, most: u64) -> Result<(), UserError> {
     let mut now = libc::rlimit {
         rlim_cur: 0,

@@ -2,7 +2,7 @@
 //! as the guest's network peer.
 //!
 //! Every wait is bounded. Every process that a test starts is killed when its guard is dropped, and by the kernel when
-//! the thread that started it dies.
+//! the thread that started it dies; as root a VM's process becomes another user, and then only the guard kills it.
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -14,6 +14,7 @@ use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 use steadfast_machine::memory::{Ram, RamBacking};
 use steadfast_machine::state::SaveReader;
 use steadfast_vmm::control::{Request, Then, ask};
+use steadfast_vmm::isolation::user::UserChoice;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Bound of everything that takes milliseconds on an idle machine; this one may have many neighbours.
@@ -113,7 +115,7 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// Changes a resource limit of the running process.
+    /// Changes a resource limit of the running process, which needs a [`World::of_one_user`].
     pub fn limit_file_size(&self, bytes: u64) {
         let limit = libc::rlimit {
             rlim_cur: bytes,
@@ -163,10 +165,21 @@ pub fn came(within: Duration, mut done: impl FnMut() -> bool) -> bool {
 /// A folder in memory with all that one VM needs.
 pub struct World {
     dir: tempfile::TempDir,
+    /// VMs stay the test's user, who may then change their limits.
+    same_user: bool,
 }
 
 impl World {
     pub fn new() -> Self {
+        Self::of(false)
+    }
+
+    /// A world whose VMs stay the test's user.
+    pub fn of_one_user() -> Self {
+        Self::of(true)
+    }
+
+    fn of(same_user: bool) -> Self {
         let shm = Path::new("/dev/shm");
         let made = if shm.is_dir() {
             tempfile::Builder::new()
@@ -175,7 +188,13 @@ impl World {
         } else {
             tempfile::tempdir()
         };
-        let world = Self { dir: made.unwrap() };
+        let dir = made.unwrap();
+        let world = Self { dir, same_user };
+        // As root, a VM's process becomes the VM's own user, who saves files and hands sockets over in this folder.
+        if !same_user && rustix::process::geteuid().is_root() {
+            let (uid, gid) = UserChoice::default().ids(&NAME.parse().unwrap());
+            std::os::unix::fs::chown(world.path(), Some(uid), Some(gid)).unwrap();
+        }
         fs::write(world.at("pulse.elf"), pulse::elf()).unwrap();
         File::create(world.at("disk.raw"))
             .unwrap()
@@ -190,6 +209,11 @@ impl World {
 
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Lets the VM's user use a socket that the test serves.
+    pub fn share(&self, name: &str) {
+        fs::set_permissions(self.at(name), fs::Permissions::from_mode(0o777)).unwrap();
     }
 
     /// The control socket in the run folder `run`.
@@ -265,7 +289,12 @@ impl World {
             "--console",
             &text("serial"),
         ];
-        let mut process = Process::spawn(&mut self.command(run, &args), &self.log(run));
+        let mut command = self.command(run, &args);
+        if self.same_user {
+            let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+            command.args(["--user", &format!("{uid}:{gid}")]);
+        }
+        let mut process = Process::spawn(&mut command, &self.log(run));
         self.reachable(run, &mut process);
         process
     }

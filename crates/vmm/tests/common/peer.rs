@@ -27,8 +27,10 @@ impl Cable {
     pub fn plug(world: &World) -> Self {
         let own = world.at("peer.net");
         let _ = std::fs::remove_file(&own);
+        let socket = UnixDatagram::bind(own).unwrap();
+        world.share("peer.net");
         Self {
-            socket: UnixDatagram::bind(own).unwrap(),
+            socket,
             to: world.at("guest.net"),
             abandoned: Arc::default(),
         }
@@ -205,7 +207,9 @@ pub struct VsockHost {
 
 impl VsockHost {
     pub fn listen(world: &World) -> Self {
-        let listener = UnixListener::bind(world.at(&format!("vsock_{VSOCK_HOST_PORT}"))).unwrap();
+        let name = format!("vsock_{VSOCK_HOST_PORT}");
+        let listener = UnixListener::bind(world.at(&name)).unwrap();
+        world.share(&name);
         listener.set_nonblocking(true).unwrap();
         let (accepted, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (count, ended) = (Arc::clone(&accepted), Arc::clone(&stop));

@@ -176,7 +176,7 @@ impl VirtioPci {
         }
     }
 
-    fn needs_reset(&mut self, error: &DeviceError) {
+    pub(super) fn needs_reset(&mut self, error: &DeviceError) {
         // A hostile guest can do this in a loop: the log hears of the 1st, 2nd, 4th, 8th...
         self.failures = self.failures.saturating_add(1);
         if self.failures.is_power_of_two() {

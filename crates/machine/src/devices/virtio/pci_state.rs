@@ -3,6 +3,7 @@
 use super::pci::{Negotiation, STATUS_FEATURES_OK, VirtioPci};
 use crate::devices::pci::config::ConfigState;
 use crate::devices::pci::msix::MsixState;
+use crate::devices::virtio::DeviceError;
 use crate::state::{MachineState, StateError, StateKind, StateRecord};
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -172,7 +173,13 @@ impl VirtioPci {
         };
         self.device.restore(&record)?;
         if s.active {
-            self.start().map_err(|e| refuse(e.to_string()))?;
+            match self.start() {
+                Ok(()) => {}
+                // What a guest did to its own rings must not keep its VM from being restored: it is told, as if it
+                // had gone on where it was.
+                Err(error @ DeviceError::Driver { .. }) if self.active => self.needs_reset(&error),
+                Err(error) => return Err(refuse(error.to_string())),
+            }
         }
         Ok(())
     }
