@@ -27,6 +27,9 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
+    #[serde(default)]
+    pub audit: Option<PathBuf>,
 }
 
 fn yes() -> bool {

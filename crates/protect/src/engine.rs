@@ -5,6 +5,7 @@
 //! ```
 //! Every decision is the protocol's; this file only carries it out. It never waits for anybody but its queue.
 
+use crate::audit::Audit;
 use crate::codec;
 use crate::config::ProtectSpec;
 use crate::disks::Disks;
@@ -92,6 +93,10 @@ pub struct Engine {
     pub(crate) sealed: VecDeque<(Epoch, Record)>,
     pub(crate) staged: BTreeMap<Epoch, StagedRecord>,
     pub(crate) arrived: Option<StagedRecord>,
+    /// The epoch that RAM stands at exactly, on a standby; none while it is being filled.
+    pub(crate) memory: Option<Epoch>,
+    /// The epoch that completes the copy, once it is staged; and whether it is awaited.
+    pub(crate) base: (Option<Epoch>, bool),
     /// Machine state of the newest applied epoch.
     pub(crate) state: Vec<u8>,
     pub(crate) counters: Counters,
@@ -103,6 +108,9 @@ pub struct Engine {
     log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
     pub(crate) cut_failures: u32,
+    pub(crate) audit: Option<Audit>,
+    /// Pages that differed from the digest of their epoch; and epochs compared.
+    pub(crate) audited: (u64, u64),
 }
 
 impl Engine {
@@ -123,12 +131,15 @@ impl Engine {
         let inputs = parts.inputs.clone();
         let store = store::serve(parts.store, move |reply| inputs.send(Input::Store(reply)))
             .map_err(|e| setting(format!("store: {e}")))?;
+        let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
+        let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let settings = Settings {
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
             hold_outputs: parts.spec.hold_outputs,
             speculate: false,
+            resend_inherited: false,
             ..Settings::default()
         };
         let replica = Replica::new(
@@ -149,6 +160,8 @@ impl Engine {
             sealed: VecDeque::new(),
             staged: BTreeMap::new(),
             arrived: None,
+            memory: None,
+            base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
             events: VecDeque::new(),
@@ -158,6 +171,8 @@ impl Engine {
             clock: Instant::now(),
             log: VecDeque::new(),
             cut_failures: 0,
+            audit,
+            audited: (0, 0),
         })
     }
 
@@ -418,8 +433,14 @@ impl Engine {
             codec::encode(&message),
         )];
         match message.body {
-            Body::Join { .. } => peer.fed = false,
-            Body::Resume { .. } => peer.fed = true,
+            Body::Join { .. } => {
+                peer.fed = false;
+                peer.begin_session();
+            }
+            Body::Resume { .. } => {
+                peer.fed = true;
+                peer.begin_session();
+            }
             _ => {}
         }
         if let Body::Epoch(header) = &message.body {
@@ -427,8 +448,7 @@ impl Engine {
             // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
             let whole = |(e, r): &&(_, Record)| *e == epoch && r.pages.is_some();
             let Some((_, record)) = self.sealed.iter().find(whole) else {
-                // Inherited from a former primary: this standby has it only encoded. The peer asks again and, after its
-                // bound, is filled anew.
+                // The protocol knows which epochs have content and does not ask for others.
                 self.note(format!("epoch {epoch} is not at hand for {to}"));
                 return;
             };
@@ -527,6 +547,8 @@ impl Engine {
             "last_state_us": us(c.last.state),
             "frames_released": c.released,
             "promote_us": c.promote_us,
+            "audit_stale_pages": self.audited.0,
+            "audit_epochs": self.audited.1,
             "log": self.log,
         })
     }

@@ -9,6 +9,7 @@
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
 //! raw image files; others, and writable disks without held outputs, cannot be protected.
 
+mod audit;
 mod block;
 pub mod codec;
 pub mod config;

@@ -197,6 +197,13 @@ impl Peer {
         self.stager.forget();
     }
 
+    /// A new session begins: what the peer did not take of the old one, it does not have. The next record refers to
+    /// nothing before it.
+    pub fn begin_session(&mut self) {
+        self.next = None;
+        self.encoder.reset();
+    }
+
     /// Sends frames in order; what the link does not take now waits (bounded by the protocol's window of epochs).
     pub fn send(&mut self, frames: Vec<Frame>) {
         self.backlog.extend(frames);
