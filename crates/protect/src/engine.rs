@@ -7,8 +7,8 @@
 
 use crate::audit::Audit;
 use crate::codec;
-use crate::config::ProtectSpec;
-use crate::disks::Disks;
+use crate::config::{PeerSpec, ProtectSpec};
+use crate::disks::{Disks, SLOTS};
 use crate::input::{Input, Inputs};
 use crate::peer::{Peer, Record};
 use crate::store::{self, Ask, Store, random_u64};
@@ -102,6 +102,9 @@ pub struct Engine {
     pub(crate) counters: Counters,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
+    name: VmId,
+    spec: ProtectSpec,
+    ram_bytes: u64,
     store: Sender<Ask>,
     inputs: Inputs,
     clock: Instant,
@@ -121,10 +124,10 @@ impl Engine {
     pub fn new(parts: Parts) -> Result<Self, ProcessError> {
         let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
         let vm = (parts.make_vm)()?;
-        let pages = ram_regions(parts.ram_bytes);
         let mut peers = BTreeMap::new();
-        for peer in &parts.spec.peers {
-            let opened = Peer::open(&parts.name, &parts.spec, peer, pages.clone(), &parts.inputs)
+        for (slot, peer) in parts.spec.peers.iter().enumerate() {
+            let pages = ram_regions(parts.ram_bytes);
+            let opened = Peer::open(&parts.name, &parts.spec, peer, slot, pages, &parts.inputs)
                 .map_err(|e| setting(format!("link to {}: {e}", peer.host)))?;
             peers.insert(peer.host.clone(), opened);
         }
@@ -166,6 +169,9 @@ impl Engine {
             counters: Counters::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
+            name: parts.name,
+            spec: parts.spec,
+            ram_bytes: parts.ram_bytes,
             store,
             inputs: parts.inputs,
             clock: Instant::now(),
@@ -498,10 +504,60 @@ impl Engine {
                 self.step(Event::HandOver(to))?;
                 json!({"ok": true})
             }
+            Request::AddPeer { host, paths, standby } => {
+                let peer = PeerSpec {
+                    host: host.clone(),
+                    paths: paths.clone(),
+                    standby: *standby,
+                };
+                match self.add_peer(&peer)? {
+                    Ok(()) => json!({"ok": true}),
+                    Err(why) => failure(&why),
+                }
+            }
+            Request::RemovePeer { host } => {
+                let known = self.remove_peer(&host.clone())?;
+                json!({"ok": true, "was_peer": known})
+            }
             _ => failure(&"a protected VM cannot do this; unprotect it first"),
         };
         let _ = call.answer.send(answer);
         Ok(ended)
+    }
+
+    /// Opens a link to one more host; the inner error is for who asked.
+    fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
+        if self.peers.contains_key(&peer.host) {
+            return Ok(Ok(()));
+        }
+        if peer.host == self.spec.host {
+            return Ok(Err("a VM cannot be mirrored to its own host".into()));
+        }
+        let Some(slot) = (0..SLOTS).find(|s| self.peers.values().all(|p| p.slot != *s)) else {
+            return Ok(Err(format!(
+                "a VM has at most {SLOTS} other hosts; remove one first"
+            )));
+        };
+        let pages = ram_regions(self.ram_bytes);
+        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
+            Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
+            Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
+        }
+        self.note(format!("{} is a peer from now on", peer.host));
+        if peer.standby && self.replica.primary().is_some() {
+            self.step(Event::AddStandby(peer.host.clone()))?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Closes the link to a host; whether there was one.
+    fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
+        self.step(Event::RemoveStandby(host.clone()))?;
+        let known = self.peers.remove(host).is_some();
+        if known {
+            self.note(format!("{host} is no peer any more"));
+        }
+        Ok(known)
     }
 
     fn status(&self) -> Value {

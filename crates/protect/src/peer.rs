@@ -105,6 +105,8 @@ pub struct Peer {
     pub host: HostId,
     /// The link.
     pub link: Link,
+    /// Under which number volumes keep account of what this host lacks; stays for the life of the peer.
+    pub slot: usize,
     /// Mirror to it when primary.
     pub wanted: bool,
     /// A session stands.
@@ -134,6 +136,7 @@ impl Peer {
         vm: &VmId,
         spec: &ProtectSpec,
         peer: &PeerSpec,
+        slot: usize,
         pages: Vec<(u64, u64)>,
         inputs: &Inputs,
     ) -> Result<Self, OpenError> {
@@ -176,6 +179,7 @@ impl Peer {
         Ok(Self {
             host: peer.host.clone(),
             link,
+            slot,
             wanted: peer.standby,
             connected: false,
             join: None,

@@ -295,7 +295,7 @@ impl Engine {
 
     /// Where volumes keep account of what this host lacks.
     fn slot(&self, host: &HostId) -> Option<usize> {
-        self.peers.keys().position(|h| h == host)
+        self.peers.get(host).map(|p| p.slot)
     }
 
     pub(crate) fn set_holds(&self, mode: HoldMode) {
