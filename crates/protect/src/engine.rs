@@ -187,7 +187,7 @@ impl Engine {
     /// # Errors
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
-        crate::raise_priority("the engine");
+        crate::priority::raise("the engine");
         if self.start {
             self.step(Event::ColdStart)?;
         }

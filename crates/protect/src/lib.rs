@@ -18,18 +18,10 @@ mod engine;
 mod input;
 mod peer;
 mod primary;
+mod priority;
 pub mod run;
 mod standby;
 pub mod store;
 
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};
 pub use run::run;
-
-/// Gives the calling thread precedence over vCPUs, so that a busy guest cannot delay its own protection. Where the host
-/// does not allow it, it is said once and the VM is protected all the same, at the mercy of the scheduler.
-pub(crate) fn raise_priority(who: &str) {
-    const NICE: i32 = -15;
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-        tracing::warn!(%error, "{who} cannot be given precedence over vCPUs; allow CAP_SYS_NICE for this process");
-    }
-}

@@ -170,7 +170,7 @@ impl Peer {
         let mut raised = false;
         let link = Link::open(config, move |event| {
             if !std::mem::replace(&mut raised, true) {
-                crate::raise_priority("a link");
+                crate::priority::raise("a link");
             }
             to.send(Input::Link(host.clone(), event));
         })?;

@@ -126,14 +126,14 @@ fn kill_primaries(test: &str, rounds: usize, most: Duration) {
 
 /// kill -9 of the primary: the standby goes on, nothing acknowledged is lost or done twice; a new standby is filled.
 #[test]
-#[ignore = "KNOWN TO FAIL: a stale page after some failovers (issue 3 is open); docs/known-problems.md"]
+
 fn primary_killed() {
     kill_primaries("primary_killed", 12, Duration::from_secs(100));
 }
 
 /// kill -9 of the standby: the primary goes on once the store lets it, and the returning standby is filled.
 #[test]
-#[ignore = "KNOWN TO FAIL: a stale page after some failovers (issue 3 is open); docs/known-problems.md"]
+
 fn standby_killed() {
     if !kvm() {
         return;
