@@ -27,6 +27,9 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// Longest interval between cuts in microseconds, also while the VM is idle; none: the policy's own, which backs off.
+    #[serde(default)]
+    pub max_interval_us: Option<u64>,
 }
 
 fn yes() -> bool {

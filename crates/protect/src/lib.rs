@@ -18,6 +18,7 @@ mod input;
 mod peer;
 mod primary;
 pub mod run;
+mod samples;
 mod standby;
 pub mod store;
 
