@@ -1,6 +1,6 @@
 //! QEMU as a process, and its monitor protocol (QMP).
 
-use super::lab::{BOUND, wait};
+use super::lab::{BOUND, measured, wait};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -79,8 +79,8 @@ impl Qemu {
     pub fn spawn(dir: &Path, name: &str, program: &str, args: &[String]) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::create(&log)?;
-        let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", program])
+        let child = measured()
+            .arg(program)
             .args(args)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
