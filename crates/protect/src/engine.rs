@@ -11,6 +11,7 @@ use crate::config::{PeerSpec, ProtectSpec};
 use crate::disks::{Disks, SLOTS};
 use crate::input::{Input, Inputs};
 use crate::peer::{Peer, Record};
+use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
@@ -21,6 +22,7 @@ use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event};
 use steadfast_epoch::message::{Body, EpochRef, Message};
+use steadfast_epoch::policy::PolicySettings;
 use steadfast_epoch::primary::Phase;
 use steadfast_epoch::{Replica, Settings, Status};
 use steadfast_machine::devices::legacy::GuestEvent;
@@ -59,6 +61,21 @@ pub struct Counters {
     pub released: u64,
     /// How long the last promotion took from grant to running, in microseconds.
     pub promote_us: Option<u64>,
+    /// The last pauses.
+    pub pauses: Samples,
+    /// From the cut to the commit, the last ones; and when the epochs that are not committed yet were cut.
+    pub commits: Samples,
+    /// See `commits`.
+    pub cut_at: VecDeque<(Epoch, Instant)>,
+}
+
+impl Counters {
+    fn committed(&mut self, through: Epoch) {
+        while let Some((_, at)) = self.cut_at.front().filter(|(e, _)| *e <= through) {
+            self.commits.add(at.elapsed().as_micros() as u64);
+            self.cut_at.pop_front();
+        }
+    }
 }
 
 /// What the engine is made of.
@@ -137,7 +154,12 @@ impl Engine {
         let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
         let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
+        let mut policy = PolicySettings::default();
+        if let Some(us) = parts.spec.max_interval_us {
+            (policy.max_interval_us, policy.idle_interval_us) = (us.max(100), us.max(100));
+        }
         let settings = Settings {
+            policy,
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
             hold_outputs: parts.spec.hold_outputs,
@@ -260,7 +282,10 @@ impl Engine {
                 self.events.push_back(Event::JournalSynced { through });
             }
             Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
-            Action::Commit { through } => self.events.extend(self.disks.commit(through, false)),
+            Action::Commit { through } => {
+                self.counters.committed(through);
+                self.events.extend(self.disks.commit(through, false));
+            }
             Action::Release { through } => self.release(through),
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
@@ -563,6 +588,10 @@ impl Engine {
     fn status(&self) -> Value {
         let c = &self.counters;
         let us = |d: Duration| d.as_micros() as u64;
+        let [pause_p50, pause_p99] = c.pauses.percentiles([50, 99]);
+        let [commit_p50, commit_p99] = c.commits.percentiles([50, 99]);
+        let paths = self.peers.values().flat_map(|p| p.link.stats().paths);
+        let bytes = paths.fold((0, 0), |(i, o), p| (i + p.bytes_in, o + p.bytes_out));
         let protocol = match self.replica.status() {
             Status::Primary(p) => json!({
                 "role": "primary",
@@ -596,6 +625,13 @@ impl Engine {
             "pages": c.pages,
             "pause_mean_us": c.pause_us.0.checked_div(c.cuts).unwrap_or(0),
             "pause_max_us": c.pause_us.1,
+            "pause_p50_us": pause_p50,
+            "pause_p99_us": pause_p99,
+            "commit_p50_us": commit_p50,
+            "commit_p99_us": commit_p99,
+            "wire_bytes_in": bytes.0,
+            "wire_bytes_out": bytes.1,
+            "arena_bytes": self.capture.arena_bytes(),
             "last_pause_us": us(c.last.pause),
             "last_stop_us": us(c.last.stop),
             "last_harvest_us": us(c.last.harvest),

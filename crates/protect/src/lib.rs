@@ -20,6 +20,7 @@ mod peer;
 mod primary;
 mod priority;
 pub mod run;
+mod samples;
 mod standby;
 pub mod store;
 

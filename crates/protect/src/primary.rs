@@ -4,6 +4,7 @@ use crate::engine::Engine;
 use crate::peer::{Join, Record};
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
+use std::time::Instant;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
@@ -19,6 +20,8 @@ const COPY_ROUNDS: u32 = 4;
 const COPY_ENOUGH_PAGES: usize = 512;
 /// A cut that fails so often in a row ends this instance: its standby is better off.
 const CUT_FAILURES_MAX: u32 = 5;
+/// More cuts than this wait for their commit only when there is no standby; then their times say nothing.
+const CUTS_TIMED_MAX: usize = 1024;
 
 impl Engine {
     /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
@@ -128,6 +131,10 @@ impl Engine {
         c.pages += sealed.pages.gfns().len() as u64;
         c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
         c.last = sealed.times;
+        c.pauses.add(pause_us);
+        if c.cut_at.len() < CUTS_TIMED_MAX {
+            c.cut_at.push_back((epoch, Instant::now()));
+        }
         let mut record = Record {
             pages: Some(sealed.pages),
             state: sealed.state,
