@@ -27,12 +27,46 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// A disk that does not come back from one operation for so long counts as dead, in milliseconds. A slow one does not.
+    #[serde(default = "disk_hang_ms")]
+    pub disk_hang_ms: u64,
+    /// Bytes a second at which blocks are checked against their checksums; 0: never.
+    #[serde(default = "scrub_bytes_per_s")]
+    pub scrub_bytes_per_s: u64,
+    /// Pause before each walk over the disks, in seconds.
+    #[serde(default = "scrub_pause_s")]
+    pub scrub_pause_s: u64,
+    /// Bytes a second (memory and disks) of a copy to a standby; 0: as fast as the link. At least
+    /// [`COPY_RATE_MIN`]. It can be set while a copy runs.
+    #[serde(default)]
+    pub copy_bytes_per_s: u64,
+    /// Folder for the journals and checksums of this VM's disks; none: beside each image. Needed for block devices.
+    #[serde(default)]
+    pub journals: Option<PathBuf>,
+    /// For tests: a file of rules for faults of this host's disks (`steadfast_disk::testing::LiveFaults`).
+    #[serde(default)]
+    pub disk_faults: Option<PathBuf>,
     /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
     #[serde(default)]
     pub audit: Option<PathBuf>,
     /// Longest interval between cuts in microseconds, also while the VM is idle; none: the policy's own, which backs off.
     #[serde(default)]
     pub max_interval_us: Option<u64>,
+}
+
+/// The slowest copy: below this, its pieces would take longer than the patience of the protocol.
+pub const COPY_RATE_MIN: u64 = 1 << 20;
+
+fn disk_hang_ms() -> u64 {
+    5000
+}
+
+fn scrub_bytes_per_s() -> u64 {
+    4 << 20
+}
+
+fn scrub_pause_s() -> u64 {
+    6 * 3600
 }
 
 fn yes() -> bool {

@@ -8,6 +8,7 @@
 use crate::audit::Audit;
 use crate::codec;
 use crate::config::{PeerSpec, ProtectSpec};
+use crate::disk_engine::Care;
 use crate::disks::{Disks, SLOTS};
 use crate::input::{Input, Inputs};
 use crate::peer::{Peer, Record};
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event};
-use steadfast_epoch::message::{Body, EpochRef, Message};
+use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
 use steadfast_epoch::primary::Phase;
 use steadfast_epoch::{Replica, Settings, Status};
@@ -105,6 +106,9 @@ pub struct Engine {
     pub(crate) vm_hash: u64,
     pub(crate) holds: Holds,
     pub(crate) disks: Disks,
+    pub(crate) care: Care,
+    /// A disk here is dead: what works on it is left behind when the process ends.
+    pub(crate) abandoned: bool,
     pub(crate) peers: BTreeMap<HostId, Peer>,
     pub(crate) capture: Capture,
     pub(crate) sealed: VecDeque<(Epoch, Record)>,
@@ -165,6 +169,8 @@ impl Engine {
             hold_outputs: parts.spec.hold_outputs,
             speculate: false,
             resend_inherited: false,
+            // A copy is not over before all of it was sent once and again, in the smallest pieces.
+            max_chunks: 100_000 + (parts.disks.capacity() + parts.ram_bytes) / (16 << 10),
             ..Settings::default()
         };
         let replica = Replica::new(
@@ -172,7 +178,7 @@ impl Engine {
             parts.spec.host.clone(),
             Instance(instance),
             settings,
-            EpochRef::ZERO,
+            parts.disks.boot_at(),
         );
         Ok(Self {
             replica,
@@ -180,6 +186,8 @@ impl Engine {
             vm_hash: vm_hash(&parts.name),
             holds: parts.holds,
             disks: parts.disks,
+            care: Care::new(parts.spec.copy_bytes_per_s),
+            abandoned: false,
             peers,
             capture: Capture::new(PageArena::new(4096, 256 << 20)),
             sealed: VecDeque::new(),
@@ -210,6 +218,7 @@ impl Engine {
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
         crate::priority::raise("the engine");
+        crate::ask::this_is_the_engine();
         if self.start {
             self.step(Event::ColdStart)?;
         }
@@ -294,8 +303,8 @@ impl Engine {
                 message,
                 join,
                 seq,
-                have: _,
-            } => self.send_chunk(&to, message, join, seq)?,
+                have,
+            } => self.pace_chunk(to, message, join, seq, have)?,
             Action::BeginJoin { join } => self.begin_join(join),
             Action::StoreChunk { join, seq } => self.store_chunk(join, seq),
             Action::Stage { epoch, flush } => self.stage(epoch, flush),
@@ -319,7 +328,8 @@ impl Engine {
     }
 
     fn disks_moved(&mut self) -> Result<(), ProcessError> {
-        self.disks.moved().into_iter().try_for_each(|e| self.step(e))
+        self.disks.moved().into_iter().try_for_each(|e| self.step(e))?;
+        self.care()
     }
 
     pub(crate) fn note(&mut self, text: String) {
@@ -362,6 +372,13 @@ impl Engine {
                 self.inputs.heard_moved();
                 self.disks_moved()?;
             }
+            Input::DiskAsk {
+                id,
+                volume,
+                offset,
+                len,
+            } => self.disk_ask(id, volume, offset, len),
+            Input::DiskServed(host, id, got) => self.aside(&host, &crate::aside::Aside::Block { id, got }),
             Input::DiskCopied(join, result) => {
                 let events = self.disks.copied(join, result);
                 events.into_iter().try_for_each(|e| self.step(e))?;
@@ -412,6 +429,12 @@ impl Engine {
             return Ok(());
         };
         peer.link.sender().consumed(&frame);
+        if frame.kind == steadfast_wire::Kind::Control
+            && let Some(message) = crate::aside::decode(frame.payload())
+        {
+            self.heard_aside(host, message);
+            return Ok(());
+        }
         let event = if frame.kind == steadfast_wire::Kind::Control {
             match codec::decode(frame.payload()) {
                 Some(m) if matches!(m.body, Body::Epoch(_) | Body::Chunk { .. }) => {
@@ -454,7 +477,12 @@ impl Engine {
         Ok(())
     }
 
-    fn send(&mut self, to: &HostId, message: Message) {
+    fn send(&mut self, to: &HostId, mut message: Message) {
+        if let Body::Welcome(welcome) = &mut message.body
+            && !self.welcome(to, welcome)
+        {
+            return;
+        }
         let Some(peer) = self.peers.get_mut(to) else {
             return;
         };
@@ -544,6 +572,10 @@ impl Engine {
                 let known = self.remove_peer(&host.clone())?;
                 json!({"ok": true, "was_peer": known})
             }
+            Request::CopyRate { bytes_per_s } => match self.set_copy_rate(*bytes_per_s) {
+                Ok(()) => json!({"ok": true}),
+                Err(why) => failure(&why),
+            },
             _ => failure(&"a protected VM cannot do this; unprotect it first"),
         };
         let _ = call.answer.send(answer);
@@ -641,6 +673,7 @@ impl Engine {
             "promote_us": c.promote_us,
             "audit_stale_pages": self.audited.0,
             "audit_epochs": self.audited.1,
+            "disks": self.disk_status(),
             "log": self.log,
         })
     }
