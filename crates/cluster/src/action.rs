@@ -80,9 +80,11 @@ pub enum Action {
         /// Where.
         host: HostId,
     },
-    /// Move the running VM. With a standby on `to`: a planned promote, after which `from` is the standby. Otherwise a live
-    /// migration, disks too where they are local; VMs that keep replicas leave one on `from`, others leave nothing.
-    /// With [`MoveCause::Drain`] the node writes `home` (unless there is one), with [`MoveCause::BringBack`] it clears it.
+    /// Move the running VM; one task of the node, listed as [`crate::model::Task::Migrate`] until it ends. With a standby in sync
+    /// on `to`: a planned promote. Otherwise a stream to `to` until it has caught up (disks too where they are local), then a
+    /// planned promote; the VM keeps its standbys meanwhile. Afterwards a VM that wants standbys has one on `from`, in sync
+    /// (a surplus one is removed by the next decisions); others leave nothing there.
+    /// With [`MoveCause::Drain`] the node writes `home` (unless there is one), with any other cause it clears it.
     Migrate {
         /// The VM.
         vm: VmId,
@@ -206,6 +208,9 @@ pub enum Because {
     /// No host passes.
     #[error("no host fits: {0}")]
     NoHost(NoHost),
+    /// It could run, but no standby could be made.
+    #[error("no host fits for its standby: {0}; with `host_failures` 0, or the class `none`, it may run without")]
+    NoStandbyHost(NoHost),
     /// Failures could not be absorbed any more.
     #[error(
         "if {failed} failed, {vm} could not go on{}: {short} missing; add hosts or room, or lower `host_failures`",

@@ -21,11 +21,13 @@
 //! request to try, never a right to run.
 
 pub mod action;
+pub mod apply;
 pub mod decide;
 pub mod detector;
 pub mod model;
 pub mod sabotage;
 
 pub use action::{Action, Because, Decision, Decisions, NoHost, Refusal, Wanted};
-pub use decide::decide;
+pub use apply::{apply, settle};
+pub use decide::{Placement, admit, decide};
 pub use sabotage::Sabotage;

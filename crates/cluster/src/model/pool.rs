@@ -94,13 +94,13 @@ pub struct Limits {
     pub migrations_per_host: u32,
     /// Migrations in the pool.
     pub migrations_in_pool: u32,
-    /// Standbys being filled to or from one host.
+    /// Standbys being filled to or from one host. Kept by the node: `decide` names all standbys at once, in order.
     pub copies_per_host: u32,
-    /// VMs starting on one host.
+    /// VMs starting on one host. Kept by the node: `decide` names all starts at once, in order of priority.
     pub starts_per_host: u32,
-    /// Starts of one VM on one host that may fail in a row before another host is taken.
+    /// Starts and resets of one VM on one host that may fail in a row before another host is taken, or it is given up.
     pub start_failures_per_host: u32,
-    /// Pause after a failed start, ms; doubles each time, up to 32 times.
+    /// Pause after a failed start or a crash, ms; doubles each time, up to 32 times.
     pub start_backoff_ms: u64,
     /// Hosts being emptied by an upgrade at a time.
     pub upgrades_at_once: u32,

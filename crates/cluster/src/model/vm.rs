@@ -242,6 +242,21 @@ pub struct Instance {
     pub phase: Phase,
     /// The term it was started or promoted under.
     pub term: Term,
+    /// Its disk answers late or with errors. The guest does not notice: the blocks come from a standby.
+    #[serde(default)]
+    pub disk_fault: bool,
+}
+
+impl Instance {
+    /// An instance whose disks are well.
+    #[must_use]
+    pub const fn new(phase: Phase, term: Term) -> Self {
+        Self {
+            phase,
+            term,
+            disk_fault: false,
+        }
+    }
 }
 
 /// Measured use of a VM, smoothed.
