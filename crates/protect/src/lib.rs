@@ -26,3 +26,4 @@ pub mod store;
 
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};
 pub use run::run;
+pub use steadfast_store::{EtcdSpec, StoreSpec};
