@@ -77,6 +77,8 @@ impl Engine {
                 extra.extend(join.take_all());
             }
         }
+        let carry = std::mem::take(&mut self.carry);
+        extra.extend_from_slice(&carry);
         extra.sort_unstable();
         extra.dedup();
         let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
@@ -98,6 +100,7 @@ impl Engine {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                self.carry = carry;
                 // Pages that were not dirty and yet missing there: nobody else remembers them.
                 for base in bases {
                     if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
@@ -114,6 +117,8 @@ impl Engine {
             }
         };
         self.cut_failures = 0;
+        self.frozen |= freeze;
+        self.throttle.runs();
         let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {

@@ -18,10 +18,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use steadfast_machine::state::PendingFile;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
+use steadfast_machine::state::PendingFile;
 
 /// Longest request line in bytes.
 const LINE_MAX: u64 = 64 << 10;
@@ -222,7 +222,10 @@ pub fn serve(listener: UnixListener, calls: mpsc::SyncSender<Call>) -> io::Resul
                     });
                 if let Err(error) = spawned {
                     open.fetch_sub(1, Ordering::AcqRel);
-                    refuse(&stream, &format!("the VM has no thread for this connection: {error}"));
+                    refuse(
+                        &stream,
+                        &format!("the VM has no thread for this connection: {error}"),
+                    );
                 }
             }
         })?;
@@ -323,7 +326,10 @@ fn server_of(stream: &UnixStream) -> io::Result<u32> {
 
 /// Why there was no answer, as far as it can be told from outside.
 fn no_answer(path: &Path, server: Option<u32>) -> io::Error {
-    let who = server.map_or_else(|| "the VM's process".into(), |pid| format!("the VM's process {pid}"));
+    let who = server.map_or_else(
+        || "the VM's process".into(),
+        |pid| format!("the VM's process {pid}"),
+    );
     let text = match served_by(path) {
         Ok(now) if Some(now) == server => {
             format!("{who} ended the connection without an answer; it still runs: try again, or see its log")
@@ -354,7 +360,10 @@ pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Dura
         &mut control,
         SendFlags::NOSIGNAL,
     );
-    match sent.map_err(io::Error::from).and_then(|sent| stream.write_all(&line.as_bytes()[sent..])) {
+    match sent
+        .map_err(io::Error::from)
+        .and_then(|sent| stream.write_all(&line.as_bytes()[sent..]))
+    {
         // Refused before it was read: the answer says why.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
         done => done?,

@@ -80,12 +80,7 @@ impl Janitor {
     ///
     /// # Errors
     /// No pipe or no process to be had.
-    pub fn start(
-        name: &VmId,
-        files: &[Leftover],
-        folders: &[PathBuf],
-        home: &[PathBuf],
-    ) -> io::Result<Self> {
+    pub fn start(name: &VmId, files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) -> io::Result<Self> {
         let (wait, alive) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let name = name.as_str().to_owned();
         let process = std::process::id();
