@@ -235,6 +235,13 @@ fn disks(rig: &Rig) {
         .unwrap();
     server.reboot().unwrap();
     server.exec("touch /data/writable").unwrap();
+    // A fault that was healed stays so over a power loss.
+    let left: u64 = server
+        .exec("df --output=avail -BM /data | tail -n 1 | tr -dc 0-9")
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(left > 1024, "the data disk is full again: {left} MiB are left");
 }
 
 fn starved(rig: &Rig) {
