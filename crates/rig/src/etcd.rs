@@ -63,16 +63,15 @@ pub fn start(members: &[Server]) -> Result<()> {
 /// # Errors
 /// [`RigError::Timeout`], at once when the member is gone, with the end of its log and the room on its disk.
 pub fn wait_ready(server: &Server, bound: Duration) -> Result<()> {
-    const HEALTH: &str = "ETCDCTL_API=3 etcdctl --endpoints http://127.0.0.1:2379 --command-timeout=20s endpoint health 2>&1";
+    const HEALTH: &str =
+        "ETCDCTL_API=3 etcdctl --endpoints http://127.0.0.1:2379 --command-timeout=20s endpoint health 2>&1";
     let start = Instant::now();
     loop {
         let health = server.shell(HEALTH, Duration::from_secs(25))?;
         if health.success() {
             return Ok(());
         }
-        let runs = server
-            .shell("pgrep -x etcd", Duration::from_secs(20))?
-            .success();
+        let runs = server.shell("pgrep -x etcd", Duration::from_secs(20))?.success();
         if runs && start.elapsed() < bound {
             std::thread::sleep(Duration::from_millis(200));
             continue;

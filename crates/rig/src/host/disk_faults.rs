@@ -68,8 +68,7 @@ impl Server {
         self.load_table("linear", "0", false)?;
         // On a file system that is read-only now there is nothing to remove that could be removed. What is removed must stay
         // so: with a power loss or the next fault soon after, the journal would bring the file back, and a full disk.
-        let remove =
-            format!("[ ! -e {FILLER} ] || {{ rm -f {FILLER} && sync -f /data; }} || [ ! -w /data ]");
+        let remove = format!("[ ! -e {FILLER} ] || {{ rm -f {FILLER} && sync -f /data; }} || [ ! -w /data ]");
         self.exec_within(&remove, BOUND).map(|_| ())
     }
 
