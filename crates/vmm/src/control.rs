@@ -421,3 +421,88 @@ pub fn save(socket: &Path, file: &Path, then: Then, bound: Duration) -> io::Resu
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// A socket, its requests, and what they are still owed.
+    fn served() -> (tempfile::TempDir, PathBuf, mpsc::Receiver<Call>, Answers) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.sock");
+        let (calls, incoming) = mpsc::sync_channel(1);
+        let answers = serve(bind(&path).unwrap(), calls).unwrap();
+        (dir, path, incoming, answers)
+    }
+
+    fn answer_is_there(mut stream: UnixStream) -> String {
+        stream.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 256];
+        let n = stream.read(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..n]).into_owned()
+    }
+
+    #[test]
+    fn who_asks_for_the_end_hears_of_it_before_it_comes() {
+        let (_dir, path, incoming, answers) = served();
+        for _ in 0..300 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(b"{\"verb\":\"stop\"}\n").unwrap();
+            let call = incoming.recv().unwrap();
+            assert_eq!(call.request, Request::Stop);
+            call.answer.send(json!({"ok": true})).unwrap();
+            // The process would end now. Without this the answer is often not there yet.
+            assert_eq!(answers.settle(Duration::from_secs(60)), 0);
+            assert_eq!(answer_is_there(stream), "{\"ok\":true}\n");
+        }
+    }
+
+    #[test]
+    fn requests_that_nobody_takes_are_told_that_the_vm_ends() {
+        let (_dir, path, incoming, answers) = served();
+        let mut streams = Vec::new();
+        for _ in 0..5 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(b"{\"verb\":\"status\"}\n").unwrap();
+            streams.push(stream);
+        }
+        let call = incoming.recv().unwrap();
+        drop((call, incoming));
+        for mut stream in streams {
+            let mut line = String::new();
+            BufReader::new(&mut stream).read_line(&mut line).unwrap();
+            assert!(line.contains("the VM is ending"), "{line:?}");
+        }
+        assert_eq!(answers.settle(Duration::from_secs(60)), 0);
+    }
+
+    #[test]
+    fn one_connection_too_many_is_told_so() {
+        let (_dir, path, _incoming, _answers) = served();
+        let kept: Vec<_> = (0..CONNECTIONS_MAX)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        let refused = ask(&path, &Request::Status, Duration::from_secs(60)).unwrap_err();
+        assert!(
+            refused.to_string().contains("16 connections at a time"),
+            "{refused}"
+        );
+        drop(kept);
+    }
+
+    #[test]
+    fn a_process_that_says_nothing_is_told_from_one_that_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.sock");
+        let listener = bind(&path).unwrap();
+        let silent = std::thread::spawn(move || {
+            drop(listener.accept().unwrap());
+            // The one that looks whether we are still here.
+            drop(listener.accept().unwrap());
+        });
+        let said = ask(&path, &Request::Status, Duration::from_secs(60)).unwrap_err();
+        assert!(said.to_string().contains("it still runs"), "{said}");
+        silent.join().unwrap();
+    }
+}

@@ -91,7 +91,7 @@ impl Janitor {
             0 => {
                 drop(alive);
                 if !serve(&wait, home) {
-                    eprintln!("\rsteadfast: {}\r", was_killed(&name, process, folders));
+                    eprintln!("steadfast: {}\r", was_killed(&name, process, folders));
                 }
                 tidy(files, folders);
                 // SAFETY: ends the child without running the parent's exit handlers.
