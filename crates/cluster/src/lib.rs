@@ -26,6 +26,7 @@ pub mod decide;
 pub mod detector;
 pub mod model;
 pub mod sabotage;
+pub mod synthetic;
 
 pub use action::{Action, Because, Decision, Decisions, NoHost, Refusal, Wanted};
 pub use apply::{apply, settle};

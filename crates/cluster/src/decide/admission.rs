@@ -38,7 +38,9 @@ impl World<'_> {
         let copies = self.hosts[failed].copies.iter().copied();
         let here = copies.filter(|&v| self.vms[v].owner == Some(failed) && self.vms[v].standbys.contains(&t));
         let largest = here.max_by_key(|&v| self.vms[v].vm.spec.resources.memory_bytes);
-        let any = largest.or_else(|| self.hosts[t].copies.first().copied()).unwrap_or(0);
+        let any = largest
+            .or_else(|| self.hosts[t].copies.first().copied())
+            .unwrap_or(0);
         self.vms[any].id().clone()
     }
 
@@ -65,7 +67,10 @@ impl World<'_> {
             let vm = &self.vms[v];
             largest = largest.max(vm.vm.spec.demand());
             plain &= !vm.groups.iter().any(|(_, r)| *r == GroupRule::Apart);
-            plain &= vm.admissible.iter().all(|w| matches!(w, Why::Fits | Why::Witness));
+            plain &= vm
+                .admissible
+                .iter()
+                .all(|w| matches!(w, Why::Fits | Why::Witness));
             if let Some(o) = vm.owner {
                 count[o] += 1;
             }
@@ -94,9 +99,13 @@ impl World<'_> {
                 by_host[o].push(v);
             }
         }
-        let mut hosts: Vec<usize> = (0..self.hosts.len()).filter(|&h| !by_host[h].is_empty()).collect();
+        let mut hosts: Vec<usize> = (0..self.hosts.len())
+            .filter(|&h| !by_host[h].is_empty())
+            .collect();
         let weight = |h: usize| -> u64 {
-            let memory = by_host[h].iter().map(|&v| self.vms[v].vm.spec.resources.memory_bytes);
+            let memory = by_host[h]
+                .iter()
+                .map(|&v| self.vms[v].vm.spec.resources.memory_bytes);
             memory.fold(0, u64::saturating_add)
         };
         hosts.sort_by_key(|&h| (std::cmp::Reverse(weight(h)), h));
@@ -108,7 +117,11 @@ impl World<'_> {
     }
 
     fn play(&self, lost: &[usize], by_host: &[Vec<usize>]) -> Result<(), Because> {
-        let one = if lost.len() == 1 { lost.first().copied() } else { None };
+        let one = if lost.len() == 1 {
+            lost.first().copied()
+        } else {
+            None
+        };
         let mut taken: Vec<Option<Resources>> = vec![None; self.hosts.len()];
         let vms = self.by_priority(lost.iter().flat_map(|&h| by_host[h].iter().copied()).collect());
         for v in vms {
@@ -126,7 +139,8 @@ impl World<'_> {
             match open.min_by_key(|&t| (self.score(v, t, Role::Primary), t)) {
                 Some(t) => taken[t] = Some(taken[t].unwrap_or_default().plus(demand)),
                 None => {
-                    let others = (0..self.hosts.len()).filter(|t| !lost.contains(t) && self.hosts[*t].usable());
+                    let others =
+                        (0..self.hosts.len()).filter(|t| !lost.contains(t) && self.hosts[*t].usable());
                     let short = others
                         .map(|t| demand.minus(room(t)))
                         .min_by_key(|s| (s.memory_bytes, s.cpu_milli, s.disk_bytes));

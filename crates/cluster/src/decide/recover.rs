@@ -74,7 +74,10 @@ fn lost(w: &World, v: usize) -> Option<Lost> {
 fn cancel_migration(w: &mut World, v: usize) {
     if let Some(m) = w.vms[v].migrating {
         let (vm, to) = (w.vms[v].id().clone(), w.host_id(m.to));
-        w.act(Action::CancelMigration { vm, to }, "the VM is lost on its way".into());
+        w.act(
+            Action::CancelMigration { vm, to },
+            "the VM is lost on its way".into(),
+        );
     }
 }
 
@@ -108,7 +111,9 @@ fn promote(w: &mut World, v: usize, lost: Lost) -> bool {
 }
 
 fn what(w: &World, v: usize, lost: Lost) -> String {
-    let host = w.vms[v].owner.map_or_else(String::new, |o| w.host_id(o).to_string());
+    let host = w.vms[v]
+        .owner
+        .map_or_else(String::new, |o| w.host_id(o).to_string());
     match lost {
         Lost::HostDead => format!("its host {host} is dead"),
         Lost::Process(FailureClass::DiskFault) => format!("its disk on {host} failed"),
@@ -186,7 +191,9 @@ fn place_for_boot(w: &World, v: usize, lost: Lost) -> Result<usize, Because> {
             _ => Because::NotFenced(own),
         });
     }
-    let dead: Vec<usize> = (0..w.hosts.len()).filter(|&h| w.hosts[h].host.record.dead()).collect();
+    let dead: Vec<usize> = (0..w.hosts.len())
+        .filter(|&h| w.hosts[h].host.record.dead())
+        .collect();
     // Where a standby waits for the room that its own host's failure asks for, that room is not free.
     let owed = |h: usize| {
         let room = w.hosts[h].free().minus(w.owed(v, h, &dead));
@@ -200,7 +207,18 @@ fn place_for_boot(w: &World, v: usize, lost: Lost) -> Result<usize, Because> {
                 replicas.iter().map(|&h| w.host_id(h)).collect(),
             ));
         }
-        w.best_of(v, Role::Primary, 0..w.hosts.len(), |_| None)
+        // Not on the disk that has just failed, if there is another.
+        let failing = |h: usize| {
+            (h == owner && lost == Lost::Process(FailureClass::DiskFault)).then_some(Obstacle::Disks)
+        };
+        w.best_of(v, Role::Primary, 0..w.hosts.len(), failing)
+            .or_else(|none| {
+                if failing(owner).is_some() {
+                    w.best(v, Role::Primary)
+                } else {
+                    Err(none)
+                }
+            })
     } else {
         w.best_of(v, Role::Primary, 0..w.hosts.len(), owed)
             .or_else(|_| w.best(v, Role::Primary))

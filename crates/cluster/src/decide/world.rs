@@ -394,7 +394,11 @@ impl<'a> World<'a> {
         let rank = |x: usize| {
             let vm = &self.vms[x];
             let primary = vm.owner == Some(h);
-            (std::cmp::Reverse(primary), std::cmp::Reverse(vm.vm.spec.priority), x)
+            (
+                std::cmp::Reverse(primary),
+                std::cmp::Reverse(vm.vm.spec.priority),
+                x,
+            )
         };
         self.apart_from(v, h).any(|other| rank(other) < rank(v))
     }
@@ -404,9 +408,10 @@ impl<'a> World<'a> {
         let mine = &self.vms[v].groups;
         let hard = move |x: &usize| {
             *x != v
-                && self.vms[*x].groups.iter().any(|(g, rule)| {
-                    *rule == GroupRule::Apart && mine.iter().any(|(m, _)| m == g)
-                })
+                && self.vms[*x]
+                    .groups
+                    .iter()
+                    .any(|(g, rule)| *rule == GroupRule::Apart && mine.iter().any(|(m, _)| m == g))
         };
         let copies = if mine.iter().any(|(_, r)| *r == GroupRule::Apart) {
             Some(self.hosts[h].copies.iter().copied())
@@ -423,14 +428,22 @@ impl<'a> World<'a> {
             return 0;
         }
         let member = |x: &&usize| {
-            **x != v && self.vms[**x].groups.iter().any(|g| g.1 == rule && mine.contains(g))
+            **x != v
+                && self.vms[**x]
+                    .groups
+                    .iter()
+                    .any(|g| g.1 == rule && mine.contains(g))
         };
         self.hosts[h].copies.iter().filter(member).count()
     }
 
     /// Migrations under way in the pool.
     pub fn migrations(&self) -> u32 {
-        let count = self.tasks.iter().filter(|t| matches!(t, Task::Migrate { .. })).count();
+        let count = self
+            .tasks
+            .iter()
+            .filter(|t| matches!(t, Task::Migrate { .. }))
+            .count();
         u32::try_from(count).unwrap_or(u32::MAX)
     }
 
