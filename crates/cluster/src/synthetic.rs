@@ -142,8 +142,15 @@ pub fn run(s: &mut Snapshot, rounds_max: usize, mut after: impl FnMut(&Snapshot)
     for _ in 0..rounds_max {
         let d = decide(s);
         if d.actions.is_empty() {
-            run.rounds.push(d);
-            return run;
+            // What was under way before may still end.
+            let before = s.clone();
+            settle(s);
+            if *s == before {
+                run.rounds.push(d);
+                return run;
+            }
+            after(s);
+            continue;
         }
         for decision in &d.actions {
             apply(s, &decision.action);

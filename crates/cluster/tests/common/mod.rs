@@ -108,11 +108,11 @@ pub fn check_apart(s: &Snapshot) -> Result<(), String> {
     Ok(())
 }
 
-/// Every VM that is on, was started, and is protected, runs on a host that is up.
+/// Every VM that is on, was started and not stopped in order since, and is protected, runs on a host that is up.
 pub fn check_all_run(s: &Snapshot) -> Result<(), String> {
     for (id, vm) in &s.vms {
         let wanted = vm.spec.power == Power::On && vm.spec.protection != Protection::None;
-        if !wanted || vm.state.term == steadfast_types::Term::ZERO {
+        if !wanted || vm.state.owner.is_none() {
             continue;
         }
         let up = vm
