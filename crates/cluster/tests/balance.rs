@@ -63,6 +63,7 @@ fn crowded(class: Protection) -> Snapshot {
     for n in 0..8 {
         let mut x = vm(&format!("v{n}"), class).unwrap();
         x.spec.resources.cpu_milli = 4000;
+        x.spec.disks[0].bytes = 2 << 30;
         add(&mut s, x);
     }
     // The other hosts come later.
@@ -146,11 +147,11 @@ fn network_and_dirty_rate_count_and_what_would_not_converge_stays() {
     let mut s = crowded(Protection::None);
     // The link of the first host is full of one VM's traffic.
     for x in s.hosts.values_mut() {
-        x.record.link_bytes_per_s = 100 << 20;
+        x.record.link_bytes_per_s = 1000 << 20;
     }
     let traffic = |id: &VmId| VmLoad {
-        net_bytes_per_s: if *id == v("v0") { 30 << 20 } else { 9 << 20 },
-        dirty_bytes_per_s: if *id == v("v0") { 90 << 20 } else { 1 << 20 },
+        net_bytes_per_s: if *id == v("v0") { 300 << 20 } else { 90 << 20 },
+        dirty_bytes_per_s: if *id == v("v0") { 900 << 20 } else { 10 << 20 },
         ..cpu(100)
     };
     measure(&mut s, traffic);
