@@ -261,21 +261,21 @@ fn finish_migration(snap: &mut Snapshot, id: &VmId, from: &HostId, to: &HostId, 
         return;
     }
     take_over(vm, to);
+    set_phase(vm, to, Phase::Running);
     let wants_standbys = vm.spec.standbys_wanted() > 0;
+    if wants_standbys {
+        set_phase(vm, from, Phase::Standby);
+    }
     let s = &mut vm.state;
     s.ready = true;
     s.moved_ms = Some(now);
     s.replicas.insert(to.clone());
-    s.instances
-        .insert(to.clone(), Instance::new(Phase::Running, s.term));
     if wants_standbys {
         let synced = Standby {
             in_sync: true,
             lag_ms: 0,
         };
         s.standbys.insert(from.clone(), synced);
-        s.instances
-            .insert(from.clone(), Instance::new(Phase::Standby, s.term));
     } else {
         s.replicas.remove(from);
         s.instances.remove(from);

@@ -27,6 +27,8 @@ pub(crate) struct HostX<'a> {
     pub reserve: Reserve,
     /// VMs with a copy here (owner, standby, replica, left-over, target of a migration).
     pub copies: BTreeSet<usize>,
+    /// What floating VMs that wait to be booted will take here.
+    pub pending: Resources,
     /// Migrations from or to it.
     pub migrations: u32,
     /// Load that moves under way or just decided will add or take: CPU, memory, network.
@@ -136,6 +138,7 @@ impl<'a> World<'a> {
                 used: Resources::ZERO,
                 reserve: Reserve::new(pool.host_failures),
                 copies: BTreeSet::new(),
+                pending: Resources::ZERO,
                 migrations: 0,
                 shift: [0; 3],
             })
@@ -403,16 +406,18 @@ impl<'a> World<'a> {
         self.apart_from(v, h).any(|other| rank(other) < rank(v))
     }
 
+    /// The two must be apart.
+    pub fn apart(&self, v: usize, x: usize) -> bool {
+        let mine = &self.vms[v].groups;
+        let shared =
+            |(g, rule): &(usize, GroupRule)| *rule == GroupRule::Apart && mine.iter().any(|(m, _)| m == g);
+        v != x && self.vms[x].groups.iter().any(shared)
+    }
+
     /// VMs with a copy on `h` that `v` must be apart from.
     pub fn apart_from(&self, v: usize, h: usize) -> impl Iterator<Item = usize> {
         let mine = &self.vms[v].groups;
-        let hard = move |x: &usize| {
-            *x != v
-                && self.vms[*x]
-                    .groups
-                    .iter()
-                    .any(|(g, rule)| *rule == GroupRule::Apart && mine.iter().any(|(m, _)| m == g))
-        };
+        let hard = move |x: &usize| self.apart(v, *x);
         let copies = if mine.iter().any(|(_, r)| *r == GroupRule::Apart) {
             Some(self.hosts[h].copies.iter().copied())
         } else {
