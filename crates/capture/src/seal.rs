@@ -69,7 +69,7 @@ impl Capture {
     }
 
     /// Stops the machine, seals what changed since the last cut and also the pages `extra` (rising), calls `at_cut`
-    /// while all stands still, and lets the machine run on, unless `freeze`.
+    /// with the sealed pages while all stands still, and lets the machine run on, unless `freeze`.
     ///
     /// # Errors
     /// [`CaptureError`]; the dirty pages are dirty again.
@@ -78,7 +78,7 @@ impl Capture {
         machine: &Machine,
         extra: &[Gfn],
         freeze: bool,
-        at_cut: impl FnOnce(&mut Quiesced<'_>),
+        at_cut: impl FnOnce(&mut Quiesced<'_>, &SealedPages),
     ) -> Result<Sealed, CaptureError> {
         let start = Instant::now();
         let mut times = CutTimes::default();
@@ -87,7 +87,7 @@ impl Capture {
         let mut dirty = std::mem::take(&mut self.dirty);
         let sealed = self.seal(machine, &mut still, &mut dirty, extra, &mut times, start);
         match &sealed {
-            Ok(_) => at_cut(&mut still),
+            Ok((pages, _)) => at_cut(&mut still, pages),
             Err(_) => still.merge_back(&dirty),
         }
         self.dirty = dirty;

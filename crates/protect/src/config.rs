@@ -30,6 +30,9 @@ pub struct ProtectSpec {
     /// Longest interval between cuts in microseconds, also while the VM is idle; none: the policy's own, which backs off.
     #[serde(default)]
     pub max_interval_us: Option<u64>,
+    /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
+    #[serde(default)]
+    pub audit: Option<PathBuf>,
 }
 
 fn yes() -> bool {

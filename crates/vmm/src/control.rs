@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -57,6 +58,22 @@ pub enum Request {
         /// The host, a standby in sync.
         to: steadfast_types::HostId,
     },
+    /// Open a link to another host's instance of a protected VM; if this one runs the VM, mirror to it. A host that is a
+    /// peer already is left as it is.
+    AddPeer {
+        /// The host.
+        host: steadfast_types::HostId,
+        /// Addresses, one for each replication path: where this host listens (its name is the smaller), or connects.
+        paths: Vec<SocketAddr>,
+        /// Mirror to it whenever this instance runs the VM.
+        #[serde(default = "yes")]
+        standby: bool,
+    },
+    /// Mirror to this host no more, and close the link. Without any peer the VM runs unprotected.
+    RemovePeer {
+        /// The host.
+        host: steadfast_types::HostId,
+    },
     /// End the VM at once.
     Stop,
     /// Bytes for the serial port.
@@ -64,6 +81,10 @@ pub enum Request {
         /// The text.
         text: String,
     },
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a VM does after a save.

@@ -474,7 +474,7 @@ impl Process<'_> {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
-            Request::HandOver { .. } => (
+            Request::HandOver { .. } | Request::AddPeer { .. } | Request::RemovePeer { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,
             ),
