@@ -210,6 +210,8 @@ pub fn serve(
 ) -> io::Result<Sender<Ask>> {
     let (ask, asked) = channel();
     std::thread::Builder::new().name("store".into()).spawn(move || {
+        // A takeover waits for its answer.
+        crate::priority::raise("the store");
         for question in asked {
             reply(match question {
                 Ask::Read(id) => match store.read() {
