@@ -292,6 +292,7 @@ impl Engine {
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
         self.set_holds(HoldMode::Hold);
         self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.hurry_stops();
         self.vm.machine.resume();
         let wanted: Vec<HostId> = self
             .peers

@@ -222,6 +222,8 @@ pub fn serve(
 ) -> io::Result<Sender<Ask>> {
     let (ask, asked) = channel();
     std::thread::Builder::new().name("store".into()).spawn(move || {
+        // A takeover waits for its answer.
+        crate::priority::raise("the store");
         while let Ok(first) = asked.recv() {
             // The engine awaits one answer at a time: what waited behind a slow one was given up, but for the last.
             let mut question = first;
