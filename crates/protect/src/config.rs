@@ -28,6 +28,12 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
+    #[serde(default)]
+    pub audit: Option<PathBuf>,
+    /// Longest interval between cuts in microseconds, also while the VM is idle; none: the policy's own, which backs off.
+    #[serde(default)]
+    pub max_interval_us: Option<u64>,
 }
 
 fn yes() -> bool {

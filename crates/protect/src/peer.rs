@@ -105,6 +105,8 @@ pub struct Peer {
     pub host: HostId,
     /// The link.
     pub link: Link,
+    /// Under which number volumes keep account of what this host lacks; stays for the life of the peer.
+    pub slot: usize,
     /// Mirror to it when primary.
     pub wanted: bool,
     /// A session stands.
@@ -134,6 +136,7 @@ impl Peer {
         vm: &VmId,
         spec: &ProtectSpec,
         peer: &PeerSpec,
+        slot: usize,
         pages: Vec<(u64, u64)>,
         inputs: &Inputs,
     ) -> Result<Self, OpenError> {
@@ -167,7 +170,7 @@ impl Peer {
         let mut raised = false;
         let link = Link::open(config, move |event| {
             if !std::mem::replace(&mut raised, true) {
-                crate::raise_priority("a link");
+                crate::priority::raise("a link");
             }
             to.send(Input::Link(host.clone(), event));
         })?;
@@ -176,6 +179,7 @@ impl Peer {
         Ok(Self {
             host: peer.host.clone(),
             link,
+            slot,
             wanted: peer.standby,
             connected: false,
             join: None,
@@ -195,6 +199,13 @@ impl Peer {
         self.backlog.clear();
         self.pending = None;
         self.stager.forget();
+    }
+
+    /// A new session begins: what the peer did not take of the old one, it does not have. The next record refers to
+    /// nothing before it.
+    pub fn begin_session(&mut self) {
+        self.next = None;
+        self.encoder.reset();
     }
 
     /// Sends frames in order; what the link does not take now waits (bounded by the protocol's window of epochs).

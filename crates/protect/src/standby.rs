@@ -35,6 +35,8 @@ impl Engine {
         self.note(format!("full copy {join} begins"));
         self.staged.clear();
         self.state.clear();
+        self.memory = None;
+        self.base = (None, true);
         self.disks.begin_copy(join);
     }
 
@@ -57,6 +59,9 @@ impl Engine {
             self.note(format!("epoch {epoch} should be staged but is not here"));
             return;
         };
+        if std::mem::take(&mut self.base.1) {
+            self.base.0 = Some(epoch.epoch);
+        }
         if !self.disks.is_empty() {
             match self.disks.stage(epoch, flush, &record) {
                 Ok(events) => self.events.extend(events),
@@ -78,7 +83,9 @@ impl Engine {
 
     /// Applies committed epochs, whole and in order (I3).
     pub(crate) fn apply(&mut self, through: Epoch) {
-        if !self.apply_memory(through) {
+        if let Err(error) = self.apply_memory(through) {
+            self.note(error);
+            self.events.push_back(Event::StateLost);
             return;
         }
         if self.disks.is_empty() {
@@ -88,20 +95,49 @@ impl Engine {
         }
     }
 
-    fn apply_memory(&mut self, through: Epoch) -> bool {
+    /// I3: each epoch on exactly the one before it, the first on the copy that it completes.
+    fn apply_memory(&mut self, through: Epoch) -> Result<(), String> {
         while let Some(entry) = self.staged.first_entry().filter(|e| *e.key() <= through) {
             let (epoch, record) = entry.remove_entry();
-            if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
-                self.note(format!("epoch {epoch} cannot be applied: {error}"));
-                self.events.push_back(Event::StateLost);
-                return false;
+            let follows = match self.memory.take() {
+                Some(at) => epoch == at.next(),
+                None => self.base.0 == Some(epoch),
+            };
+            if !follows {
+                return Err(format!("epoch {epoch} does not follow what memory holds"));
             }
+            record
+                .apply(&mut RamSink(self.vm.machine.ram()))
+                .map_err(|error| format!("epoch {epoch} cannot be applied: {error}"))?;
+            self.memory = Some(epoch);
+            self.compare(epoch, record.term());
             if !record.device().is_empty() {
                 self.state.clear();
                 self.state.extend_from_slice(record.device());
             }
         }
-        true
+        match self.memory {
+            Some(at) if at == through => Ok(()),
+            at => Err(format!(
+                "memory stands at epoch {at:?} where {through} was to be applied"
+            )),
+        }
+    }
+
+    fn compare(&mut self, epoch: Epoch, term: Term) {
+        let Some(audit) = &self.audit else { return };
+        let Some(stale) = audit.compare(self.vm.machine.ram(), epoch.0, term.0) else {
+            return;
+        };
+        self.audited.0 += stale.len() as u64;
+        self.audited.1 += 1;
+        if !stale.is_empty() {
+            self.note(format!(
+                "AUDIT: epoch {epoch} of term {term}: {} stale pages: {:?}",
+                stale.len(),
+                &stale[..stale.len().min(8)]
+            ));
+        }
     }
 
     pub(crate) fn truncate(&mut self, after: EpochRef) {
@@ -120,7 +156,9 @@ impl Engine {
     pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
         let began = Instant::now();
         let _never = self.staged.split_off(&at.epoch.next());
-        let _whole = self.apply_memory(at.epoch);
+        let whole = self.apply_memory(at.epoch);
+        // I3: better no guest than one whose memory is of two instants.
+        whole.map_err(|why| machine_failed(MachineError::State(StateError::Refused(why))))?;
         // The protocol stands beyond these reports.
         self.events.clear();
         let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| {
