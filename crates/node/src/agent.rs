@@ -142,7 +142,7 @@ impl Agent {
             }
             self.started.insert(id.clone(), Instant::now());
             let how = How::Standby(vm.term());
-            if let Err(error) = self.node.instances.start(id, &vm.stored, &how, &pool.hosts) {
+            if let Err(error) = self.node.instances.start(id, vm, &how, &pool.hosts) {
                 self.node
                     .event("vm", id.as_str(), format!("its standby here cannot be started: {error}"), None);
             }
@@ -160,6 +160,9 @@ impl Agent {
             return Ok(());
         }
         if instances.pid(id).is_some() {
+            if meta.hot && vm.copies().contains(me) {
+                instances.update_peers(id, vm, &pool.hosts)?;
+            }
             // The class may have been changed meanwhile.
             return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);
         }
@@ -283,7 +286,13 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
     if spec.protection == Protection::Restart && left < pool.timings.lease_ms / 2 {
         return refused(format!("host {me} has no lease now, so it may not start VM {id}"));
     }
-    if node.instances.meta(id).is_some() {
+    if let Some(meta) = node.instances.meta(id) {
+        let alive = node.instances.pid(id).is_some() && meta.stopping.is_none();
+        let ours = vm.owner() == Some(me) || vm.owner().is_none() && meta.term == term;
+        if alive && meta.start && ours {
+            // Begun already, and not reported yet when this was decided.
+            return Ok(());
+        }
         // What is left of an earlier run, or a standby's process: the new start begins from the disks.
         node.instances.end(id)?;
     }
@@ -294,7 +303,7 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
         }
         false => How::Plain(claim(node, id, vm, me)?),
     };
-    let started = node.instances.start(id, &vm.stored, &how, &pool.hosts);
+    let started = node.instances.start(id, vm, &how, &pool.hosts);
     if let Err(error) = &started {
         count_failure(node, id, me, now_ms())?;
         node.event("vm", id.as_str(), format!("it could not be started: {error}"), None);

@@ -204,7 +204,7 @@ pub async fn add(spec: &StoreSpec, name: &str, peer: &str) -> Result<String> {
     let mut all = members(spec).await?;
     if !all.iter().any(|m| m.peer == peer) {
         let options = MemberAddOptions::new().with_is_learner();
-        let added = client(spec).await?.cluster_client().member_add([peer], Some(options)).await;
+        let added = client(spec).await?.cluster_client().member_add(vec![peer.to_owned()], Some(options)).await;
         added.map_err(|e| NodeError::Etcd(format!("cannot add member {name}: {e}")))?;
         all = members(spec).await?;
     }

@@ -7,6 +7,7 @@
 use crate::config::{Folders, NodeConfig, write_file};
 use crate::error::{IoContext, NodeError, Result};
 use crate::guard;
+use crate::pool::PoolVm;
 use crate::records::{HostInfo, InstanceReport, StoredVm, now_ms};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,8 @@ pub const LINKS: u16 = 16;
 pub const PROTECTED_MAX: u16 = 798;
 /// How long a status is awaited.
 const STATUS_BOUND: Duration = Duration::from_millis(500);
+/// How long an instance may take to open or close a link.
+const PEER_BOUND: Duration = Duration::from_secs(3);
 /// How long a process may take to end when told to.
 const END_BOUND: Duration = Duration::from_secs(10);
 /// A log longer than this is begun anew at the next start, bytes.
@@ -162,10 +165,11 @@ impl Instances {
     pub fn start(
         &self,
         id: &VmId,
-        vm: &StoredVm,
+        entry: &PoolVm,
         how: &How,
         hosts: &BTreeMap<HostId, HostInfo>,
     ) -> Result<()> {
+        let vm = &entry.stored;
         if self.pid(id).is_some() {
             return Ok(());
         }
@@ -187,7 +191,7 @@ impl Instances {
         command.arg("vmm").arg("--spec").arg(&spec);
         if hot {
             let protect = folder.join("protect.json");
-            let mut settings = self.protection(&config, vm, hosts)?;
+            let mut settings = self.protection(&config, entry, hosts)?;
             settings.start = start;
             write_json(&protect, &settings)?;
             command.arg("--protect").arg(&protect);
@@ -250,18 +254,57 @@ impl Instances {
         serde_json::from_str(&text).map_err(wrong)
     }
 
+    /// Links this host's instance with those hosts that have, or shall have, one too, and with no others.
+    ///
+    /// # Errors
+    /// The instance does not answer, or its folder cannot be written. The next round goes on.
+    pub fn update_peers(&self, id: &VmId, entry: &PoolVm, hosts: &BTreeMap<HostId, HostInfo>) -> Result<()> {
+        let wanted = self.protection(&self.config(), entry, hosts)?.peers;
+        let path = self.folder(id).join("protect.json");
+        let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
+        let mut now: ProtectSpec =
+            serde_json::from_slice(&text).map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
+        for peer in &wanted {
+            if now.peers.iter().any(|p| p.host == peer.host) {
+                continue;
+            }
+            let add = Request::AddPeer {
+                host: peer.host.clone(),
+                paths: peer.paths.clone(),
+                standby: true,
+            };
+            self.ask(id, &add, PEER_BOUND)?;
+            now.peers.push(peer.clone());
+            write_json(&path, &now)?;
+        }
+        for gone in now.peers.clone() {
+            if wanted.iter().any(|p| p.host == gone.host) {
+                continue;
+            }
+            let remove = Request::RemovePeer {
+                host: gone.host.clone(),
+            };
+            self.ask(id, &remove, PEER_BOUND)?;
+            now.peers.retain(|p| p.host != gone.host);
+            write_json(&path, &now)?;
+        }
+        Ok(())
+    }
+
     fn protection(
         &self,
         config: &NodeConfig,
-        vm: &StoredVm,
+        entry: &PoolVm,
         hosts: &BTreeMap<HostId, HostInfo>,
     ) -> Result<ProtectSpec> {
+        let vm = &entry.stored;
+        let involved = entry.copies();
         let me = hosts
             .get(&config.host)
             .ok_or_else(|| NodeError::NotFound(format!("host {} in the pool", config.host)))?;
         let peers = hosts
             .iter()
-            .filter(|(id, info)| **id != config.host && !info.record.witness)
+            .filter(|(id, _)| **id != config.host && involved.contains(id))
             .map(|(id, info)| PeerSpec {
                 host: id.clone(),
                 paths: link(vm.index, (&config.host, me), (id, info)),
@@ -280,6 +323,11 @@ impl Instances {
                 key: tls.key,
             }),
             suspect_ms: SUSPECT_MS,
+            audit: None,
+            max_interval_us: match vm.record.protection {
+                Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
+                _ => None,
+            },
         })
     }
 

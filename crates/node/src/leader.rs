@@ -15,14 +15,14 @@ use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{
-    HostInfo, LEADER, Leader, Timings, VmMemory, host_info, json, now_ms, update, vm_state,
+    HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state,
 };
 use crate::etcd;
 use hyper::Method;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use steadfast_cluster::model::{AlarmKey, Phase};
+use steadfast_cluster::model::{AlarmKey, Instance, Phase};
 use steadfast_cluster::{Action, Decision, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -33,6 +33,8 @@ const ROUND: Duration = Duration::from_millis(500);
 const ACT_BOUND: Duration = Duration::from_secs(60);
 /// How long a host may take to say that it is there.
 const PING_BOUND: Duration = Duration::from_secs(2);
+/// A start that was sent is believed for so long without a report of it.
+const UNREPORTED: Duration = Duration::from_secs(4);
 /// Events kept.
 const EVENTS_MAX: usize = 5000;
 /// Tasks kept after their end, ms.
@@ -54,6 +56,8 @@ pub struct Decider {
     /// Refusals that were told already.
     told: HashSet<String>,
     running_since: HashMap<VmId, u64>,
+    /// Starts that were sent lately: their hosts may not have reported them yet.
+    begun: HashMap<(VmId, HostId), Instant>,
     round: u64,
 }
 
@@ -69,6 +73,7 @@ impl Decider {
             under_way: Arc::default(),
             told: HashSet::new(),
             running_since: HashMap::new(),
+            begun: HashMap::new(),
             round: 0,
         }
     }
@@ -101,7 +106,15 @@ impl Decider {
             .look(&pool, read_at);
         self.remember_owners(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
-        let snapshot = pool.snapshot(Some(&observed));
+        let mut snapshot = pool.snapshot(Some(&observed));
+        self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
+        for (vm, host) in self.begun.keys() {
+            let Some(vm) = snapshot.vms.get_mut(vm) else { continue };
+            if vm.state.owner.as_ref() == Some(host) {
+                let starting = Instance::new(Phase::Starting, vm.state.term);
+                vm.state.instances.entry(host.clone()).or_insert(starting);
+            }
+        }
         let decisions = decide(&snapshot);
         for decision in decisions.actions {
             self.carry_out(&pool, decision).await;
@@ -235,7 +248,10 @@ impl Decider {
         Ok(())
     }
 
-    async fn carry_out(&self, pool: &Pool, decision: Decision) {
+    async fn carry_out(&mut self, pool: &Pool, decision: Decision) {
+        if let Action::StartVm { vm, host, .. } = &decision.action {
+            self.begun.insert((vm.clone(), host.clone()), Instant::now());
+        }
         let key = decision.action.to_string();
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         if !under_way.insert(key.clone()) {
@@ -433,14 +449,4 @@ pub fn resign(node: &Node) -> Result<()> {
         }))
     })
     .map(|_| ())
-}
-
-/// How long a failure may go unnoticed at most, for people.
-#[must_use]
-pub fn detection_bound(t: &Timings) -> BTreeMap<&'static str, Duration> {
-    let ms = Duration::from_millis;
-    BTreeMap::from([
-        ("host dead (ft VMs are faster: their standbys notice themselves)", ms(t.dead_ms + t.report_ms) + 2 * ROUND),
-        ("restart VMs of a dead host", ms(t.lease_ms + t.lease_margin_ms + t.report_ms) + 2 * ROUND),
-    ])
 }

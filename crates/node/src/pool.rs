@@ -32,6 +32,17 @@ impl PoolVm {
         (self.memory.stopped != Some(record.term)).then_some(&record.owner)
     }
 
+    /// Hosts that have, or shall have, a copy of it: owner, standbys, and an owner that has just lost it.
+    #[must_use]
+    pub fn copies(&self) -> BTreeSet<HostId> {
+        let mut all = self.memory.standbys.clone();
+        all.extend(self.owner().cloned());
+        if self.stored.record.standbys_wanted() > 0 {
+            all.extend(self.memory.last_owner.clone());
+        }
+        all
+    }
+
     /// The fencing number.
     #[must_use]
     pub fn term(&self) -> Term {
