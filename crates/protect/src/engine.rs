@@ -11,6 +11,7 @@ use crate::disks::Disks;
 use crate::input::{Input, Inputs};
 use crate::peer::{Peer, Record};
 use crate::store::{self, Ask, Store, random_u64};
+use crate::timeline::Timeline;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -95,6 +96,7 @@ pub struct Engine {
     /// Machine state of the newest applied epoch.
     pub(crate) state: Vec<u8>,
     pub(crate) counters: Counters,
+    pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
     store: Sender<Ask>,
@@ -151,6 +153,7 @@ impl Engine {
             arrived: None,
             state: Vec::new(),
             counters: Counters::default(),
+            timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
             store,
@@ -239,7 +242,10 @@ impl Engine {
                 self.events.push_back(Event::JournalSynced { through });
             }
             Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
-            Action::Commit { through } => self.events.extend(self.disks.commit(through, false)),
+            Action::Commit { through } => {
+                self.timeline.committed(through, self.now());
+                self.events.extend(self.disks.commit(through, false));
+            }
             Action::Release { through } => self.release(through),
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
@@ -267,7 +273,10 @@ impl Engine {
             } => self.promote(term, at, released)?,
             Action::ColdBoot { term, at } => self.cold_boot(term, at)?,
             Action::StopGuest { keep } => self.stop_guest(keep)?,
-            Action::Notice(notice) => self.note(format!("{notice:?}")),
+            Action::Notice(notice) => {
+                self.timeline.notice(&notice, self.now());
+                self.note(format!("{notice:?}"));
+            }
         }
         Ok(())
     }
@@ -362,6 +371,7 @@ impl Engine {
     /// A frame: a message, or a piece of the bulk of the message before it. The protocol hears of a message with bulk
     /// only when all of it is here and valid.
     fn received(&mut self, host: &HostId, frame: Frame) -> Result<(), ProcessError> {
+        self.timeline.heard(host, self.now());
         let Some(peer) = self.peers.get_mut(host) else {
             return Ok(());
         };
@@ -527,6 +537,7 @@ impl Engine {
             "last_state_us": us(c.last.state),
             "frames_released": c.released,
             "promote_us": c.promote_us,
+            "timeline": self.timeline.status(self.now()),
             "log": self.log,
         })
     }

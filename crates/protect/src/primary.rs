@@ -59,6 +59,7 @@ impl Engine {
                     bases: BTreeMap::new(),
                 },
             ));
+            self.timeline.sealed(epoch, self.now());
             self.events.push_back(Event::Sealed(SealedEpoch {
                 epoch,
                 bytes: 0,
@@ -140,6 +141,7 @@ impl Engine {
         }
         let bytes = record.bytes();
         self.sealed.push_back((epoch, record));
+        self.timeline.sealed(epoch, self.now());
         self.events.push_back(Event::Sealed(SealedEpoch {
             epoch,
             bytes,
@@ -237,8 +239,12 @@ impl Engine {
     /// Lets the outputs of committed epochs out.
     pub(crate) fn release(&mut self, through: Epoch) {
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let before = self.counters.released;
         for h in holds {
             self.counters.released += h.release(through.0);
+        }
+        if self.counters.released > before {
+            self.timeline.released(self.now());
         }
     }
 

@@ -144,6 +144,7 @@ impl Engine {
         for nic in &self.vm.nics {
             nic.announce();
         }
+        self.timeline.running(self.now());
         let took = began.elapsed().as_micros() as u64;
         self.counters.promote_us = Some(took);
         self.note(format!(

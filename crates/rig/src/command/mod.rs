@@ -40,6 +40,9 @@ pub struct UpOptions {
     /// Give the servers the Debian guest's images under /guests/debian (made once, about a minute)
     #[arg(long)]
     pub debian: bool,
+    /// Give the servers the service disk as /dev/rig/guests-service (redis and a web server for the mini guest)
+    #[arg(long)]
+    pub service: bool,
     /// Start an etcd member on every server
     #[arg(long)]
     pub etcd: bool,
