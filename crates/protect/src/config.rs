@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use steadfast_store::StoreSpec;
 use steadfast_types::HostId;
 
 /// Protection of a VM, as JSON.
@@ -11,8 +12,8 @@ use steadfast_types::HostId;
 pub struct ProtectSpec {
     /// This host.
     pub host: HostId,
-    /// Folder of the embedded store, shared by all hosts of the VM.
-    pub store: PathBuf,
+    /// The store, the same for all hosts of the VM: a folder (a plain string), or `{"etcd": {"endpoints": [...], ...}}`.
+    pub store: StoreSpec,
     /// The other hosts that may run or mirror this VM.
     pub peers: Vec<PeerSpec>,
     /// Start the VM here from power-on, unless the store says that another host owns it.

@@ -24,6 +24,7 @@ mod timeline;
 
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};
 pub use run::run;
+pub use steadfast_store::{EtcdSpec, StoreSpec};
 
 /// Gives the calling thread precedence over vCPUs, so that a busy guest cannot delay its own protection. Where the host
 /// does not allow it, it is said once and the VM is protected all the same, at the mercy of the scheduler.

@@ -4,7 +4,7 @@ use crate::config::ProtectSpec;
 use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
-use crate::store::FileStore;
+use crate::store::RecordStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
@@ -37,12 +37,12 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             "a VM with writable disks has at most {SLOTS} other hosts; name fewer peers"
         )));
     }
-    let store = FileStore::new(protect.store.clone(), spec.name.clone())
-        .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+    let store =
+        RecordStore::open(&protect.store, spec.name.clone()).map_err(|e| setting(format!("store: {e}")))?;
     if protect.start {
         store
             .create(&protect.host)
-            .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+            .map_err(|e| setting(format!("store: {e}")))?;
     }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
