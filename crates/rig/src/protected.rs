@@ -155,7 +155,12 @@ impl<'r> Protected<'r> {
                 .collect::<Result<Vec<String>>>()?;
             peers.push(json!({"host": server.name(), "paths": paths}));
         }
-        let endpoints: Vec<String> = etcd::endpoints(servers)?.split(',').map(str::to_string).collect();
+        // Its own member first: the others may be the ones that die.
+        let own_first = [&servers[own..], &servers[..own]].concat();
+        let endpoints: Vec<String> = etcd::endpoints(&own_first)?
+            .split(',')
+            .map(str::to_string)
+            .collect();
         Ok(json!({
             "host": servers[own].name(),
             "store": {"etcd": {"endpoints": endpoints, "timeout_ms": 1000}},
@@ -233,6 +238,16 @@ impl<'r> Protected<'r> {
             }
         }
         Ok(None)
+    }
+
+    /// Ends the instance on a server, as if its process were killed in order; waits for its end.
+    pub fn stop(&self, on: &Server) -> Result<()> {
+        let Some(pid) = self.pids[self.index(on)?] else {
+            return Ok(());
+        };
+        on.exec(&format!("steadfast vm stop {}", self.plan.name))?;
+        on.wait_for(&format!("! kill -0 {pid} 2>/dev/null"), SHORT)
+            .map(|_| ())
     }
 
     /// What it is.

@@ -73,8 +73,8 @@ pub enum Verb {
         #[arg(long)]
         no_debian: bool,
     },
-    /// Show it: a Linux guest on a simulated server is saved and goes on in another process
-    Demo,
+    /// Show it: a Linux with redis, protected on three simulated servers, goes on when two of them die
+    Demo(demo::DemoOptions),
     /// Start simulated servers, and leave them running
     Up(UpOptions),
     /// End everything
