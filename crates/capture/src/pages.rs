@@ -1,6 +1,7 @@
 //! The arena: page buffers that are allocated and touched before the first cut, and used again.
 //!
-//! First touch is dear (FACTS: 1.3 s against 80 ms for 128 MiB), so a pause must not pay for it.
+//! First touch is dear (FACTS: 1.3 s against 80 ms for 128 MiB), so a pause must not pay for it. Buffers are slabs of one
+//! size, so that any fits any set of pages and none is ever grown or moved.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use steadfast_types::{Gfn, PAGE_SIZE};
@@ -8,84 +9,105 @@ use steadfast_types::{Gfn, PAGE_SIZE};
 /// One page of guest memory.
 pub type Page = [u8; PAGE_SIZE as usize];
 
+/// Pages of a slab: 1 MiB.
+const SLAB_PAGES: usize = 256;
+
+type Slab = Box<[Page]>;
+
 #[derive(Default)]
-struct Free {
-    slabs: Vec<Vec<Page>>,
-    bytes: usize,
+struct Slabs {
+    free: Vec<Slab>,
+    /// Free and in use.
+    all: usize,
 }
 
 /// Buffers of sealed pages. Cloning shares them.
 #[derive(Clone)]
 pub struct PageArena {
-    free: Arc<Mutex<Free>>,
-    keep_bytes: usize,
+    slabs: Arc<Mutex<Slabs>>,
+    keep: usize,
+}
+
+fn new_slab() -> Slab {
+    // Not zeroes, which the allocator would leave untouched.
+    vec![[1; PAGE_SIZE as usize]; SLAB_PAGES].into_boxed_slice()
 }
 
 impl PageArena {
-    /// An arena that keeps up to `keep_bytes` of buffers for reuse, with one slab of `first_pages` touched already.
+    /// An arena that keeps up to `keep_bytes` of buffers for reuse, with buffers for `first_pages` touched already.
     #[must_use]
     pub fn new(first_pages: usize, keep_bytes: usize) -> Self {
-        let slab = vec![[1u8; PAGE_SIZE as usize]; first_pages];
-        let bytes = slab.capacity() * PAGE_SIZE as usize;
+        let all = first_pages.div_ceil(SLAB_PAGES);
         Self {
-            free: Arc::new(Mutex::new(Free {
-                slabs: vec![slab],
-                bytes,
+            slabs: Arc::new(Mutex::new(Slabs {
+                free: std::iter::repeat_with(new_slab).take(all).collect(),
+                all,
             })),
-            keep_bytes,
+            keep: keep_bytes / (SLAB_PAGES * PAGE_SIZE as usize),
         }
     }
 
-    /// An empty slab with room for `pages` if one is at hand: the largest.
-    fn take(&self, pages: usize) -> Vec<Page> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let best = (0..free.slabs.len()).max_by_key(|&i| free.slabs[i].capacity());
-        let mut slab = match best {
-            Some(i) => free.slabs.swap_remove(i),
-            None => Vec::new(),
-        };
-        free.bytes = free.bytes.saturating_sub(slab.capacity() * PAGE_SIZE as usize);
-        drop(free);
-        slab.clear();
-        slab.reserve(pages);
-        slab
-    }
-
-    fn give(&self, slab: Vec<Page>) {
-        let bytes = slab.capacity() * PAGE_SIZE as usize;
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.bytes + bytes <= self.keep_bytes {
-            free.bytes += bytes;
-            free.slabs.push(slab);
-        }
-    }
-
-    /// Starts a set of pages for about `pages` pages.
+    /// Bytes of all buffers, free or in use.
     #[must_use]
-    pub fn begin(&self, pages: usize) -> SealedPages {
-        SealedPages {
-            gfns: Vec::with_capacity(pages),
-            slab: self.take(pages),
-            arena: self.clone(),
+    pub fn bytes(&self) -> u64 {
+        let slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        (slabs.all * SLAB_PAGES) as u64 * PAGE_SIZE
+    }
+
+    fn take(&self) -> Slab {
+        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slab) = slabs.free.pop() {
+            return slab;
         }
+        slabs.all += 1;
+        drop(slabs);
+        new_slab()
+    }
+
+    fn give(&self, back: Vec<Slab>) {
+        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        for slab in back {
+            if slabs.all > self.keep {
+                slabs.all -= 1;
+            } else {
+                slabs.free.push(slab);
+            }
+        }
+    }
+
+    /// Takes the content of `gfns` (rising): `copy` fills one slab after the other, from the pages that it is given.
+    ///
+    /// # Errors
+    /// Those of `copy`.
+    pub fn seal<E>(
+        &self,
+        gfns: &[Gfn],
+        mut copy: impl FnMut(&[Gfn], &mut [Page]) -> Result<(), E>,
+    ) -> Result<SealedPages, E> {
+        debug_assert!(gfns.is_sorted_by(|a, b| a < b));
+        let mut sealed = SealedPages {
+            gfns: gfns.to_vec(),
+            slabs: Vec::with_capacity(gfns.len().div_ceil(SLAB_PAGES)),
+            arena: self.clone(),
+        };
+        for part in gfns.chunks(SLAB_PAGES) {
+            let mut slab = self.take();
+            let done = copy(part, slab.get_mut(..part.len()).unwrap_or_default());
+            sealed.slabs.push(slab);
+            done?;
+        }
+        Ok(sealed)
     }
 }
 
 /// Pages of one epoch, in rising order, owned until dropped.
 pub struct SealedPages {
     gfns: Vec<Gfn>,
-    slab: Vec<Page>,
+    slabs: Vec<Slab>,
     arena: PageArena,
 }
 
 impl SealedPages {
-    /// Appends a page; `gfn` is above all before it.
-    pub fn push(&mut self, gfn: Gfn, page: &Page) {
-        debug_assert!(self.gfns.last().is_none_or(|last| *last < gfn));
-        self.gfns.push(gfn);
-        self.slab.push(*page);
-    }
-
     /// Page numbers, rising.
     #[must_use]
     pub fn gfns(&self) -> &[Gfn] {
@@ -95,24 +117,28 @@ impl SealedPages {
     /// Content of a page.
     #[must_use]
     pub fn get(&self, gfn: Gfn) -> Option<&Page> {
-        self.gfns.binary_search(&gfn).ok().and_then(|i| self.slab.get(i))
+        let i = self.gfns.binary_search(&gfn).ok()?;
+        self.slabs.get(i / SLAB_PAGES)?.get(i % SLAB_PAGES)
     }
 
     /// Pages with their numbers, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Gfn, &Page)> {
-        self.gfns.iter().copied().zip(&self.slab)
+        self.gfns
+            .iter()
+            .copied()
+            .zip(self.slabs.iter().flat_map(|s| s.iter()))
     }
 
     /// Bytes of pages held.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.slab.len() as u64 * PAGE_SIZE
+        self.gfns.len() as u64 * PAGE_SIZE
     }
 }
 
 impl Drop for SealedPages {
     fn drop(&mut self) {
-        self.arena.give(std::mem::take(&mut self.slab));
+        self.arena.give(std::mem::take(&mut self.slabs));
     }
 }
 
@@ -120,22 +146,43 @@ impl Drop for SealedPages {
 mod tests {
     use super::*;
 
+    fn numbers(pages: &[Gfn], into: &mut [Page]) -> Result<(), ()> {
+        assert_eq!(pages.len(), into.len());
+        pages
+            .iter()
+            .zip(into)
+            .for_each(|(g, p)| *p = [g.0 as u8; PAGE_SIZE as usize]);
+        Ok(())
+    }
+
     #[test]
     fn slabs_are_used_again_and_the_arena_is_bounded() {
-        let arena = PageArena::new(16, 64 << 10);
-        let mut a = arena.begin(16);
-        for n in 0..16 {
-            a.push(Gfn(n), &[n as u8; 4096]);
-        }
-        assert_eq!(a.get(Gfn(3)).map(|p| p[0]), Some(3));
-        assert!(a.get(Gfn(16)).is_none());
-        let place = a.slab.as_ptr();
+        let arena = PageArena::new(SLAB_PAGES, 3 << 20);
+        let gfns: Vec<Gfn> = (0..600).map(|n| Gfn(n * 3)).collect();
+        let a = arena.seal(&gfns, numbers).unwrap();
+        assert_eq!((a.get(Gfn(3)).map(|p| p[0]), a.bytes()), (Some(3), 600 * 4096));
+        assert_eq!(a.get(Gfn(599 * 3)).map(|p| p[4095]), Some((599 * 3 % 256) as u8));
+        assert!(a.get(Gfn(4)).is_none());
+        assert!(
+            a.iter()
+                .zip(&gfns)
+                .all(|((g, p), w)| g == *w && p[9] == g.0 as u8)
+        );
+        assert_eq!((a.iter().count(), arena.bytes()), (600, 3 << 20));
+        let b = arena.seal(&gfns[..300], numbers).unwrap();
+        assert_eq!(arena.bytes(), 5 << 20);
+        let place = b.slabs[0].as_ptr();
         drop(a);
-        let b = arena.begin(4);
-        assert_eq!(b.slab.as_ptr(), place);
-        let big = arena.begin(100);
-        drop(big);
         drop(b);
-        assert!(arena.free.lock().unwrap().bytes <= 64 << 10);
+        assert_eq!(arena.bytes(), 3 << 20, "no more is kept than was allowed");
+        let held: Vec<_> = (0..3).map(|_| arena.seal(&gfns[..1], numbers).unwrap()).collect();
+        assert!(held.iter().any(|s| s.slabs[0].as_ptr() == place) && arena.bytes() == 3 << 20);
+    }
+
+    #[test]
+    fn a_copy_that_fails_gives_its_buffers_back() {
+        let arena = PageArena::new(0, 8 << 20);
+        assert!(arena.seal(&[Gfn(1)], |_, _| Err(())).is_err());
+        assert_eq!(arena.slabs.lock().unwrap().free.len(), 1);
     }
 }

@@ -1,12 +1,11 @@
 //! One cut: the pause, and what it seals.
 
-use crate::pages::{Page, PageArena, SealedPages};
+use crate::pages::{PageArena, SealedPages};
 use std::time::{Duration, Instant};
 use steadfast_machine::machine::Machine;
 use steadfast_machine::quiesce::{QuiesceError, Quiesced};
 use steadfast_machine::state::StateError;
-use steadfast_types::{Gfn, PAGE_SIZE};
-use vm_memory::{Bytes, GuestAddress};
+use steadfast_types::Gfn;
 
 /// A cut that did not come about; the machine runs on and no dirty page is lost.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +69,7 @@ impl Capture {
     }
 
     /// Stops the machine, seals what changed since the last cut and also the pages `extra` (rising), calls `at_cut`
-    /// while all stands still, and lets the machine run on, unless `freeze`.
+    /// with the sealed pages while all stands still, and lets the machine run on, unless `freeze`.
     ///
     /// # Errors
     /// [`CaptureError`]; the dirty pages are dirty again.
@@ -79,7 +78,7 @@ impl Capture {
         machine: &Machine,
         extra: &[Gfn],
         freeze: bool,
-        at_cut: impl FnOnce(&mut Quiesced<'_>),
+        at_cut: impl FnOnce(&mut Quiesced<'_>, &SealedPages),
     ) -> Result<Sealed, CaptureError> {
         let start = Instant::now();
         let mut times = CutTimes::default();
@@ -88,7 +87,7 @@ impl Capture {
         let mut dirty = std::mem::take(&mut self.dirty);
         let sealed = self.seal(machine, &mut still, &mut dirty, extra, &mut times, start);
         match &sealed {
-            Ok(_) => at_cut(&mut still),
+            Ok((pages, _)) => at_cut(&mut still, pages),
             Err(_) => still.merge_back(&dirty),
         }
         self.dirty = dirty;
@@ -138,6 +137,12 @@ impl Capture {
         Ok(still.harvest(pages)?)
     }
 
+    /// Bytes of the arena's buffers.
+    #[must_use]
+    pub fn arena_bytes(&self) -> u64 {
+        self.arena.bytes()
+    }
+
     /// Copies pages of a running machine, as they are now.
     ///
     /// # Errors
@@ -155,14 +160,12 @@ fn postcard_into(
 }
 
 fn copy(machine: &Machine, arena: &PageArena, gfns: &[Gfn]) -> Result<SealedPages, CaptureError> {
-    let memory = machine.ram().memory();
-    let mut pages = arena.begin(gfns.len());
-    let mut page: Page = [0; PAGE_SIZE as usize];
-    for &gfn in gfns {
-        memory
-            .read_slice(&mut page, GuestAddress(gfn.address()))
-            .map_err(|_| CaptureError::Page(gfn.0))?;
-        pages.push(gfn, &page);
-    }
-    Ok(pages)
+    let ram = machine.ram();
+    arena.seal(gfns, |part, into| {
+        let done = ram.copy_pages(part, into.as_flattened_mut());
+        match part.get(done) {
+            None => Ok(()),
+            Some(missing) => Err(CaptureError::Page(missing.0)),
+        }
+    })
 }

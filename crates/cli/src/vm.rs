@@ -15,6 +15,7 @@ use steadfast_vmm::isolation::Isolation;
 use steadfast_vmm::isolation::cgroup::{self, Cgroup, CpuMax, IoMax, Limits, MemoryMax, limits};
 use steadfast_vmm::isolation::seccomp::SeccompMode;
 use steadfast_vmm::isolation::user::UserChoice;
+use steadfast_vmm::last_words::{self, At};
 use steadfast_vmm::process::{Ended, Options, ProcessError, Start, run};
 use steadfast_vmm::spec::{
     Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, VsockSpec, parse_mac, parse_size,
@@ -359,6 +360,7 @@ fn control_path(name: &VmId) -> PathBuf {
 }
 
 fn start(name: &VmId, start: Start, args: &ProcessArgs) -> Done {
+    last_words::of_requests(At::MainLoop);
     with_options(name, args, |options| run(start, options))
 }
 
@@ -382,6 +384,7 @@ fn with_options(
         .as_deref()
         .map(|p| console::open(Some(p)))
         .transpose()?;
+    last_words::of_faults();
     let terminal = args.console.is_none().then(Terminal::raw);
     let feeds = args.console.is_none().then(Once::new);
     let options = Options {
@@ -406,8 +409,7 @@ fn with_options(
     };
     let ended = run(options);
     drop(terminal);
-    let ended = ended?;
-    tracing::info!(?ended, "the VM ended");
+    eprintln!("steadfast: VM {name} ended: {}", ended?);
     Ok(())
 }
 
@@ -435,6 +437,7 @@ pub fn run_vmm(args: VmmArgs) -> Done {
     let text = std::fs::read_to_string(&protect).map_err(|e| format!("{}: {e}", protect.display()))?;
     let protect: ProtectSpec =
         serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
+    last_words::of_requests(At::Once);
     with_options(&name, &args.process, |options| {
         eprintln!("steadfast: protection is experimental and not yet right: see docs/known-problems.md\r");
         steadfast_protect::run(spec, protect, options)

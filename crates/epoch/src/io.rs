@@ -18,6 +18,9 @@ pub struct SealedEpoch {
     pub flush: bool,
     /// How long the cut stopped the guest, in microseconds.
     pub pause_us: u64,
+    /// The record has content. A cut that nobody mirrors may only mark the boundary of outputs; it cannot be sent, and a
+    /// standby that stands before it is filled anew.
+    pub whole: bool,
 }
 
 /// What happened.

@@ -47,6 +47,9 @@ pub struct Settings {
     /// without it only when the store has answered that a takeover is allowed, since a standby that has begun does not go
     /// back to following before the store has decided.
     pub can_roll_back: bool,
+    /// The runtime can send epochs that it received as a standby on to another standby after a takeover. Without it one
+    /// that is behind is filled anew.
+    pub resend_inherited: bool,
     /// A handover whose last epoch is not acknowledged within this time is cancelled and the guest runs on.
     pub handover_timeout_us: Micros,
     /// When to cut.
@@ -76,6 +79,7 @@ impl Default for Settings {
             acks_required: 0,
             speculate: true,
             can_roll_back: false,
+            resend_inherited: true,
             handover_timeout_us: 5_000_000,
             policy: PolicySettings::default(),
             sabotage: Sabotage::None,

@@ -495,6 +495,7 @@ impl Standby {
                 flush: h.flush,
                 bytes: h.bytes,
                 sealed_at: now,
+                whole: self.settings.resend_inherited,
             })
             .collect();
         let unsynced = s.held.iter().any(|h| h.flush && h.epoch.epoch > self.durable);

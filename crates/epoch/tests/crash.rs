@@ -221,6 +221,7 @@ fn events_that_make_no_sense_are_ignored_in_every_role() {
                 bytes: 1,
                 flush: true,
                 pause_us: 1,
+                whole: true,
             }),
             Event::JournalSynced {
                 through: Epoch(u64::MAX),

@@ -5,11 +5,13 @@
 //! ```
 //! Every decision is the protocol's; this file only carries it out. It never waits for anybody but its queue.
 
+use crate::audit::Audit;
 use crate::codec;
-use crate::config::ProtectSpec;
-use crate::disks::Disks;
+use crate::config::{PeerSpec, ProtectSpec};
+use crate::disks::{Disks, SLOTS};
 use crate::input::{Input, Inputs};
 use crate::peer::{Peer, Record};
+use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::timeline::Timeline;
 use serde_json::{Value, json};
@@ -21,6 +23,7 @@ use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event};
 use steadfast_epoch::message::{Body, EpochRef, Message};
+use steadfast_epoch::policy::PolicySettings;
 use steadfast_epoch::primary::Phase;
 use steadfast_epoch::{Replica, Settings, Status};
 use steadfast_machine::devices::legacy::GuestEvent;
@@ -59,6 +62,21 @@ pub struct Counters {
     pub released: u64,
     /// How long the last promotion took from grant to running, in microseconds.
     pub promote_us: Option<u64>,
+    /// The last pauses.
+    pub pauses: Samples,
+    /// From the cut to the commit, the last ones; and when the epochs that are not committed yet were cut.
+    pub commits: Samples,
+    /// See `commits`.
+    pub cut_at: VecDeque<(Epoch, Instant)>,
+}
+
+impl Counters {
+    fn committed(&mut self, through: Epoch) {
+        while let Some((_, at)) = self.cut_at.front().filter(|(e, _)| *e <= through) {
+            self.commits.add(at.elapsed().as_micros() as u64);
+            self.cut_at.pop_front();
+        }
+    }
 }
 
 /// What the engine is made of.
@@ -93,18 +111,28 @@ pub struct Engine {
     pub(crate) sealed: VecDeque<(Epoch, Record)>,
     pub(crate) staged: BTreeMap<Epoch, StagedRecord>,
     pub(crate) arrived: Option<StagedRecord>,
+    /// The epoch that RAM stands at exactly, on a standby; none while it is being filled.
+    pub(crate) memory: Option<Epoch>,
+    /// The epoch that completes the copy, once it is staged; and whether it is awaited.
+    pub(crate) base: (Option<Epoch>, bool),
     /// Machine state of the newest applied epoch.
     pub(crate) state: Vec<u8>,
     pub(crate) counters: Counters,
     pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
+    name: VmId,
+    spec: ProtectSpec,
+    ram_bytes: u64,
     store: Sender<Ask>,
     inputs: Inputs,
     clock: Instant,
     log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
     pub(crate) cut_failures: u32,
+    pub(crate) audit: Option<Audit>,
+    /// Pages that differed from the digest of their epoch; and epochs compared.
+    pub(crate) audited: (u64, u64),
 }
 
 impl Engine {
@@ -115,22 +143,32 @@ impl Engine {
     pub fn new(parts: Parts) -> Result<Self, ProcessError> {
         let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
         let vm = (parts.make_vm)()?;
-        let pages = ram_regions(parts.ram_bytes);
         let mut peers = BTreeMap::new();
-        for peer in &parts.spec.peers {
-            let opened = Peer::open(&parts.name, &parts.spec, peer, pages.clone(), &parts.inputs)
+        for (slot, peer) in parts.spec.peers.iter().enumerate() {
+            let pages = ram_regions(parts.ram_bytes);
+            let opened = Peer::open(&parts.name, &parts.spec, peer, slot, pages, &parts.inputs)
                 .map_err(|e| setting(format!("link to {}: {e}", peer.host)))?;
             peers.insert(peer.host.clone(), opened);
         }
         let inputs = parts.inputs.clone();
         let store = store::serve(parts.store, move |reply| inputs.send(Input::Store(reply)))
             .map_err(|e| setting(format!("store: {e}")))?;
+        let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
+        let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
+        let mut policy = PolicySettings::default();
+        if let Some(us) = parts.spec.max_interval_us {
+            (policy.max_interval_us, policy.idle_interval_us) = (us.max(100), us.max(100));
+        }
         let settings = Settings {
+            policy,
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
+            heartbeat_us: parts.spec.heartbeat_ms() * 1000,
+            store_timeout_us: parts.spec.store_answer_ms() * 1000,
             hold_outputs: parts.spec.hold_outputs,
             speculate: false,
+            resend_inherited: false,
             ..Settings::default()
         };
         let replica = Replica::new(
@@ -151,16 +189,23 @@ impl Engine {
             sealed: VecDeque::new(),
             staged: BTreeMap::new(),
             arrived: None,
+            memory: None,
+            base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
             timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
+            name: parts.name,
+            spec: parts.spec,
+            ram_bytes: parts.ram_bytes,
             store,
             inputs: parts.inputs,
             clock: Instant::now(),
             log: VecDeque::new(),
             cut_failures: 0,
+            audit,
+            audited: (0, 0),
         })
     }
 
@@ -169,7 +214,7 @@ impl Engine {
     /// # Errors
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
-        crate::raise_priority("the engine");
+        crate::priority::raise("the engine");
         if self.start {
             self.step(Event::ColdStart)?;
         }
@@ -243,10 +288,14 @@ impl Engine {
             }
             Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
             Action::Commit { through } => {
-                self.timeline.committed(through, self.now());
+                tracing::debug!(at_us = self.now(), %through, "commit");
+                self.counters.committed(through);
                 self.events.extend(self.disks.commit(through, false));
             }
-            Action::Release { through } => self.release(through),
+            Action::Release { through } => {
+                tracing::debug!(at_us = self.now(), %through, "release");
+                self.release(through);
+            }
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
             Action::SendChunk {
@@ -428,8 +477,14 @@ impl Engine {
             codec::encode(&message),
         )];
         match message.body {
-            Body::Join { .. } => peer.fed = false,
-            Body::Resume { .. } => peer.fed = true,
+            Body::Join { .. } => {
+                peer.fed = false;
+                peer.begin_session();
+            }
+            Body::Resume { .. } => {
+                peer.fed = true;
+                peer.begin_session();
+            }
             _ => {}
         }
         if let Body::Epoch(header) = &message.body {
@@ -437,8 +492,7 @@ impl Engine {
             // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
             let whole = |(e, r): &&(_, Record)| *e == epoch && r.pages.is_some();
             let Some((_, record)) = self.sealed.iter().find(whole) else {
-                // Inherited from a former primary: this standby has it only encoded. The peer asks again and, after its
-                // bound, is filled anew.
+                // The protocol knows which epochs have content and does not ask for others.
                 self.note(format!("epoch {epoch} is not at hand for {to}"));
                 return;
             };
@@ -488,15 +542,69 @@ impl Engine {
                 self.step(Event::HandOver(to))?;
                 json!({"ok": true})
             }
+            Request::AddPeer { host, paths, standby } => {
+                let peer = PeerSpec {
+                    host: host.clone(),
+                    paths: paths.clone(),
+                    standby: *standby,
+                };
+                match self.add_peer(&peer)? {
+                    Ok(()) => json!({"ok": true}),
+                    Err(why) => failure(&why),
+                }
+            }
+            Request::RemovePeer { host } => {
+                let known = self.remove_peer(&host.clone())?;
+                json!({"ok": true, "was_peer": known})
+            }
             _ => failure(&"a protected VM cannot do this; unprotect it first"),
         };
         let _ = call.answer.send(answer);
         Ok(ended)
     }
 
+    /// Opens a link to one more host; the inner error is for who asked.
+    fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
+        if self.peers.contains_key(&peer.host) {
+            return Ok(Ok(()));
+        }
+        if peer.host == self.spec.host {
+            return Ok(Err("a VM cannot be mirrored to its own host".into()));
+        }
+        let Some(slot) = (0..SLOTS).find(|s| self.peers.values().all(|p| p.slot != *s)) else {
+            return Ok(Err(format!(
+                "a VM has at most {SLOTS} other hosts; remove one first"
+            )));
+        };
+        let pages = ram_regions(self.ram_bytes);
+        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
+            Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
+            Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
+        }
+        self.note(format!("{} is a peer from now on", peer.host));
+        if peer.standby && self.replica.primary().is_some() {
+            self.step(Event::AddStandby(peer.host.clone()))?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Closes the link to a host; whether there was one.
+    fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
+        self.step(Event::RemoveStandby(host.clone()))?;
+        let known = self.peers.remove(host).is_some();
+        if known {
+            self.note(format!("{host} is no peer any more"));
+        }
+        Ok(known)
+    }
+
     fn status(&self) -> Value {
         let c = &self.counters;
         let us = |d: Duration| d.as_micros() as u64;
+        let [pause_p50, pause_p99] = c.pauses.percentiles([50, 99]);
+        let [commit_p50, commit_p99] = c.commits.percentiles([50, 99]);
+        let paths = self.peers.values().flat_map(|p| p.link.stats().paths);
+        let bytes = paths.fold((0, 0), |(i, o), p| (i + p.bytes_in, o + p.bytes_out));
         let protocol = match self.replica.status() {
             Status::Primary(p) => json!({
                 "role": "primary",
@@ -530,6 +638,13 @@ impl Engine {
             "pages": c.pages,
             "pause_mean_us": c.pause_us.0.checked_div(c.cuts).unwrap_or(0),
             "pause_max_us": c.pause_us.1,
+            "pause_p50_us": pause_p50,
+            "pause_p99_us": pause_p99,
+            "commit_p50_us": commit_p50,
+            "commit_p99_us": commit_p99,
+            "wire_bytes_in": bytes.0,
+            "wire_bytes_out": bytes.1,
+            "arena_bytes": self.capture.arena_bytes(),
             "last_pause_us": us(c.last.pause),
             "last_stop_us": us(c.last.stop),
             "last_harvest_us": us(c.last.harvest),
@@ -538,6 +653,8 @@ impl Engine {
             "frames_released": c.released,
             "promote_us": c.promote_us,
             "timeline": self.timeline.status(self.now()),
+            "audit_stale_pages": self.audited.0,
+            "audit_epochs": self.audited.1,
             "log": self.log,
         })
     }

@@ -105,6 +105,8 @@ pub struct Peer {
     pub host: HostId,
     /// The link.
     pub link: Link,
+    /// Under which number volumes keep account of what this host lacks; stays for the life of the peer.
+    pub slot: usize,
     /// Mirror to it when primary.
     pub wanted: bool,
     /// A session stands.
@@ -134,6 +136,7 @@ impl Peer {
         vm: &VmId,
         spec: &ProtectSpec,
         peer: &PeerSpec,
+        slot: usize,
         pages: Vec<(u64, u64)>,
         inputs: &Inputs,
     ) -> Result<Self, OpenError> {
@@ -162,12 +165,16 @@ impl Peer {
         );
         config.manual_credit = true;
         config.silent_ms = spec.suspect_ms.max(50);
+        // A path is doubted before the peer is, and not on every hiccup of a host that is known to be slow.
+        config.heartbeat_ms = spec.heartbeat_ms();
+        config.suspect_ms = config.suspect_ms.max(spec.suspect_ms / 3);
+        config.path_timeout_ms = config.path_timeout_ms.max(spec.suspect_ms * 2);
         config.backoff_ms = (5, 100);
         let (host, to) = (peer.host.clone(), inputs.clone());
         let mut raised = false;
         let link = Link::open(config, move |event| {
             if !std::mem::replace(&mut raised, true) {
-                crate::raise_priority("a link");
+                crate::priority::raise("a link");
             }
             to.send(Input::Link(host.clone(), event));
         })?;
@@ -176,6 +183,7 @@ impl Peer {
         Ok(Self {
             host: peer.host.clone(),
             link,
+            slot,
             wanted: peer.standby,
             connected: false,
             join: None,
@@ -195,6 +203,13 @@ impl Peer {
         self.backlog.clear();
         self.pending = None;
         self.stager.forget();
+    }
+
+    /// A new session begins: what the peer did not take of the old one, it does not have. The next record refers to
+    /// nothing before it.
+    pub fn begin_session(&mut self) {
+        self.next = None;
+        self.encoder.reset();
     }
 
     /// Sends frames in order; what the link does not take now waits (bounded by the protocol's window of epochs).

@@ -4,6 +4,7 @@ use crate::engine::Engine;
 use crate::peer::{Join, Record};
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
+use std::time::Instant;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
@@ -19,6 +20,8 @@ const COPY_ROUNDS: u32 = 4;
 const COPY_ENOUGH_PAGES: usize = 512;
 /// A cut that fails so often in a row ends this instance: its standby is better off.
 const CUT_FAILURES_MAX: u32 = 5;
+/// More cuts than this wait for their commit only when there is no standby; then their times say nothing.
+const CUTS_TIMED_MAX: usize = 1024;
 
 impl Engine {
     /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
@@ -49,6 +52,7 @@ impl Engine {
             }
             // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
             let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
+            tracing::debug!(at_us = self.now(), %epoch, flush = disks.flush, "cut, for nobody");
             self.sealed.push_back((
                 epoch,
                 Record {
@@ -59,12 +63,12 @@ impl Engine {
                     bases: BTreeMap::new(),
                 },
             ));
-            self.timeline.sealed(epoch, self.now());
             self.events.push_back(Event::Sealed(SealedEpoch {
                 epoch,
                 bytes: 0,
                 flush: disks.flush,
                 pause_us: 0,
+                whole: false,
             }));
             return Ok(());
         }
@@ -80,7 +84,11 @@ impl Engine {
         let mut emitted = 0;
         let mut disks = None;
         let volumes = &mut self.disks;
-        let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_| {
+        let (audit, ram) = (&mut self.audit, self.vm.machine.ram());
+        let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_, pages| {
+            if let Some(audit) = audit {
+                audit.cut(ram, epoch.0, term.0, pages.gfns());
+            }
             for h in &holds {
                 h.cut(epoch.0);
             }
@@ -91,6 +99,12 @@ impl Engine {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                // Pages that were not dirty and yet missing there: nobody else remembers them.
+                for base in bases {
+                    if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
+                        extra.iter().for_each(|g| join.add(*g));
+                    }
+                }
                 self.note(format!("cut {epoch} failed: {error}"));
                 if self.cut_failures >= CUT_FAILURES_MAX {
                     return Err(ProcessError::Assemble(steadfast_vmm::AssembleError::Setting(
@@ -118,6 +132,10 @@ impl Engine {
         c.pages += sealed.pages.gfns().len() as u64;
         c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
         c.last = sealed.times;
+        c.pauses.add(pause_us);
+        if c.cut_at.len() < CUTS_TIMED_MAX {
+            c.cut_at.push_back((epoch, Instant::now()));
+        }
         let mut record = Record {
             pages: Some(sealed.pages),
             state: sealed.state,
@@ -140,13 +158,15 @@ impl Engine {
             }
         }
         let bytes = record.bytes();
+        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
+        let whole = record.disk.is_some();
         self.sealed.push_back((epoch, record));
-        self.timeline.sealed(epoch, self.now());
         self.events.push_back(Event::Sealed(SealedEpoch {
             epoch,
             bytes,
             flush,
             pause_us,
+            whole,
         }));
         Ok(())
     }
@@ -202,14 +222,20 @@ impl Engine {
                     if dirty.len() <= COPY_ENOUGH_PAGES {
                         state.rounds = COPY_ROUNDS;
                     }
-                    dirty.iter().for_each(|g| state.add(*g));
+                    // What KVM gave up here is missing in every copy that is under way.
+                    let joins = self.peers.values_mut().filter_map(|p| p.join.as_mut());
+                    joins.for_each(|j| dirty.iter().for_each(|g| j.add(*g)));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a round of the full copy failed; its pages come with the base epoch")
                 }
             }
         }
-        let remaining = state.remaining() + self.disks.remaining(slot);
+        let Some(peer) = self.peers.get_mut(to) else {
+            return Ok(());
+        };
+        let missing = peer.join.as_ref().map_or(0, Join::remaining);
+        let remaining = missing + self.disks.remaining(slot);
         let copied = self.capture.copy_live(&self.vm.machine, &pages);
         let mut frames = vec![Frame::control(
             self.vm_hash,
@@ -282,7 +308,7 @@ impl Engine {
 
     /// Where volumes keep account of what this host lacks.
     fn slot(&self, host: &HostId) -> Option<usize> {
-        self.peers.keys().position(|h| h == host)
+        self.peers.get(host).map(|p| p.slot)
     }
 
     pub(crate) fn set_holds(&self, mode: HoldMode) {

@@ -2,6 +2,7 @@
 
 use crate::engine::Engine;
 use crate::primary::machine_failed;
+use std::sync::PoisonError;
 use std::time::Instant;
 use steadfast_epoch::io::Event;
 use steadfast_epoch::message::EpochRef;
@@ -9,9 +10,10 @@ use steadfast_machine::machine::MachineError;
 use steadfast_machine::memory::Ram;
 use steadfast_machine::quiesce::Quiesced;
 use steadfast_machine::state::{MachineState, StateError};
-use steadfast_net::HoldMode;
+use steadfast_net::{HoldMode, announcement};
 use steadfast_types::{Epoch, Gfn, Term};
 use steadfast_vmm::process::ProcessError;
+use steadfast_vmm::spec::{made_mac, parse_mac};
 use steadfast_wire::PageSink;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -35,6 +37,8 @@ impl Engine {
         self.note(format!("full copy {join} begins"));
         self.staged.clear();
         self.state.clear();
+        self.memory = None;
+        self.base = (None, true);
         self.disks.begin_copy(join);
     }
 
@@ -57,6 +61,9 @@ impl Engine {
             self.note(format!("epoch {epoch} should be staged but is not here"));
             return;
         };
+        if std::mem::take(&mut self.base.1) {
+            self.base.0 = Some(epoch.epoch);
+        }
         if !self.disks.is_empty() {
             match self.disks.stage(epoch, flush, &record) {
                 Ok(events) => self.events.extend(events),
@@ -78,7 +85,9 @@ impl Engine {
 
     /// Applies committed epochs, whole and in order (I3).
     pub(crate) fn apply(&mut self, through: Epoch) {
-        if !self.apply_memory(through) {
+        if let Err(error) = self.apply_memory(through) {
+            self.note(error);
+            self.events.push_back(Event::StateLost);
             return;
         }
         if self.disks.is_empty() {
@@ -88,20 +97,49 @@ impl Engine {
         }
     }
 
-    fn apply_memory(&mut self, through: Epoch) -> bool {
+    /// I3: each epoch on exactly the one before it, the first on the copy that it completes.
+    fn apply_memory(&mut self, through: Epoch) -> Result<(), String> {
         while let Some(entry) = self.staged.first_entry().filter(|e| *e.key() <= through) {
             let (epoch, record) = entry.remove_entry();
-            if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
-                self.note(format!("epoch {epoch} cannot be applied: {error}"));
-                self.events.push_back(Event::StateLost);
-                return false;
+            let follows = match self.memory.take() {
+                Some(at) => epoch == at.next(),
+                None => self.base.0 == Some(epoch),
+            };
+            if !follows {
+                return Err(format!("epoch {epoch} does not follow what memory holds"));
             }
+            record
+                .apply(&mut RamSink(self.vm.machine.ram()))
+                .map_err(|error| format!("epoch {epoch} cannot be applied: {error}"))?;
+            self.memory = Some(epoch);
+            self.compare(epoch, record.term());
             if !record.device().is_empty() {
                 self.state.clear();
                 self.state.extend_from_slice(record.device());
             }
         }
-        true
+        match self.memory {
+            Some(at) if at == through => Ok(()),
+            at => Err(format!(
+                "memory stands at epoch {at:?} where {through} was to be applied"
+            )),
+        }
+    }
+
+    fn compare(&mut self, epoch: Epoch, term: Term) {
+        let Some(audit) = &self.audit else { return };
+        let Some(stale) = audit.compare(self.vm.machine.ram(), epoch.0, term.0) else {
+            return;
+        };
+        self.audited.0 += stale.len() as u64;
+        self.audited.1 += 1;
+        if !stale.is_empty() {
+            self.note(format!(
+                "AUDIT: epoch {epoch} of term {term}: {} stale pages: {:?}",
+                stale.len(),
+                &stale[..stale.len().min(8)]
+            ));
+        }
     }
 
     pub(crate) fn truncate(&mut self, after: EpochRef) {
@@ -120,7 +158,9 @@ impl Engine {
     pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
         let began = Instant::now();
         let _never = self.staged.split_off(&at.epoch.next());
-        let _whole = self.apply_memory(at.epoch);
+        let whole = self.apply_memory(at.epoch);
+        // I3: better no guest than one whose memory is of two instants.
+        whole.map_err(|why| machine_failed(MachineError::State(StateError::Refused(why))))?;
         // The protocol stands beyond these reports.
         self.events.clear();
         let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| {
@@ -141,6 +181,8 @@ impl Engine {
             peer.reset_stream();
         }
         self.go_live()?;
+        // Switches learn the new place at once, from the monitor; neighbours from the guest, when it gets to it.
+        self.announce();
         for nic in &self.vm.nics {
             nic.announce();
         }
@@ -151,6 +193,21 @@ impl Engine {
             "promoted under term {term} at epoch {at}, released {released}, in {took} us"
         ));
         Ok(())
+    }
+
+    fn announce(&self) {
+        let spec = &self.vm.spec;
+        let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, (nic, hold)) in spec.nics.iter().zip(holds.iter()).enumerate() {
+            let mac = nic
+                .mac
+                .as_deref()
+                .map_or_else(|| Ok(made_mac(&spec.name, index)), parse_mac);
+            // A frame that cannot leave is one that the guest's own announcement makes up for.
+            if let Ok(mac) = mac {
+                let _ = hold.inject(&announcement(mac));
+            }
+        }
     }
 
     /// This instance has lost the right to run, or has handed it over: its machine stops here and now, and nothing that

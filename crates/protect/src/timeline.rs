@@ -1,4 +1,4 @@
-//! When what happened, for the status: how far commits lag behind, and what a takeover's time was spent on.
+//! What a takeover's time was spent on, for the status.
 //!
 //! All times are microseconds of one process's clock: the parts of a takeover are measured where they happen, so that no clocks
 //! of two hosts have to agree.
@@ -8,20 +8,12 @@
 //! ```
 
 use serde_json::{Value, json};
-use std::collections::VecDeque;
 use steadfast_epoch::io::Notice;
-use steadfast_types::{Epoch, HostId};
-
-/// Cuts whose commit is awaited; more are not measured.
-const AWAITED_MAX: usize = 1024;
+use steadfast_types::HostId;
 
 /// See the module.
 #[derive(Default)]
 pub struct Timeline {
-    sealed: VecDeque<(Epoch, u64)>,
-    commits: u64,
-    commit_sum_us: u64,
-    commit_max_us: u64,
     heard: Vec<(HostId, u64)>,
     silent_since_us: Option<u64>,
     suspected_us: Option<u64>,
@@ -64,38 +56,11 @@ impl Timeline {
         }
     }
 
-    /// An epoch was cut.
-    pub fn sealed(&mut self, epoch: Epoch, now: u64) {
-        if self.sealed.len() < AWAITED_MAX {
-            self.sealed.push_back((epoch, now));
-        }
-    }
-
-    /// Epochs up to this one are committed.
-    pub fn committed(&mut self, through: Epoch, now: u64) {
-        while let Some((_, at)) = self
-            .sealed
-            .front()
-            .copied()
-            .filter(|(epoch, _)| *epoch <= through)
-        {
-            self.sealed.pop_front();
-            let took = now.saturating_sub(at);
-            self.commits += 1;
-            self.commit_sum_us += took;
-            self.commit_max_us = self.commit_max_us.max(took);
-        }
-    }
-
-    /// For the status: `now`, the lag of commits, the last takeover of this process.
+    /// For the status: `now`, and the last takeover of this process.
     pub fn status(&self, now: u64) -> Value {
         let between = |from: Option<u64>, to: Option<u64>| Some(to?.saturating_sub(from?));
         json!({
             "at_us": now,
-            "lag_us": self.sealed.front().map_or(0, |(_, at)| now.saturating_sub(*at)),
-            "commits": self.commits,
-            "commit_mean_us": self.commit_sum_us.checked_div(self.commits).unwrap_or(0),
-            "commit_max_us": self.commit_max_us,
             "takeover": self.suspected_us.map(|_| json!({
                 "detect_us": between(self.silent_since_us, self.suspected_us),
                 "grant_us": between(self.suspected_us, self.granted_us),
@@ -113,7 +78,7 @@ mod tests {
     use steadfast_types::Term;
 
     #[test]
-    fn a_takeover_in_parts_and_the_lag() {
+    fn a_takeover_in_parts() {
         let mut t = Timeline::default();
         let (a, b) = (HostId::new("a").unwrap(), HostId::new("b").unwrap());
         t.notice(&Notice::Granted(Term(1)), 5);
@@ -131,11 +96,5 @@ mod tests {
         assert_eq!(takeover["grant_us"], 40);
         assert_eq!(takeover["resume_us"], 10);
         assert_eq!(takeover["first_output_us"], 20);
-
-        t.sealed(Epoch(7), 500);
-        t.sealed(Epoch(8), 600);
-        t.committed(Epoch(7), 640);
-        let s = t.status(700);
-        assert_eq!((&s["lag_us"], &s["commit_max_us"]), (&json!(100), &json!(140)));
     }
 }

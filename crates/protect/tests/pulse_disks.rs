@@ -258,7 +258,7 @@ fn settled(path: &Path, volume: u64) -> Vec<u8> {
 }
 
 #[test]
-#[ignore = "KNOWN TO FAIL at times: a stale page after a failover (issue 3 is open); docs/known-problems.md"]
+
 fn pulse_disks() {
     if File::options().read(true).write(true).open("/dev/kvm").is_err() {
         eprintln!("SKIPPED: /dev/kvm cannot be opened, no guest can run here");

@@ -54,6 +54,15 @@ impl Pair {
         self.answers(since);
     }
 
+    /// No instance that runs has found a page that differs from its epoch (I3).
+    fn audit(&self) {
+        for instance in [&self.primary, &self.standby] {
+            let status = instance.status().unwrap_or_default();
+            let stale = status["audit_stale_pages"].as_u64().unwrap_or(0);
+            assert_eq!(stale, 0, "{} has stale pages: {status:#}", instance.host);
+        }
+    }
+
     /// Waits for a reply of the primary after `since`; says how long it took.
     fn answers(&self, since: Instant) -> Duration {
         self.load
@@ -77,6 +86,7 @@ impl Pair {
         let killed = self.primary.kill();
         self.swap();
         let gap = self.answers(killed);
+        self.audit();
         let _ = self.standby.ended(LONG);
         self.standby = self.site.spawn(self.standby.host, false);
         self.protected();
@@ -116,14 +126,14 @@ fn kill_primaries(test: &str, rounds: usize, most: Duration) {
 
 /// kill -9 of the primary: the standby goes on, nothing acknowledged is lost or done twice; a new standby is filled.
 #[test]
-#[ignore = "KNOWN TO FAIL: a stale page after some failovers (issue 3 is open); docs/known-problems.md"]
+
 fn primary_killed() {
     kill_primaries("primary_killed", 12, Duration::from_secs(100));
 }
 
 /// kill -9 of the standby: the primary goes on once the store lets it, and the returning standby is filled.
 #[test]
-#[ignore = "KNOWN TO FAIL: a stale page after some failovers (issue 3 is open); docs/known-problems.md"]
+
 fn standby_killed() {
     if !kvm() {
         return;

@@ -42,19 +42,21 @@ pub struct Plan {
 pub struct Protected<'r> {
     rig: &'r Rig,
     plan: Plan,
+    verbose: bool,
     pids: Vec<Option<u32>>,
 }
 
 impl<'r> Protected<'r> {
     /// Starts the VM on a server, from power-on, with nobody to mirror it yet; it does not wait for the guest. The servers
-    /// must have the service disk, and an etcd that is ready.
+    /// must have the service disk, and an etcd that is ready. `verbose`: its log tells of every epoch.
     ///
     /// # Errors
     /// Those of the agents. A VM that cannot start is noticed by the first wait.
-    pub fn start(rig: &'r Rig, at: &Server, plan: Plan) -> Result<Protected<'r>> {
+    pub fn start(rig: &'r Rig, at: &Server, plan: Plan, verbose: bool) -> Result<Protected<'r>> {
         let mut vm = Protected {
             rig,
             plan,
+            verbose,
             pids: vec![None; rig.servers().len()],
         };
         let disk = vm.disk();
@@ -99,8 +101,13 @@ impl<'r> Protected<'r> {
         let file = |what: &str| format!("/run/{}.{what}.json", self.plan.name);
         on.put_bytes(spec.to_string().as_bytes(), &file("vm"), 0o644)?;
         on.put_bytes(protect.to_string().as_bytes(), &file("protect"), 0o644)?;
+        let level = if self.verbose {
+            "info,steadfast_protect=debug"
+        } else {
+            "info"
+        };
         let command = format!(
-            "env STEADFAST_LOG=info NO_COLOR=1 steadfast vmm --spec {} --protect {} --console {}",
+            "env STEADFAST_LOG={level} NO_COLOR=1 steadfast vmm --spec {} --protect {} --console {}",
             file("vm"),
             file("protect"),
             self.console()

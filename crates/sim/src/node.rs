@@ -451,6 +451,7 @@ impl World {
                     bytes: 4096 * r.delta.len() as u64,
                     flush: r.flush,
                     pause_us: 300,
+                    whole: true,
                 };
                 let r = Rc::new(r);
                 host.disk.append(entry);

@@ -13,12 +13,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use steadfast_machine::state::PendingFile;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 /// Longest request line in bytes.
@@ -57,6 +59,22 @@ pub enum Request {
         /// The host, a standby in sync.
         to: steadfast_types::HostId,
     },
+    /// Open a link to another host's instance of a protected VM; if this one runs the VM, mirror to it. A host that is a
+    /// peer already is left as it is.
+    AddPeer {
+        /// The host.
+        host: steadfast_types::HostId,
+        /// Addresses, one for each replication path: where this host listens (its name is the smaller), or connects.
+        paths: Vec<SocketAddr>,
+        /// Mirror to it whenever this instance runs the VM.
+        #[serde(default = "yes")]
+        standby: bool,
+    },
+    /// Mirror to this host no more, and close the link. Without any peer the VM runs unprotected.
+    RemovePeer {
+        /// The host.
+        host: steadfast_types::HostId,
+    },
     /// End the VM at once.
     Stop,
     /// Bytes for the serial port.
@@ -64,6 +82,10 @@ pub enum Request {
         /// The text.
         text: String,
     },
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a VM does after a save.
@@ -87,6 +109,42 @@ pub struct Call {
     pub file: Option<File>,
     /// Takes exactly one answer.
     pub answer: mpsc::SyncSender<Value>,
+}
+
+/// The answers that connections still owe. A process that ends must let them go out first: whoever asked a VM to stop
+/// would otherwise be told, now and then, that it died.
+#[derive(Clone, Default)]
+pub struct Answers(Arc<Owed>);
+
+#[derive(Default)]
+struct Owed {
+    count: Mutex<usize>,
+    fewer: Condvar,
+}
+
+/// One request without its answer.
+struct Debt<'a>(&'a Owed);
+
+impl Answers {
+    fn owe(&self) -> Debt<'_> {
+        *self.0.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Debt(&self.0)
+    }
+
+    /// Waits until every request that was read has its answer written, at most `bound`; how many are still owed.
+    /// Requests that the main loop has not taken must have lost their way to it before, or this waits for them in vain.
+    pub fn settle(&self, bound: Duration) -> usize {
+        let count = self.0.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.0.fewer.wait_timeout_while(count, bound, |count| *count > 0);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl Drop for Debt<'_> {
+    fn drop(&mut self) {
+        *self.0.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.fewer.notify_all();
+    }
 }
 
 /// An answer that something failed.
@@ -120,11 +178,14 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves a bound socket on a thread of its own until the process ends or the socket is shut down.
+/// Serves a bound socket on a thread of its own until the process ends or the socket is shut down. A process that ends
+/// settles the [`Answers`] first.
 ///
 /// # Errors
 /// No thread to be had.
-pub fn serve(listener: UnixListener, calls: mpsc::SyncSender<Call>) -> io::Result<()> {
+pub fn serve(listener: UnixListener, calls: mpsc::SyncSender<Call>) -> io::Result<Answers> {
+    let answers = Answers::default();
+    let owed = answers.clone();
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
@@ -142,23 +203,36 @@ pub fn serve(listener: UnixListener, calls: mpsc::SyncSender<Call>) -> io::Resul
                 };
                 if open.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
                     open.fetch_sub(1, Ordering::AcqRel);
+                    refuse(
+                        &stream,
+                        &format!("the VM serves {CONNECTIONS_MAX} connections at a time; try again"),
+                    );
                     continue;
                 }
-                let (calls, open_here) = (calls.clone(), Arc::clone(&open));
+                let (calls, open_here, owed) = (calls.clone(), Arc::clone(&open), owed.clone());
+                let stream = Arc::new(stream);
+                let served = Arc::clone(&stream);
                 let spawned = std::thread::Builder::new()
                     .name("control-peer".into())
                     .spawn(move || {
-                        if let Err(error) = talk(&stream, &calls) {
+                        if let Err(error) = talk(&served, &calls, &owed) {
                             tracing::debug!(%error, "control connection ended");
                         }
                         open_here.fetch_sub(1, Ordering::AcqRel);
                     });
-                if spawned.is_err() {
+                if let Err(error) = spawned {
                     open.fetch_sub(1, Ordering::AcqRel);
+                    refuse(&stream, &format!("the VM has no thread for this connection: {error}"));
                 }
             }
         })?;
-    Ok(())
+    Ok(answers)
+}
+
+/// Tells a peer why it is not served. Its socket is new and empty, so this does not wait; what it asks is not read.
+fn refuse(stream: &UnixStream, why: &str) {
+    let mut stream = stream;
+    let _ = stream.write_all(format!("{}\n", failure(&why)).as_bytes());
 }
 
 /// The bytes of a connection, and the last open file that came among them.
@@ -183,13 +257,14 @@ impl Read for Incoming<'_> {
     }
 }
 
-fn talk(stream: &UnixStream, calls: &mpsc::SyncSender<Call>) -> io::Result<()> {
+fn talk(stream: &UnixStream, calls: &mpsc::SyncSender<Call>, answers: &Answers) -> io::Result<()> {
     let mut reader = BufReader::new(Incoming { stream, file: None });
     loop {
         let mut line = String::new();
         if (&mut reader).take(LINE_MAX).read_line(&mut line)? == 0 {
             return Ok(());
         }
+        let owed = answers.owe();
         let file = reader.get_mut().file.take();
         let parsed = serde_json::from_str::<Request>(&line);
         let bad = parsed.is_err();
@@ -209,6 +284,7 @@ fn talk(stream: &UnixStream, calls: &mpsc::SyncSender<Call>) -> io::Result<()> {
         };
         let mut stream = stream;
         stream.write_all(format!("{answer}\n").as_bytes())?;
+        drop(owed);
         if bad {
             return Ok(());
         }
@@ -237,8 +313,24 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
 /// # Errors
 /// Nobody serves it.
 pub fn served_by(path: &Path) -> io::Result<u32> {
-    let peer = rustix::net::sockopt::socket_peercred(connect(path)?)?;
+    server_of(&connect(path)?)
+}
+
+fn server_of(stream: &UnixStream) -> io::Result<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(stream)?;
     Ok(peer.pid.as_raw_nonzero().get().cast_unsigned())
+}
+
+/// Why there was no answer, as far as it can be told from outside.
+fn no_answer(path: &Path, server: Option<u32>) -> io::Error {
+    let who = server.map_or_else(|| "the VM's process".into(), |pid| format!("the VM's process {pid}"));
+    let text = match served_by(path) {
+        Ok(now) if Some(now) == server => {
+            format!("{who} ended the connection without an answer; it still runs: try again, or see its log")
+        }
+        _ => format!("{who} ended without an answer; its log says why"),
+    };
+    io::Error::new(io::ErrorKind::UnexpectedEof, text)
 }
 
 /// As [`ask`], handing over an open file.
@@ -247,6 +339,7 @@ pub fn served_by(path: &Path) -> io::Result<u32> {
 /// As [`ask`].
 pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Duration) -> io::Result<Value> {
     let mut stream = connect(path)?;
+    let server = server_of(&stream).ok();
     stream.set_read_timeout(Some(bound))?;
     let line = format!("{}\n", serde_json::to_string(request)?);
     let fds: Vec<BorrowedFd<'_>> = file.iter().map(|f| f.as_fd()).collect();
@@ -260,15 +353,18 @@ pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Dura
         &[io::IoSlice::new(line.as_bytes())],
         &mut control,
         SendFlags::NOSIGNAL,
-    )?;
-    stream.write_all(&line.as_bytes()[sent..])?;
+    );
+    match sent.map_err(io::Error::from).and_then(|sent| stream.write_all(&line.as_bytes()[sent..])) {
+        // Refused before it was read: the answer says why.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
+        done => done?,
+    }
     let mut text = String::new();
-    BufReader::new(stream).read_line(&mut text)?;
-    if text.is_empty() {
-        return Err(io::Error::new(
-            io::ErrorKind::UnexpectedEof,
-            "the VM's process ended without an answer; see its log",
-        ));
+    match BufReader::new(stream).read_line(&mut text) {
+        Ok(0) => return Err(no_answer(path, server)),
+        // A process that is killed with our request unread resets the connection.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(no_answer(path, server)),
+        done => done.map(drop)?,
     }
     let answer: Value = serde_json::from_str(&text)?;
     if answer["ok"] == true {
@@ -284,7 +380,7 @@ pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Dura
 }
 
 /// Saves the VM whose control socket is at `socket` to `file`, which the caller may write and the VM's process need
-/// not: it is made here under another name, handed over open, and takes its name when all is on disk.
+/// not: it is made here without a name, handed over open, and takes its name when all is on disk.
 ///
 /// To stop the VM afterwards it is first paused: a caller that dies meanwhile leaves a VM that can go on, or a
 /// whole file, never neither.
@@ -292,32 +388,14 @@ pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Dura
 /// # Errors
 /// The VM goes on as before if the save failed.
 pub fn save(socket: &Path, file: &Path, then: Then, bound: Duration) -> io::Result<Value> {
-    let named = |path: &Path, e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
-    let mut partial = file.as_os_str().to_owned();
-    partial.push(format!(".partial-{}", std::process::id()));
-    let partial = PathBuf::from(partial);
-    let mut open = File::options();
-    // Guest memory is nobody else's to read.
-    open.write(true).create(true).truncate(true).mode(0o600);
-    let out = open.open(&partial).map_err(|e| named(&partial, e))?;
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", file.display()));
+    let pending = PendingFile::create(file).map_err(named)?;
     let request = Request::Save {
         path: file.to_owned(),
         then: if then == Then::Stop { Then::Pause } else { then },
     };
-    let done = ask_with(socket, &request, Some(&out), bound).and_then(|answer| {
-        std::fs::rename(&partial, file).map_err(|e| named(file, e))?;
-        if let Some(folder) = file.parent() {
-            let folder = if folder.as_os_str().is_empty() {
-                Path::new(".")
-            } else {
-                folder
-            };
-            File::open(folder)
-                .and_then(|d| d.sync_all())
-                .map_err(|e| named(folder, e))?;
-        }
-        Ok(answer)
-    });
+    let done = ask_with(socket, &request, Some(pending.file()), bound)
+        .and_then(|answer| pending.keep().map_err(named).map(|()| answer));
     match done {
         Ok(answer) => {
             if then == Then::Stop {
@@ -326,7 +404,6 @@ pub fn save(socket: &Path, file: &Path, then: Then, bound: Duration) -> io::Resu
             Ok(answer)
         }
         Err(error) => {
-            let _ = std::fs::remove_file(&partial);
             if then == Then::Stop {
                 // If it was paused for us, it goes on; if the save itself failed it never stopped.
                 let _ = ask(socket, &Request::Resume, bound);

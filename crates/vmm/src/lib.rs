@@ -5,7 +5,9 @@
 
 pub mod assemble;
 pub mod control;
+mod happened;
 pub mod isolation;
+pub mod last_words;
 pub mod process;
 pub mod resources;
 pub mod spec;

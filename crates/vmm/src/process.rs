@@ -7,23 +7,24 @@
 //! ```
 
 use crate::assemble::{AssembleError, Surroundings, Vm, assemble_from};
-use crate::control::{self, Call, Request, Then, failure};
+use crate::control::{self, Answers, Call, Request, Then, failure};
+use crate::happened::{End, Happened};
 use crate::isolation::{Confined, Isolation, IsolationError};
+use crate::last_words;
 use crate::resources::Resources;
 use crate::spec::VmSpec;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use steadfast_machine::devices::legacy::{EventSink, GuestEvent, OutputSink};
+use steadfast_machine::devices::legacy::OutputSink;
 use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
-use steadfast_machine::vcpu::{VcpuEvent, VcpuEvents};
+use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_types::PAGE_SIZE;
 
 /// A VM's process that ended, or could not begin.
@@ -59,6 +60,20 @@ pub enum Ended {
     Saved,
     /// The guest asked for a reset, and whoever runs this process boots it anew.
     Reset,
+    /// The process got a signal that asks it to end.
+    Signalled,
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Shutdown => "the guest turned itself off",
+            Self::Stopped => "it was stopped by request",
+            Self::Saved => "it was saved, and its file is the VM now",
+            Self::Reset => "the guest asked for a reset",
+            Self::Signalled => "a signal asked its process to end",
+        })
+    }
 }
 
 /// How a VM starts.
@@ -91,46 +106,17 @@ pub struct Options {
 }
 
 enum Event {
-    Guest(GuestEvent),
-    Vcpu(VcpuEvent),
+    /// There is news of the guest.
+    Guest,
     Control(Call),
 }
 
-/// Notes guest events; a guest that repeats them finds the queue full and is not heard again until it is read.
-struct Notes {
-    queue: SyncSender<Event>,
-    lost: AtomicU64,
-}
-
-impl Notes {
-    fn note(&self, event: Event) {
-        if let Err(TrySendError::Full(_)) = self.queue.try_send(event) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
-impl EventSink for Notes {
-    fn guest_event(&self, event: GuestEvent) {
-        self.note(Event::Guest(event));
-    }
-}
-
-impl VcpuEvents for Notes {
-    fn vcpu_event(&self, event: VcpuEvent) {
-        let event = match event {
-            VcpuEvent::Reset => Event::Guest(GuestEvent::Reset),
-            VcpuEvent::Shutdown => Event::Guest(GuestEvent::Shutdown),
-            fault => Event::Vcpu(fault),
-        };
-        self.note(event);
-    }
-}
-
-/// Events that wait at most; guest events beyond are dropped and counted.
+/// Requests that wait for the main loop at most.
 const EVENTS_MAX: usize = 64;
-/// How often output that a full sink refused is offered again.
+/// How often output that a full sink refused is offered again, and signals are looked for.
 const FLUSH_EVERY: Duration = Duration::from_millis(20);
+/// How long the end of the process waits for its last answers to be written.
+const ANSWER_BOUND: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Running {
@@ -150,7 +136,7 @@ struct Process<'a> {
     options: &'a mut Options,
     control: Option<&'a UnixListener>,
     _confined: Option<Confined>,
-    notes: Arc<Notes>,
+    happened: Arc<Happened>,
     running: Running,
     panics: u64,
     resets: u64,
@@ -169,10 +155,10 @@ fn build(
     spec: &VmSpec,
     resources: &Arc<Resources>,
     options: &Options,
-    notes: &Arc<Notes>,
+    happened: &Arc<Happened>,
 ) -> Result<Vm, AssembleError> {
     let around = Surroundings {
-        events: Arc::clone(notes),
+        events: Arc::clone(happened),
         serial: (options.serial)(),
         debugcon: (options.debugcon)(),
         hooks: options.hooks.clone(),
@@ -220,15 +206,24 @@ fn prepare(
 /// [`ProcessError`]; a guest that only resets or panics is no error.
 pub fn run(start: Start, mut options: Options) -> Result<Ended, ProcessError> {
     ignore_file_size_signal();
+    if options.isolation.is_some() {
+        last_words::of_faults();
+    }
     let path = options.control.clone();
     let control = path
         .as_deref()
         .map(control::bind)
         .transpose()
         .map_err(ProcessError::Control)?;
-    let ended = run_bound(start, &mut options, control.as_ref());
+    let mut answers = Answers::default();
+    let ended = run_bound(start, &mut options, control.as_ref(), &mut answers);
     // Also when the VM could not begin.
     leave_control(&mut options.control, control.as_ref());
+    // The queue is gone: every request is answered, if only with "the VM is ending". Who asked must hear it.
+    let owed = answers.settle(ANSWER_BOUND);
+    if owed > 0 {
+        tracing::warn!(owed, "somebody does not take the answer that the VM ends with");
+    }
     ended
 }
 
@@ -251,12 +246,12 @@ fn run_bound(
     start: Start,
     options: &mut Options,
     control: Option<&UnixListener>,
+    answers: &mut Answers,
 ) -> Result<Ended, ProcessError> {
     let (queue, events) = sync_channel(EVENTS_MAX);
-    let notes = Arc::new(Notes {
-        queue,
-        lost: AtomicU64::new(0),
-    });
+    let wake = queue.clone();
+    // A full queue wakes the main loop as well.
+    let happened = Arc::new(Happened::new(move || drop(wake.try_send(Event::Guest))));
     let announce = matches!(start, Start::Restore(_));
     let (mut spec, saved) = match start {
         Start::Boot(spec) => (*spec, None),
@@ -267,7 +262,7 @@ fn run_bound(
         }
     };
     let (resources, confined) = prepare(&mut spec, options)?;
-    let vm = build(&spec, &resources, options, &notes)?;
+    let vm = build(&spec, &resources, options, &happened)?;
     match saved {
         None => vm.boot()?,
         Some(mut saved) => {
@@ -279,13 +274,11 @@ fn run_bound(
     let (calls, incoming) = sync_channel::<Call>(4);
     if let Some(listener) = control {
         let listener = listener.try_clone().map_err(ProcessError::Control)?;
-        control::serve(listener, calls).map_err(ProcessError::Control)?;
-        let queue = notes.queue.clone();
+        *answers = control::serve(listener, calls).map_err(ProcessError::Control)?;
         let forward = std::thread::Builder::new()
             .name("control-queue".into())
             .spawn(move || {
                 for call in incoming {
-                    // Requests wait for room; only guest events are dropped.
                     if queue.send(Event::Control(call)).is_err() {
                         return;
                     }
@@ -296,7 +289,7 @@ fn run_bound(
     let mut process = Process {
         vm,
         running: Running::Paused,
-        notes,
+        happened,
         panics: 0,
         resets: 0,
         started: Instant::now(),
@@ -322,38 +315,8 @@ fn run_bound(
 impl Process<'_> {
     fn serve(&mut self, events: &Receiver<Event>) -> Result<Next, ProcessError> {
         loop {
-            let event = match events.recv_timeout(FLUSH_EVERY) {
-                Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.flush_console();
-                    continue;
-                }
-                Err(RecvTimeoutError::Disconnected) => return Ok(Next::Ended(Ended::Stopped)),
-            };
-            let ended = match event {
-                Event::Guest(GuestEvent::Shutdown) => Some(Ended::Shutdown),
-                Event::Guest(GuestEvent::Reset) => {
-                    self.reset_waits = true;
-                    None
-                }
-                Event::Guest(panic @ (GuestEvent::Panic | GuestEvent::CrashLoaded)) => {
-                    self.panics += 1;
-                    // A guest can say so in a loop: the log hears of the 1st, 2nd, 4th, 8th...
-                    if self.panics.is_power_of_two() {
-                        tracing::warn!(event = ?panic, count = self.panics, "the guest's kernel panicked");
-                    }
-                    None
-                }
-                // A triple fault is how a PC resets itself when all else fails.
-                Event::Vcpu(VcpuEvent::TripleFault(vcpu)) => {
-                    if (self.resets + 1).is_power_of_two() {
-                        tracing::warn!(vcpu, resets = self.resets, "triple fault: the guest is reset");
-                    }
-                    self.reset_waits = true;
-                    None
-                }
-                Event::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
-                Event::Control(call) => {
+            let ended = match events.recv_timeout(FLUSH_EVERY) {
+                Ok(Event::Control(call)) => {
                     let (answer, ended) = self.control(&call.request, call.file);
                     if ended.is_some() {
                         // Before the answer: whoever asked may start the next process of this name at once.
@@ -363,6 +326,17 @@ impl Process<'_> {
                     let _ = call.answer.send(answer);
                     ended
                 }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.flush_console();
+                    None
+                }
+                Ok(Event::Guest) => None,
+                Err(RecvTimeoutError::Disconnected) => Some(Ended::Stopped),
+            };
+            let ended = match ended {
+                None if last_words::asked_to_end().is_some() => Some(Ended::Signalled),
+                None => self.hear()?,
+                ended => ended,
             };
             if let Some(ended) = ended {
                 if ended != Ended::Saved {
@@ -375,6 +349,32 @@ impl Process<'_> {
                 return Ok(Next::Reset);
             }
         }
+    }
+
+    /// Looks at what the guest did.
+    fn hear(&mut self) -> Result<Option<Ended>, ProcessError> {
+        let news = self.happened.take();
+        if news.panics > 0 {
+            // A guest can say so in a loop: the log hears of it each time the count has doubled.
+            let (before, now) = (self.panics, self.panics + news.panics);
+            if before.checked_ilog2() != now.checked_ilog2() {
+                tracing::warn!(count = now, "the guest's kernel panicked");
+            }
+            self.panics = now;
+        }
+        match news.end {
+            Some(End::Shutdown) => return Ok(Some(Ended::Shutdown)),
+            Some(End::Fault(fault)) => return Err(ProcessError::GuestFault(fault)),
+            Some(End::TripleFault(vcpu)) => {
+                if (self.resets + 1).is_power_of_two() {
+                    tracing::warn!(vcpu, resets = self.resets, "triple fault: the guest is reset");
+                }
+                self.reset_waits = true;
+            }
+            Some(End::Reset) => self.reset_waits = true,
+            None => {}
+        }
+        Ok(None)
     }
 
     /// Offers output again that the sink refused. Once another process may have the VM, that output is its to write.
@@ -426,7 +426,9 @@ impl Process<'_> {
         let spec = self.vm.spec.clone();
         let resources = Arc::clone(&self.vm.resources);
         drop(self.vm);
-        self.vm = build(&spec, &resources, self.options, &self.notes)?;
+        // What the old machine still said on its way is not the new one's.
+        self.panics += self.happened.take().panics;
+        self.vm = build(&spec, &resources, self.options, &self.happened)?;
         self.vm.boot()?;
         self.resets += 1;
         self.reset_waits = false;
@@ -474,7 +476,7 @@ impl Process<'_> {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
-            Request::HandOver { .. } => (
+            Request::HandOver { .. } | Request::AddPeer { .. } | Request::RemovePeer { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,
             ),
@@ -546,7 +548,6 @@ impl Process<'_> {
             "exits": self.vm.machine.vcpus().exits(),
             "guest_panics": self.panics,
             "guest_resets": self.resets,
-            "events_lost": self.notes.lost.load(Ordering::Relaxed),
             "uptime_ms": self.started.elapsed().as_millis() as u64,
             "last_pause_us": self.last_pause_us,
             "balloon_bytes": self.vm.balloon.as_ref().map(|b| u64::from(b.actual()) * PAGE_SIZE),

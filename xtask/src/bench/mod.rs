@@ -3,6 +3,7 @@
 //! A benchmark is a function that returns [`Row`]s and may leave pictures; it is listed in [`all`]. A full run keeps
 //! its table in `docs/benchmarks.md` with the command and the machine; `--quick` only shows that it works.
 
+mod ft;
 pub mod host;
 mod machine_peers;
 mod machine_state;
@@ -60,7 +61,7 @@ pub struct Bench {
 
 /// All benchmarks.
 fn all() -> Vec<Bench> {
-    vec![machine_peers::bench(), machine_state::bench()]
+    vec![ft::bench(), machine_peers::bench(), machine_state::bench()]
 }
 
 /// Runs a benchmark. False when a goal was missed.

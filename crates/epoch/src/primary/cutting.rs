@@ -152,6 +152,7 @@ impl Primary {
             flush: s.flush,
             bytes: s.bytes,
             sealed_at: now,
+            whole: s.whole,
         });
         if s.flush {
             out.push(Action::SyncJournal { through: s.epoch });

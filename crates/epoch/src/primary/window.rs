@@ -15,6 +15,8 @@ pub(crate) struct Flight {
     pub flush: bool,
     pub bytes: u64,
     pub sealed_at: Micros,
+    /// Its record is at hand and can be sent.
+    pub whole: bool,
 }
 
 /// Epochs after `base`, without a gap.
@@ -85,14 +87,21 @@ impl Window {
     }
 
     /// The last epoch in common with a replica whose newest one is `tip`. Each term has one producer, so two replicas
-    /// that both have epochs of a term share that term's epochs up to the lower of their last.
+    /// that both have epochs of a term share that term's epochs up to the lower of their last. Only one from which on
+    /// every epoch can be sent.
     pub fn common(&self, tip: EpochRef) -> Option<EpochRef> {
+        let whole = self.flights.iter().rev().take_while(|f| f.whole).count();
+        let first = self.flights.len() - whole;
+        let before = match first.checked_sub(1) {
+            Some(last) => self.flights.get(last).map_or(self.base, |f| f.epoch),
+            None => self.base,
+        };
         let refs = self
             .flights
             .iter()
-            .rev()
+            .skip(first)
             .map(|f| f.epoch)
-            .chain(std::iter::once(self.base));
+            .chain(std::iter::once(before));
         refs.filter(|r| r.term == tip.term && r.epoch <= tip.epoch).max()
     }
 
@@ -119,7 +128,18 @@ mod tests {
             flush: false,
             bytes: 10,
             sealed_at: 0,
+            whole: true,
         }
+    }
+
+    #[test]
+    fn what_cannot_be_sent_is_no_common_ground() {
+        let mut flights = vec![flight(5, 1), flight(6, 1), flight(7, 1)];
+        flights[1].whole = false;
+        let w = Window::new(EpochRef::new(4, 1), flights);
+        assert_eq!(w.common(EpochRef::new(5, 1)), None, "6 cannot be sent");
+        assert_eq!(w.common(EpochRef::new(6, 1)), Some(EpochRef::new(6, 1)));
+        assert_eq!(w.common(EpochRef::new(9, 1)), Some(EpochRef::new(7, 1)));
     }
 
     #[test]

@@ -191,6 +191,7 @@ impl World {
                     bytes: 4096,
                     flush,
                     pause_us: 300,
+                    whole: true,
                 })]
             }
             Action::ResumeGuest => {

@@ -8,7 +8,7 @@
 //! ```
 //! All numbers little-endian. Nothing is believed before its checksum: a torn or damaged file is refused whole.
 
-use super::MachineState;
+use super::{MachineState, PendingFile};
 use crate::memory::{Ram, RamRegion};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -67,55 +67,34 @@ struct Body {
 
 /// Writes a machine to a file, atomically: the name appears only when all is on disk.
 pub struct SaveWriter {
-    out: BufWriter<tempfile_like::Pending>,
+    out: BufWriter<Target>,
     path: PathBuf,
     crc: crc32fast::Hasher,
 }
 
-/// A file under a temporary name that becomes the real one at the end, or goes away.
-mod tempfile_like {
-    use super::{File, Path, PathBuf, Write, io};
+/// Where the bytes go.
+enum Target {
+    /// A file of ours, which gets its name at the end.
+    Pending(PendingFile),
+    /// Whoever opened it sees to its name.
+    Given(File),
+}
 
-    pub struct Pending {
-        pub file: File,
-        /// None: whoever opened the file sees to its name.
-        pub temp: Option<PathBuf>,
-        pub done: bool,
-    }
-
-    impl Pending {
-        pub fn create(path: &Path) -> io::Result<Self> {
-            let mut name = path.as_os_str().to_owned();
-            name.push(format!(".partial-{}", std::process::id()));
-            let temp = PathBuf::from(name);
-            let file = File::options()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(&temp)?;
-            Ok(Self {
-                file,
-                temp: Some(temp),
-                done: false,
-            })
+impl Target {
+    fn file(&self) -> &File {
+        match self {
+            Self::Pending(pending) => pending.file(),
+            Self::Given(file) => file,
         }
     }
+}
 
-    impl Write for Pending {
-        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-            self.file.write(buf)
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            self.file.flush()
-        }
+impl Write for Target {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.file().write(buf)
     }
-
-    impl Drop for Pending {
-        fn drop(&mut self) {
-            if let (false, Some(temp)) = (self.done, &self.temp) {
-                let _ = std::fs::remove_file(temp);
-            }
-        }
+    fn flush(&mut self) -> io::Result<()> {
+        self.file().flush()
     }
 }
 
@@ -125,11 +104,12 @@ impl SaveWriter {
     /// # Errors
     /// [`SaveError::Io`].
     pub fn create(path: &Path, spec: &[u8], state: &MachineState, ram_bytes: u64) -> Result<Self, SaveError> {
-        let pending = tempfile_like::Pending::create(path).map_err(|source| SaveError::Io {
+        // By name: a confined process could not name a nameless file.
+        let pending = PendingFile::named(path).map_err(|source| SaveError::Io {
             path: path.to_owned(),
             source,
         })?;
-        Self::begin(pending, path, spec, state, ram_bytes)
+        Self::begin(Target::Pending(pending), path, spec, state, ram_bytes)
     }
 
     /// As [`SaveWriter::create`], into a file that another process opened. It is made durable at the end; its name is
@@ -144,16 +124,11 @@ impl SaveWriter {
         state: &MachineState,
         ram_bytes: u64,
     ) -> Result<Self, SaveError> {
-        let pending = tempfile_like::Pending {
-            file,
-            temp: None,
-            done: false,
-        };
-        Self::begin(pending, path, spec, state, ram_bytes)
+        Self::begin(Target::Given(file), path, spec, state, ram_bytes)
     }
 
     fn begin(
-        pending: tempfile_like::Pending,
+        target: Target,
         path: &Path,
         spec: &[u8],
         state: &MachineState,
@@ -171,7 +146,7 @@ impl SaveWriter {
         let body = postcard::to_stdvec(&body).map_err(|e| fail(io::Error::other(e.to_string())))?;
         let len =
             u32::try_from(body.len()).map_err(|_| fail(io::Error::other("state is larger than 4 GiB")))?;
-        let mut out = BufWriter::with_capacity(1 << 20, pending);
+        let mut out = BufWriter::with_capacity(1 << 20, target);
         let mut write = |b: &[u8]| out.write_all(b).map_err(fail);
         write(MAGIC)?;
         write(&SAVE_FORMAT.to_le_bytes())?;
@@ -210,23 +185,16 @@ impl SaveWriter {
         }
         self.record(0, 0, KIND_ZERO)?;
         let crc = self.crc.clone().finalize();
+        let path = self.path;
         let fail = |source| SaveError::Io {
-            path: self.path.clone(),
+            path: path.clone(),
             source,
         };
         self.out.write_all(&crc.to_le_bytes()).map_err(fail)?;
-        self.out.flush().map_err(fail)?;
-        let pending = self.out.get_mut();
-        pending.file.sync_all().map_err(fail)?;
-        let Some(temp) = &pending.temp else {
-            return Ok(());
-        };
-        std::fs::rename(temp, &self.path).map_err(fail)?;
-        pending.done = true;
-        if let Some(dir) = self.path.parent().filter(|d| !d.as_os_str().is_empty()) {
-            File::open(dir).and_then(|d| d.sync_all()).map_err(fail)?;
+        match self.out.into_inner().map_err(|e| fail(e.into_error()))? {
+            Target::Pending(pending) => pending.keep().map_err(fail),
+            Target::Given(file) => file.sync_all().map_err(fail),
         }
-        Ok(())
     }
 
     fn region(&mut self, ram: &Ram, region: RamRegion, buf: &mut [u8]) -> Result<(), SaveError> {

@@ -8,7 +8,9 @@
 //! keeps reading N-1 (the history stands beside each codec), and refuses what is newer.
 
 mod file;
+mod pending;
 
+pub use pending::PendingFile;
 pub use file::{SAVE_FORMAT, SaveError, SaveReader, SaveWriter};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

@@ -201,6 +201,7 @@ impl Site {
         let protect = json!({
             "host": host, "store": self.path().join("store"), "start": start,
             "peers": [{"host": peer, "paths": paths}],
+            "audit": std::env::var_os("STEADFAST_AUDIT").map(|_| self.path().join("audit")),
         });
         std::fs::write(dir.join("spec.json"), spec.to_string()).unwrap();
         std::fs::write(dir.join("protect.json"), protect.to_string()).unwrap();

@@ -27,10 +27,12 @@ pub struct Stream {
     pub epochs_per_s: f64,
     /// Pages in an epoch, on average.
     pub pages_per_epoch: f64,
-    /// How long an epoch's outputs were held, from its cut to its commit: mean.
+    /// How long an epoch's outputs were held, from its cut to its commit: median of the last.
     pub lag: Duration,
-    /// How long the guest stood still for a cut: mean.
+    /// How long the guest stood still for a cut: median of the last.
     pub pause: Duration,
+    /// Bytes sent for each page of 4096 that changed.
+    pub wire_bytes_per_page: f64,
     /// What the clients saw meanwhile.
     pub seen: Seen,
 }
@@ -118,13 +120,10 @@ pub(super) fn stream(before: &Value, after: &Value, seen: Seen) -> Result<Stream
             _ => Err(RigError::malformed("a status", format!("no {path} in {after}"))),
         }
     };
-    let total = |status: &Value, mean: &str, count: &str| -> f64 {
-        let get = |path: &str| status.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
-        get(mean) * get(count)
-    };
-    let mean_us = |mean: &str, count: &str| -> Result<Duration> {
-        let us = (total(after, mean, count) - total(before, mean, count)) / both(count)?.max(1.0);
-        Ok(Duration::from_micros(us.max(0.0) as u64))
+    let micros = |path: &str| -> Result<Duration> {
+        let us = after.pointer(path).and_then(Value::as_u64);
+        us.map(Duration::from_micros)
+            .ok_or_else(|| RigError::malformed("a status", format!("no {path} in {after}")))
     };
     let seconds = both("/timeline/at_us")? / 1e6;
     let cuts = both("/cuts")?;
@@ -134,8 +133,9 @@ pub(super) fn stream(before: &Value, after: &Value, seen: Seen) -> Result<Stream
     Ok(Stream {
         epochs_per_s: cuts / seconds,
         pages_per_epoch: both("/pages")? / cuts,
-        lag: mean_us("/timeline/commit_mean_us", "/timeline/commits")?,
-        pause: mean_us("/pause_mean_us", "/cuts")?,
+        lag: micros("/commit_p50_us")?,
+        pause: micros("/pause_p50_us")?,
+        wire_bytes_per_page: both("/wire_bytes_out")? / both("/pages")?.max(1.0),
         seen,
     })
 }
@@ -147,16 +147,18 @@ mod tests {
 
     #[test]
     fn a_stream_is_the_difference_of_two_looks() {
-        let look = |at: u64, cuts: u64, pages: u64, pause: u64, commit: u64| {
-            json!({"cuts": cuts, "pages": pages, "pause_mean_us": pause,
-                "timeline": {"at_us": at, "commits": cuts, "commit_mean_us": commit}})
+        let look = |at: u64, cuts: u64, pages: u64, bytes: u64| {
+            json!({"cuts": cuts, "pages": pages, "pause_p50_us": 350, "commit_p50_us": 2800,
+                "wire_bytes_out": bytes, "timeline": {"at_us": at}})
         };
-        let before = look(1_000_000, 10, 100, 900, 5000);
-        let after = look(3_000_000, 110, 2100, 400, 3000);
+        let (before, after) = (look(1_000_000, 10, 100, 0), look(3_000_000, 110, 2100, 800_000));
         let s = stream(&before, &after, Seen::default()).unwrap();
         assert!((s.epochs_per_s - 50.0).abs() < 0.1 && (s.pages_per_epoch - 20.0).abs() < 0.1);
-        assert_eq!(s.pause, Duration::from_micros(350));
-        assert_eq!(s.lag, Duration::from_micros(2800));
+        assert!((s.wire_bytes_per_page - 400.0).abs() < 0.1);
+        assert_eq!(
+            (s.pause, s.lag),
+            (Duration::from_micros(350), Duration::from_micros(2800))
+        );
         assert!(stream(&after, &after, Seen::default()).is_err());
     }
 }

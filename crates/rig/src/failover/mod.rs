@@ -43,6 +43,8 @@ pub struct Options {
     pub look: Duration,
     /// Megabytes of memory of each server.
     pub server_mib: u32,
+    /// Where the logs of the VM's processes are copied to, with more in them.
+    pub logs: Option<std::path::PathBuf>,
     /// Whether the store's leader dies with the first server: then the grant waits for an election.
     pub leader_dies: bool,
 }
@@ -62,6 +64,7 @@ impl Default for Options {
             load: LoadOptions::default(),
             look: Duration::from_secs(8),
             server_mib: 800,
+            logs: None,
             leader_dies: false,
         }
     }

@@ -2,7 +2,7 @@
 
 use super::measure::{self, Failover, Protection, Stream};
 use super::{Options, Report, Tell, ensure};
-use crate::error::{Result, RigError};
+use crate::error::{IoContext, Result, RigError};
 use crate::etcd;
 use crate::host::qemu::DiskCache;
 use crate::host::server::Server;
@@ -66,7 +66,7 @@ fn on_stage(rig: &Rig, options: &Options, tell: &mut dyn Tell) -> Result<Report>
     let [s1, s2, s3] = [rig.server(0), rig.server(1), rig.server(2)];
     tell.doing("a Linux guest boots on s1 under our monitor");
     let began = Instant::now();
-    let vm = Protected::start(rig, s1, options.plan.clone())?;
+    let vm = Protected::start(rig, s1, options.plan.clone(), options.logs.is_some())?;
     let plan = &options.plan;
     let load =
         Load::start(rig.client()?, plan.address, plan.mac, &options.load, BOOT_BOUND).map_err(|e| {
@@ -206,6 +206,7 @@ impl Stage<'_, '_> {
         server.kill()?;
         // At the clients first: a question to the new server costs the time that it needs now.
         self.load.wait_answers(ANSWERS, FAILOVER_BOUND).map_err(|e| {
+            let _ = self.keep_log(to);
             let why = self.vm.trouble(to, "the takeover", killed.elapsed());
             RigError::Unknown(format!("{e}; {why}"))
         })?;
@@ -217,6 +218,7 @@ impl Stage<'_, '_> {
                 s["protocol"]["role"] == "primary" && s["timeline"]["takeover"]["first_output_us"].is_u64();
             done.then(|| s.clone())
         })?;
+        self.keep_log(to)?;
         let failover = Failover::of(server.name(), to.name(), &status, silence, seen)?;
         let term = status["protocol"]["term"].as_u64().unwrap_or(0);
         ensure(term > self.term, || {
@@ -243,6 +245,14 @@ impl Stage<'_, '_> {
             failover.seen.writes.longest, failover.seen.pages.longest, failover.seen.step_longest
         ));
         Ok(failover)
+    }
+
+    fn keep_log(&self, server: &Server) -> Result<()> {
+        let Some(folder) = &self.options.logs else {
+            return Ok(());
+        };
+        std::fs::create_dir_all(folder).what(|| format!("make {}", folder.display()))?;
+        server.get(&self.vm.log(), &folder.join(format!("{}.log", server.name())))
     }
 
     /// No takeover has happened unseen, and the store survives what comes.

@@ -12,7 +12,7 @@
 //! - [`user`]: the unprivileged user, capabilities, limits of the process.
 //! - [`seccomp`]: system call filters per kind of thread.
 //! - [`cgroup`]: CPU, memory and I/O limits.
-//! - [`janitor`]: removes what the process itself no longer may.
+//! - [`janitor`]: removes what the process itself no longer may or can, and tells if it was killed.
 
 pub mod cgroup;
 pub mod janitor;
@@ -65,7 +65,7 @@ pub enum IsolationError {
 
 /// The confinement of this process; it lives as long as the VM.
 pub struct Confined {
-    _janitor: Option<Janitor>,
+    _janitor: Janitor,
     /// Run first on each thread of the machine.
     pub hooks: ThreadHooks,
 }
@@ -138,13 +138,9 @@ impl Isolation {
         let folders: Vec<PathBuf> = group
             .map(|g| g.folders().map(Path::to_owned).collect())
             .unwrap_or_default();
-        let janitor = if user::is_root() || !folders.is_empty() {
-            let files: Vec<_> = sockets.iter().filter_map(|p| Leftover::of(p).ok()).collect();
-            let home = group.map(Cgroup::before).unwrap_or_default();
-            Some(Janitor::start(&files, &folders, home).map_err(IsolationError::Janitor)?)
-        } else {
-            None
-        };
+        let files: Vec<_> = sockets.iter().filter_map(|p| Leftover::of(p).ok()).collect();
+        let home = group.map(Cgroup::before).unwrap_or_default();
+        let janitor = Janitor::start(name, &files, &folders, home).map_err(IsolationError::Janitor)?;
         user::drop_privileges(self.user.ids(name))?;
         let hooks = match &filters {
             Some(filters) => {

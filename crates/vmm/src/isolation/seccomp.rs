@@ -1,4 +1,5 @@
-//! System call filters: one per kind of thread. A call that is not on a thread's list kills the process.
+//! System call filters: one per kind of thread. A call that is not on a thread's list is not done and ends the process by
+//! SIGSYS, which says first what it was ([`crate::last_words`]). A thread that blocks or ignores the signal is killed.
 //!
 //! ```text
 //! main/control  (all threads inherit it)  files by descriptor, KVM set-up, threads; no exec, no ptrace, no root
@@ -24,7 +25,7 @@ use steadfast_machine::machine::ThreadHooks;
 /// What happens to a forbidden call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SeccompMode {
-    /// The process is killed (SIGSYS) and the kernel logs the call.
+    /// The process ends by SIGSYS, saying which call it was.
     #[default]
     Enforce,
     /// The kernel logs the call and lets it pass.
@@ -97,7 +98,7 @@ impl Filters {
     /// [`SeccompError::Build`].
     pub fn new(mode: SeccompMode) -> Result<Option<Self>, SeccompError> {
         let otherwise = match mode {
-            SeccompMode::Enforce => SeccompAction::KillProcess,
+            SeccompMode::Enforce => SeccompAction::Trap,
             SeccompMode::Log => SeccompAction::Log,
             SeccompMode::Off => {
                 tracing::warn!(
@@ -155,6 +156,7 @@ impl Filters {
 fn apply_or_end(kind: Kind, filter: &BpfProgram) {
     if let Err(error) = seccompiler::apply_filter(filter) {
         tracing::error!(%error, %kind, "a thread cannot be confined: the VM ends");
+        crate::last_words::said();
         std::process::exit(1);
     }
 }
@@ -427,7 +429,7 @@ mod tests {
 
     #[test]
     fn every_kind_compiles_and_is_stricter_than_main() {
-        let len = |k| compile(k, SeccompAction::KillProcess).unwrap().len();
+        let len = |k| compile(k, SeccompAction::Trap).unwrap().len();
         let (main, vcpu, io) = (len(Kind::Main), len(Kind::Vcpu), len(Kind::Io));
         assert!(vcpu < main && io < main, "{main} {vcpu} {io}");
         // The kernel takes at most 4096 instructions.

@@ -51,7 +51,7 @@ pub fn binary() -> PathBuf {
     let path = exe.parent().and_then(Path::parent).unwrap().join("steadfast");
     assert!(
         path.exists(),
-        "{} is missing: these tests run the steadfast binary of the same profile; `cargo build --release -p steadfast-cli` makes it",
+        "{} is missing: these tests run the steadfast binary of the same profile; `cargo build --release -p steadfast` makes it",
         path.display()
     );
     path

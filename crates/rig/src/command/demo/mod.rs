@@ -25,6 +25,9 @@ pub struct DemoOptions {
     /// Seconds that the clients are looked at in each state
     #[arg(long)]
     pub look: Option<u64>,
+    /// Folder for the logs of the VM's processes, with a line for every epoch
+    #[arg(long)]
+    pub logs: Option<std::path::PathBuf>,
     /// The leader of the store is on the first server that is killed, so that the grant waits for an election
     #[arg(long)]
     pub leader_dies: bool,
@@ -66,6 +69,7 @@ pub fn run(options: &DemoOptions) -> Result<ExitCode> {
 fn of(options: &DemoOptions) -> Options {
     let mut chosen = Options {
         leader_dies: options.leader_dies,
+        logs: options.logs.clone(),
         ..Options::default()
     };
     if let Some(ms) = options.suspect_ms {

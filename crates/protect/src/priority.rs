@@ -1,0 +1,29 @@
+//! Precedence of the threads that protect a VM over the vCPUs of this and other VMs: a busy guest must not delay its own
+//! protection, and a starved one must not look dead (I7).
+
+const NICE: i32 = -15;
+
+/// Gives the calling thread precedence: real-time where the host allows it, else a better nice value. Where it allows
+/// neither, that is said once and the VM is protected all the same, at the mercy of the scheduler.
+///
+/// Threads that the calling thread starts later do not inherit it.
+pub fn raise(who: &str) {
+    if realtime().is_ok() {
+        return;
+    }
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::warn!(%error, "{who} cannot be given precedence over vCPUs; allow CAP_SYS_NICE for this process");
+    }
+}
+
+/// The lowest real-time priority, in turns with others of it: above all vCPUs and below what the host's own kernel needs.
+fn realtime() -> std::io::Result<()> {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: `param` lives across the call and is only read; thread 0 is the calling one, so nobody else's is changed.
+    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &param) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}
