@@ -9,15 +9,13 @@
 //! action that was carried out, and each refusal that is new, is an event.
 
 use crate::error::{NodeError, Result};
+use crate::etcd;
 use crate::http::ask;
 use crate::migrate;
 use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm};
-use crate::records::{
-    HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state,
-};
-use crate::etcd;
+use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
 use hyper::Method;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -109,7 +107,9 @@ impl Decider {
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
         for (vm, host) in self.begun.keys() {
-            let Some(vm) = snapshot.vms.get_mut(vm) else { continue };
+            let Some(vm) = snapshot.vms.get_mut(vm) else {
+                continue;
+            };
             if vm.state.owner.as_ref() == Some(host) {
                 let starting = Instance::new(Phase::Starting, vm.state.term);
                 vm.state.instances.entry(host.clone()).or_insert(starting);
@@ -142,7 +142,9 @@ impl Decider {
         let current = pool.leader.clone();
         let taken_ms = pool.timings.leader_ms;
         let seq = match &current {
-            Some(leader) if leader.host.as_ref() == Some(&me) && self.mine == Some(leader.seq) => leader.seq + 1,
+            Some(leader) if leader.host.as_ref() == Some(&me) && self.mine == Some(leader.seq) => {
+                leader.seq + 1
+            }
             Some(leader) if leader.host.is_some() => {
                 self.mine = None;
                 let since = match &self.other {
@@ -160,10 +162,7 @@ impl Decider {
             Some(leader) => leader.seq + 1,
             None => 1,
         };
-        let claim = Leader {
-            host: Some(me),
-            seq,
-        };
+        let claim = Leader { host: Some(me), seq };
         let value = json(&claim)?;
         let won = self
             .node
@@ -182,7 +181,12 @@ impl Decider {
         if won && self.mine.is_none() {
             let node = Arc::clone(&self.node);
             node.blocking(|n| {
-                n.event("pool", n.host().as_str(), "it decides for the pool from now on", None);
+                n.event(
+                    "pool",
+                    n.host().as_str(),
+                    "it decides for the pool from now on",
+                    None,
+                );
                 Ok(())
             })
             .await?;
@@ -194,7 +198,9 @@ impl Decider {
     /// Asks every host whether it is there; answers count when they come.
     fn ping(&self, pool: &Pool) {
         for (id, info) in &pool.hosts {
-            let Ok(target) = self.node.target(id, info) else { continue };
+            let Ok(target) = self.node.target(id, info) else {
+                continue;
+            };
             let (id, observer) = (id.clone(), Arc::clone(&self.observer));
             tokio::spawn(async move {
                 let answer: Result<serde_json::Value> =
@@ -211,14 +217,17 @@ impl Decider {
     async fn remember_owners(&mut self, pool: &Pool) -> Result<()> {
         for (id, vm) in &pool.vms {
             let owner = vm.owner().cloned();
-            let runs = owner.as_ref().and_then(|o| pool.reports.get(o)?.instances.get(id));
+            let runs = owner
+                .as_ref()
+                .and_then(|o| pool.reports.get(o)?.instances.get(id));
             let well = runs.is_some_and(|i| i.phase == Phase::Running);
             if !well {
                 self.running_since.remove(id);
             }
             let since = *self.running_since.entry(id.clone()).or_insert_with(now_ms);
-            let recovered =
-                well && !vm.memory.start_failures.is_empty() && now_ms() > since.saturating_add(STARTED_WELL_MS);
+            let recovered = well
+                && !vm.memory.start_failures.is_empty()
+                && now_ms() > since.saturating_add(STARTED_WELL_MS);
             if vm.memory.last_owner == owner && !recovered {
                 continue;
             }
@@ -285,7 +294,10 @@ impl Decider {
 
     async fn keep_house(&self, pool: &Pool) -> Result<()> {
         let spec = self.node.config().store_spec(&self.node.folders);
-        if matches!(self.node.config().store, crate::config::StoreChoice::Managed { .. }) {
+        if matches!(
+            self.node.config().store,
+            crate::config::StoreChoice::Managed { .. }
+        ) {
             etcd::promote_learners(&spec).await?;
         }
         let old: Vec<String> = pool
@@ -336,7 +348,8 @@ pub async fn send(node: &Arc<Node>, pool: &Pool, host: &HostId, action: &Action)
         return node.blocking(move |n| crate::agent::act(n, &action)).await;
     }
     let target = node.target(host, pool.host(host)?)?;
-    let _: serde_json::Value = ask(&target, Method::POST, "/internal/v1/act", Some(action), ACT_BOUND).await?;
+    let _: serde_json::Value =
+        ask(&target, Method::POST, "/internal/v1/act", Some(action), ACT_BOUND).await?;
     Ok(())
 }
 
@@ -376,10 +389,13 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
         Action::RemoveStandby { vm, host } => change_standbys(node, vm, host, false).await.map(|()| true),
         Action::Migrate {
             vm, from, to, cause, ..
-        } => migrate::begin(node, pool, vm, from, to, *cause).await.map(|_| true),
+        } => migrate::begin(node, pool, vm, from, to, *cause)
+            .await
+            .map(|_| true),
         Action::CancelMigration { vm, to } => migrate::cancel(node, pool, vm, to).await.map(|()| true),
         Action::UpgradeHost { .. } => Err(NodeError::Refused(
-            "upgrading a host by itself is not there yet: install the new binary and restart its daemon".into(),
+            "upgrading a host by itself is not there yet: install the new binary and restart its daemon"
+                .into(),
         )),
         Action::RaiseAlarm { alarm } => set_alarm(node, alarm, true).await,
         Action::ClearAlarm { alarm } => set_alarm(node, alarm, false).await,
@@ -390,7 +406,10 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
 async fn stop_standbys(node: &Arc<Node>, pool: &Pool, vm: &VmId, entry: &PoolVm) -> Result<()> {
     for host in entry.memory.standbys.clone() {
         change_standbys(node, vm, &host, false).await?;
-        let there = pool.reports.get(&host).is_some_and(|r| r.instances.contains_key(vm));
+        let there = pool
+            .reports
+            .get(&host)
+            .is_some_and(|r| r.instances.contains_key(vm));
         if there && pool.hosts.get(&host).is_some_and(|h| h.record.reachable()) {
             let stop = Action::StopInstance {
                 vm: vm.clone(),

@@ -51,9 +51,9 @@ impl Observer {
 
     /// What is to be thought of each host now.
     pub fn look(&mut self, pool: &Pool, now: Instant) -> BTreeMap<HostId, HostHealth> {
-        let own_pause = self
-            .looked
-            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at).saturating_sub(STEP_MAX));
+        let own_pause = self.looked.map_or(Duration::ZERO, |at| {
+            now.saturating_duration_since(at).saturating_sub(STEP_MAX)
+        });
         self.looked = Some(now);
         self.hosts.retain(|h, _| pool.hosts.contains_key(h));
         let mut health = BTreeMap::new();

@@ -36,6 +36,22 @@ pub struct ProtectSpec {
     pub max_interval_us: Option<u64>,
 }
 
+impl ProtectSpec {
+    /// Interval of signs of life in milliseconds. Whoever waits long before it suspects need not hear often.
+    pub fn heartbeat_ms(&self) -> u64 {
+        (self.suspect_ms / 16).clamp(10, 100)
+    }
+
+    /// How long an answer of the store is awaited before it is asked again, in milliseconds. The store's calls are bounded by
+    /// themselves and made one after the other: to ask again earlier would only throw a late answer away.
+    pub fn store_answer_ms(&self) -> u64 {
+        match &self.store {
+            StoreSpec::Folder(_) => 100,
+            StoreSpec::Etcd { etcd } => etcd.timeout_ms + 50,
+        }
+    }
+}
+
 fn yes() -> bool {
     true
 }

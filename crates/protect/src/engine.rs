@@ -15,6 +15,7 @@ use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::throttle::Throttle;
+use crate::timeline::Timeline;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -122,6 +123,7 @@ pub struct Engine {
     /// Machine state of the newest applied epoch.
     pub(crate) state: Vec<u8>,
     pub(crate) counters: Counters,
+    pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
     pub(crate) make_vm: MakeVm,
@@ -174,6 +176,8 @@ impl Engine {
             policy,
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
+            heartbeat_us: parts.spec.heartbeat_ms() * 1000,
+            store_timeout_us: parts.spec.store_answer_ms() * 1000,
             hold_outputs: parts.spec.hold_outputs,
             speculate: false,
             resend_inherited: false,
@@ -201,6 +205,7 @@ impl Engine {
             base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
+            timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
             name: parts.name,
@@ -319,10 +324,14 @@ impl Engine {
             }
             Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
             Action::Commit { through } => {
+                tracing::debug!(at_us = self.now(), %through, "commit");
                 self.counters.committed(through);
                 self.events.extend(self.disks.commit(through, false));
             }
-            Action::Release { through } => self.release(through),
+            Action::Release { through } => {
+                tracing::debug!(at_us = self.now(), %through, "release");
+                self.release(through);
+            }
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => {
                 self.note(format!("the guest is slowed down by {percent} %"));
@@ -354,7 +363,10 @@ impl Engine {
             } => self.promote(term, at, released)?,
             Action::ColdBoot { term, at } => self.cold_boot(term, at)?,
             Action::StopGuest { keep } => self.stop_guest(keep)?,
-            Action::Notice(notice) => self.note(format!("{notice:?}")),
+            Action::Notice(notice) => {
+                self.timeline.notice(&notice, self.now());
+                self.note(format!("{notice:?}"));
+            }
         }
         Ok(())
     }
@@ -449,6 +461,7 @@ impl Engine {
     /// A frame: a message, or a piece of the bulk of the message before it. The protocol hears of a message with bulk
     /// only when all of it is here and valid.
     fn received(&mut self, host: &HostId, frame: Frame) -> Result<(), ProcessError> {
+        self.timeline.heard(host, self.now());
         let Some(peer) = self.peers.get_mut(host) else {
             return Ok(());
         };
@@ -707,6 +720,7 @@ impl Engine {
             "promote_us": c.promote_us,
             "guest_resets": c.resets,
             "throttle_percent": self.throttle.percent(),
+            "timeline": self.timeline.status(self.now()),
             "audit_stale_pages": self.audited.0,
             "audit_epochs": self.audited.1,
             "log": self.log,

@@ -167,6 +167,10 @@ impl Peer {
         );
         config.manual_credit = true;
         config.silent_ms = spec.suspect_ms.max(50);
+        // A path is doubted before the peer is, and not on every hiccup of a host that is known to be slow.
+        config.heartbeat_ms = spec.heartbeat_ms();
+        config.suspect_ms = config.suspect_ms.max(spec.suspect_ms / 3);
+        config.path_timeout_ms = config.path_timeout_ms.max(spec.suspect_ms * 2);
         config.backoff_ms = (5, 100);
         let (host, to) = (peer.host.clone(), inputs.clone());
         let mut raised = false;

@@ -52,6 +52,7 @@ impl Engine {
             }
             // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
             let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
+            tracing::debug!(at_us = self.now(), %epoch, flush = disks.flush, "cut, for nobody");
             self.sealed.push_back((
                 epoch,
                 Record {
@@ -162,6 +163,7 @@ impl Engine {
             }
         }
         let bytes = record.bytes();
+        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, record));
         self.events.push_back(Event::Sealed(SealedEpoch {
@@ -268,8 +270,12 @@ impl Engine {
     /// Lets the outputs of committed epochs out.
     pub(crate) fn release(&mut self, through: Epoch) {
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let before = self.counters.released;
         for h in holds {
             self.counters.released += h.release(through.0);
+        }
+        if self.counters.released > before {
+            self.timeline.released(self.now());
         }
     }
 

@@ -89,3 +89,37 @@ pub fn wait_ready(server: &Server, bound: Duration) -> Result<()> {
         });
     }
 }
+
+/// Makes this server's member the leader, and waits until it is.
+///
+/// # Errors
+/// [`RigError::CommandFailed`] with what `etcdctl` said, [`RigError::Unknown`] when no member says that it leads.
+pub fn move_leader(members: &[Server], to: &Server) -> Result<()> {
+    const CTL: &str = "ETCDCTL_API=3 etcdctl --command-timeout=20s --dial-timeout=5s";
+    // One line for each member that answers: endpoint, id, version, size, leader?, ...
+    let status = |server: &Server| -> Result<(String, bool)> {
+        let line = server.exec(&format!(
+            "{CTL} --endpoints http://127.0.0.1:2379 endpoint status"
+        ))?;
+        let fields: Vec<&str> = line.split(", ").collect();
+        match fields[..] {
+            [_, id, _, _, leads, ..] => Ok((id.to_string(), leads == "true")),
+            _ => Err(RigError::malformed("etcdctl endpoint status", line)),
+        }
+    };
+    let (id, leads) = status(to)?;
+    if leads {
+        return Ok(());
+    }
+    for member in members.iter().filter(|m| m.is_ready() && m.name() != to.name()) {
+        if status(member)?.1 {
+            member.exec(&format!(
+                "{CTL} --endpoints http://127.0.0.1:2379 move-leader {id}"
+            ))?;
+            return Ok(());
+        }
+    }
+    Err(RigError::Unknown(
+        "no member of etcd says that it leads".to_string(),
+    ))
+}
