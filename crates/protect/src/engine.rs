@@ -10,7 +10,7 @@ use crate::codec;
 use crate::config::{PeerSpec, ProtectSpec};
 use crate::disks::{Disks, SLOTS};
 use crate::input::{Input, Inputs};
-use crate::life::Ending;
+use crate::life::{Ending, Remains, WaitingCut};
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
@@ -43,7 +43,7 @@ use steadfast_wire::{Frame, StagedRecord, vm_hash};
 pub type Holds = Arc<Mutex<Vec<Arc<Hold>>>>;
 /// Builds a machine that stands still, its NICs behind [`Holds`]: the first, or the one that follows another of the same VM,
 /// which stands still.
-pub type MakeVm = Box<dyn Fn(Option<&Vm>) -> Result<Vm, AssembleError>>;
+pub type MakeVm = Box<dyn Fn(Option<&Remains>) -> Result<Vm, AssembleError> + Send>;
 
 /// Inputs handled before the clock is looked at again.
 const BATCH: usize = 64;
@@ -126,7 +126,10 @@ pub struct Engine {
     pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
-    pub(crate) make_vm: MakeVm,
+    /// None while a thread builds the machine that follows a reset.
+    pub(crate) make_vm: Option<MakeVm>,
+    /// A cut that was asked for meanwhile.
+    pub(crate) waiting_cut: Option<WaitingCut>,
     /// Pages that changed with the machine itself; no dirty log knows them.
     pub(crate) carry: Vec<Gfn>,
     pub(crate) ending: Option<Ending>,
@@ -137,7 +140,7 @@ pub struct Engine {
     spec: ProtectSpec,
     ram_bytes: u64,
     store: Sender<Ask>,
-    inputs: Inputs,
+    pub(crate) inputs: Inputs,
     clock: Instant,
     log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
@@ -209,7 +212,8 @@ impl Engine {
             events: VecDeque::new(),
             start: parts.spec.start,
             name: parts.name,
-            make_vm: parts.make_vm,
+            make_vm: Some(parts.make_vm),
+            waiting_cut: None,
             carry: Vec::new(),
             ending: None,
             throttle: Throttle::new(Instant::now()),
@@ -283,7 +287,7 @@ impl Engine {
 
     /// The throttle's turn; not while a frozen cut decides whether the guest runs on at all.
     fn turn(&mut self) -> Option<Duration> {
-        if self.frozen || self.replica.primary().is_none() {
+        if self.frozen || self.make_vm.is_none() || self.replica.primary().is_none() {
             return None;
         }
         self.throttle.turn(&self.vm.machine, Instant::now())
@@ -317,7 +321,9 @@ impl Engine {
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
             Action::ResumeGuest => {
                 self.frozen = false;
-                self.vm.machine.resume();
+                if self.make_vm.is_some() {
+                    self.vm.machine.resume();
+                }
             }
             Action::SyncJournal { through } if self.disks.is_empty() => {
                 self.events.push_back(Event::JournalSynced { through });
@@ -335,7 +341,7 @@ impl Engine {
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => {
                 self.note(format!("the guest is slowed down by {percent} %"));
-                if !self.frozen {
+                if !self.frozen && self.make_vm.is_some() {
                     self.throttle.set(percent, &self.vm.machine, Instant::now());
                 }
             }
@@ -405,6 +411,7 @@ impl Engine {
                 }
             }
             Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
+            Input::Remade(remade) => self.go_on_anew(*remade)?,
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
             Input::DiskFlush => {

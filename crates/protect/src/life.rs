@@ -6,7 +6,10 @@
 //! An end is told before it happens: what the guest flushed last is committed, then the record names no standby any
 //! more, and only then the process ends. So no standby takes it for a failure and runs what was turned off.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, MakeVm};
+use crate::input::Input;
+use crate::primary::disk_failed;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use steadfast_epoch::Status;
 use steadfast_epoch::io::Event;
@@ -14,10 +17,33 @@ use steadfast_epoch::primary::Phase;
 use steadfast_machine::memory::Ram;
 use steadfast_types::{Epoch, Gfn, HostId, PAGE_SIZE};
 use steadfast_vmm::process::{Ended, ProcessError};
+use steadfast_vmm::resources::Resources;
+use steadfast_vmm::spec::VmSpec;
+use steadfast_vmm::{AssembleError, Vm};
 use vm_memory::{Bytes, GuestAddress};
 
 /// An end waits no longer for its standbys and the store.
 const END_MAX: Duration = Duration::from_secs(5);
+
+/// What is left of a machine for the one that follows it.
+pub struct Remains {
+    /// What the VM is.
+    pub spec: VmSpec,
+    /// What is open of the host.
+    pub resources: Arc<Resources>,
+    ram: Ram,
+}
+
+/// The machine after a reset.
+pub struct Remade {
+    vm: Result<Vm, AssembleError>,
+    /// Pages in which its memory differs from the old one's.
+    changed: Vec<Gfn>,
+    make_vm: MakeVm,
+}
+
+/// A cut as it was asked for: number, bases, whether to freeze.
+pub type WaitingCut = (Epoch, Vec<HostId>, bool);
 
 /// An end under way.
 pub struct Ending {
@@ -28,39 +54,63 @@ pub struct Ending {
 }
 
 impl Engine {
-    /// The guest asked for a reset, or its CPU gave up: power-on again, in this process and under this term.
+    /// The guest asked for a reset, or its CPU gave up: power-on again, in this process and under this term. The new
+    /// machine is built on a thread of its own; this one goes on to speak to its standbys, and a cut waits.
     pub(crate) fn reset_guest(&mut self) -> Result<(), ProcessError> {
-        if self.replica.primary().is_none() || self.ending.is_some() {
+        if self.replica.primary().is_none() || self.ending.is_some() || self.frozen {
             return Ok(());
         }
+        let Some(make_vm) = self.make_vm.take() else {
+            return Ok(());
+        };
         self.note("the guest starts anew".into());
+        let failed = |e: &dyn std::fmt::Display| disk_failed(format!("the guest cannot be reset: {e}"));
         let mut dirty = Vec::new();
-        let old = self.vm.machine.ram().clone();
         {
-            let mut still = self
-                .vm
-                .machine
-                .quiesce()
-                .map_err(|e| crate::primary::disk_failed(format!("the guest cannot be reset: {e}")))?;
+            let mut still = self.vm.machine.quiesce().map_err(|e| failed(&e))?;
             if let Err(error) = still.drain() {
                 tracing::warn!(%error, "a device did not come to rest before the reset");
             }
-            still
-                .harvest(&mut dirty)
-                .map_err(|e| crate::primary::disk_failed(format!("the guest cannot be reset: {e}")))?;
+            still.harvest(&mut dirty).map_err(|e| failed(&e))?;
             still.keep_stopped();
         }
-        let new = (self.make_vm)(Some(&self.vm))?;
-        self.vm = new;
-        self.vm.boot()?;
-        self.vm.machine.start_dirty_tracking()?;
-        // What the old machine changed since the last cut, and what the new one's memory has otherwise.
+        // What the old machine changed since the last cut.
         self.carry.append(&mut dirty);
-        differing(&old, self.vm.machine.ram(), &mut self.carry);
+        let remains = Remains {
+            spec: self.vm.spec.clone(),
+            resources: Arc::clone(&self.vm.resources),
+            ram: self.vm.machine.ram().clone(),
+        };
+        let inputs = self.inputs.clone();
+        let build = move || {
+            let vm = make_vm(Some(&remains)).and_then(|vm| vm.boot().map(|()| vm));
+            let mut changed = Vec::new();
+            if let Ok(vm) = &vm {
+                differing(&remains.ram, vm.machine.ram(), &mut changed);
+            }
+            inputs.send(Input::Remade(Box::new(Remade { vm, changed, make_vm })));
+        };
+        let thread = std::thread::Builder::new().name("reset".into()).spawn(build);
+        thread.map(drop).map_err(|e| failed(&e))
+    }
+
+    /// The machine that follows is there.
+    pub(crate) fn go_on_anew(&mut self, mut remade: Remade) -> Result<(), ProcessError> {
+        self.make_vm = Some(remade.make_vm);
+        self.vm = remade.vm?;
+        self.carry.append(&mut remade.changed);
         self.carry.sort_unstable();
         self.carry.dedup();
-        self.vm.machine.resume();
         self.counters.resets += 1;
+        if self.replica.primary().is_none() {
+            return Ok(());
+        }
+        self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.resume();
+        if let Some((epoch, bases, freeze)) = self.waiting_cut.take() {
+            self.cut(epoch, &bases, freeze)?;
+            self.step(Event::Tick)?;
+        }
         Ok(())
     }
 

@@ -38,6 +38,10 @@ impl Engine {
 
     /// Cuts: seals epoch `epoch`, with all that the hosts in `bases` still miss.
     pub(crate) fn cut(&mut self, epoch: Epoch, bases: &[HostId], freeze: bool) -> Result<(), ProcessError> {
+        if self.make_vm.is_none() {
+            self.waiting_cut = Some((epoch, bases.to_vec(), freeze));
+            return Ok(());
+        }
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let boundary = || holds.iter().map(|h| h.emitted()).sum();
         let term = match self.replica.status() {
@@ -219,7 +223,9 @@ impl Engine {
         failed = failed.or(disk.as_ref().err().cloned());
         let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
         let pages = state.chunk(seq);
-        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && !mirrored_by_others {
+        // Not while a reset is under way: looking lets the guest run on.
+        let may_look = !mirrored_by_others && self.make_vm.is_some();
+        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
             state.rounds += 1;
             let mut dirty = Vec::new();
             match self.capture.harvest_only(&self.vm.machine, &mut dirty) {

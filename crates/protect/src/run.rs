@@ -4,6 +4,7 @@ use crate::config::ProtectSpec;
 use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
+use crate::life::Remains;
 use crate::store::RecordStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
@@ -14,7 +15,7 @@ use steadfast_net::{Hold, HoldBackend, HoldMode};
 use steadfast_vmm::control::{self, Call};
 use steadfast_vmm::process::{Ended, Options, ProcessError};
 use steadfast_vmm::spec::VmSpec;
-use steadfast_vmm::{AssembleError, Surroundings, Vm, assemble, assemble_from};
+use steadfast_vmm::{AssembleError, Surroundings, assemble, assemble_from};
 
 /// Bytes of frames that wait for their epoch, per NIC, before the guest is held back.
 const HELD_BYTES_MAX: usize = 32 << 20;
@@ -56,7 +57,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
     let make_vm = {
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
-        move |before: Option<&Vm>| {
+        move |before: Option<&Remains>| {
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
             let blocks = blocks.clone();
             let around = Surroundings {
@@ -84,11 +85,13 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             };
             let vm = match before {
                 None => assemble(&spec, around)?,
-                Some(vm) => assemble_from(vm.spec.clone(), Arc::clone(&vm.resources), around)?,
+                Some(r) => assemble_from(r.spec.clone(), Arc::clone(&r.resources), around)?,
             };
             (options.on_serial)(&vm.serial);
-            // First touch is dear; a standby must not pay for it when it takes over.
-            vm.machine.ram().prefault();
+            if before.is_none() {
+                // First touch is dear; a standby must not pay for it when it takes over.
+                vm.machine.ram().prefault();
+            }
             Ok(vm)
         }
     };

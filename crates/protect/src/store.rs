@@ -289,6 +289,11 @@ mod tests {
         assert_eq!(two.read().unwrap().1, Some(first.clone()));
         let mine = |owner: &HostId, term| VmRecord {
             term: Term(term),
+            // Each proposal has its own: by it an answer that was lost is told from another's success.
+            nonce: Nonce {
+                instance: Instance(u64::from(owner == &b)),
+                count: term,
+            },
             ..VmRecord::new(owner.clone(), id)
         };
         assert_eq!(one.cas(&first, &mine(&a, 1)), CasOutcome::Done);
