@@ -28,6 +28,12 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// How many standbys must acknowledge an epoch before it commits (1 to 3); none: all that are in sync.
+    #[serde(default)]
+    pub acks: Option<u8>,
+    /// For tests: the step at which this process kills itself, see [`crate::failpoint`].
+    #[serde(default)]
+    pub die_at: Option<String>,
     /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
     #[serde(default)]
     pub audit: Option<PathBuf>,

@@ -9,6 +9,7 @@ use crate::audit::Audit;
 use crate::codec;
 use crate::config::{PeerSpec, ProtectSpec};
 use crate::disks::{Disks, SLOTS};
+use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
 use crate::peer::{Peer, Record};
@@ -23,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
-use steadfast_epoch::io::{Action, Event};
+use steadfast_epoch::io::{Action, Event, Notice};
 use steadfast_epoch::message::{Body, EpochRef, Message};
 use steadfast_epoch::policy::PolicySettings;
 use steadfast_epoch::primary::Phase;
@@ -128,6 +129,7 @@ pub struct Engine {
     pub(crate) start: bool,
     /// None while a thread builds the machine that follows a reset.
     pub(crate) make_vm: Option<MakeVm>,
+    pub(crate) failpoint: Failpoint,
     /// A cut that was asked for meanwhile.
     pub(crate) waiting_cut: Option<WaitingCut>,
     /// Pages that changed with the machine itself; no dirty log knows them.
@@ -170,6 +172,7 @@ impl Engine {
             .map_err(|e| setting(format!("store: {e}")))?;
         let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
         let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
+        let failpoint = Failpoint::new(parts.spec.die_at.as_deref()).map_err(setting)?;
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let mut policy = PolicySettings::default();
         if let Some(us) = parts.spec.max_interval_us {
@@ -182,6 +185,7 @@ impl Engine {
             heartbeat_us: parts.spec.heartbeat_ms() * 1000,
             store_timeout_us: parts.spec.store_answer_ms() * 1000,
             hold_outputs: parts.spec.hold_outputs,
+            acks_required: parts.spec.acks.unwrap_or(0),
             speculate: false,
             resend_inherited: false,
             ..Settings::default()
@@ -214,6 +218,7 @@ impl Engine {
             name: parts.name,
             make_vm: Some(parts.make_vm),
             waiting_cut: None,
+            failpoint,
             carry: Vec::new(),
             ending: None,
             throttle: Throttle::new(Instant::now()),
@@ -309,7 +314,31 @@ impl Engine {
         Ok(())
     }
 
+    /// Tests may kill this process here.
+    pub(crate) fn reached(&mut self, step: &str) {
+        let replica = &self.replica;
+        self.failpoint.at(step, || replica.status());
+    }
+
+    /// The step of an epoch or a promotion that an action belongs to.
+    fn reached_by(&mut self, action: &Action) {
+        let step = match action {
+            Action::Send { message, .. } if matches!(message.body, Body::Ack { .. }) => "ack",
+            Action::Send { message, .. } if matches!(message.body, Body::Epoch(_)) => "send",
+            Action::Stage { .. } => "stage",
+            Action::SyncJournal { .. } => "fsync",
+            Action::Commit { .. } => "commit",
+            Action::Release { .. } => "release",
+            Action::Apply { .. } => "apply",
+            Action::Promote { .. } => "grant",
+            Action::Notice(Notice::Suspected(_)) => "suspect",
+            _ => return,
+        };
+        self.reached(step);
+    }
+
     fn act(&mut self, action: Action) -> Result<(), ProcessError> {
+        self.reached_by(&action);
         match action {
             Action::Send { to, message } => self.send(&to, message),
             Action::StoreRead { id } => {
@@ -491,6 +520,7 @@ impl Engine {
         } else {
             match peer.stager.chunk(frame) {
                 Ok(Staged::Complete(record)) => {
+                    self.failpoint.at("receive", || self.replica.status());
                     self.arrived = Some(record);
                     peer.pending.take().map(|message| Event::Message {
                         from: host.clone(),

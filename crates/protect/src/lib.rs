@@ -15,6 +15,7 @@ pub mod codec;
 pub mod config;
 mod disks;
 mod engine;
+pub mod failpoint;
 mod input;
 mod life;
 mod peer;

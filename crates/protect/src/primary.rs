@@ -91,7 +91,9 @@ impl Engine {
         let mut disks = None;
         let volumes = &mut self.disks;
         let (audit, ram) = (&mut self.audit, self.vm.machine.ram());
+        let (failpoint, replica) = (&mut self.failpoint, &self.replica);
         let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_, pages| {
+            failpoint.at("pause", || replica.status());
             if let Some(audit) = audit {
                 audit.cut(ram, epoch.0, term.0, pages.gfns());
             }
@@ -121,6 +123,7 @@ impl Engine {
                 return self.cut(epoch, bases, freeze);
             }
         };
+        self.reached("capture");
         self.cut_failures = 0;
         self.frozen |= freeze;
         self.throttle.runs();
@@ -168,6 +171,7 @@ impl Engine {
         }
         let bytes = record.bytes();
         tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
+        self.reached("seal");
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, record));
         self.events.push_back(Event::Sealed(SealedEpoch {

@@ -173,6 +173,7 @@ impl Engine {
         self.disks
             .promote(at, term)
             .map_err(crate::primary::disk_failed)?;
+        self.reached("load");
         self.vm.machine.restore(state).map_err(machine_failed)?;
         self.staged.clear();
         for peer in self.peers.values_mut() {
@@ -181,11 +182,13 @@ impl Engine {
             peer.reset_stream();
         }
         self.go_live()?;
+        self.reached("resume");
         // Switches learn the new place at once, from the monitor; neighbours from the guest, when it gets to it.
         self.announce();
         for nic in &self.vm.nics {
             nic.announce();
         }
+        self.reached("announce");
         self.timeline.running(self.now());
         let took = began.elapsed().as_micros() as u64;
         self.counters.promote_us = Some(took);

@@ -8,6 +8,8 @@
 #![allow(dead_code)]
 
 pub mod client;
+pub mod duo;
+pub mod proxy;
 pub mod switch;
 
 use serde_json::{Value, json};
@@ -29,6 +31,9 @@ pub const INSTANCE_TEST: &str = "instance_process";
 pub const FENCED: i32 = 43;
 /// Exit status of an instance that ended with another error.
 pub const FAILED: i32 = 44;
+
+/// Size of the guest's disk.
+const DISK_BYTES: usize = 12 << 20;
 
 /// Whether KVM can be used; says so loudly when not.
 pub fn kvm() -> bool {
@@ -153,6 +158,12 @@ pub struct Site {
     pub cmdline: String,
     /// Every epoch is compared with what the primary had (it lengthens the pause).
     pub audit: bool,
+    /// The guest has a disk that is replicated.
+    pub disk: bool,
+    /// Where the instance that is started next kills itself.
+    pub die_at: Option<String>,
+    /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
+    pub tls: bool,
     count: u32,
 }
 
@@ -177,6 +188,9 @@ impl Site {
             paths: [ports, ports],
             cmdline: "pages=100 loop=dirty rate=200 udp=1 tcp=1 ip=10.0.0.2".into(),
             audit: std::env::var_os("STEADFAST_AUDIT").is_some(),
+            disk: false,
+            die_at: None,
+            tls: false,
             count: 0,
         }
     }
@@ -196,7 +210,19 @@ impl Site {
         } else {
             ("a", self.paths[1])
         };
+        let image = self.path().join(format!("{host}.raw"));
+        if self.disk && !image.exists() {
+            std::fs::write(&image, vec![0; DISK_BYTES]).unwrap();
+        }
+        let disks = json!([{"path": image, "format": "raw"}]);
+        let file = |name: String| self.path().join(name);
+        let tls = json!({
+            "ca": file("ca.pem".into()),
+            "certificate": file(format!("{host}.pem")),
+            "key": file(format!("{host}.key")),
+        });
         let spec = json!({
+            "disks": if self.disk { disks } else { json!([]) },
             "name": "p", "vcpus": 1, "memory_bytes": 128 << 20,
             "boot": {"flat": {"elf": self.path().join("pulse.elf"), "cmdline": self.cmdline}},
             "nics": [{
@@ -207,6 +233,8 @@ impl Site {
         let protect = json!({
             "host": host, "store": self.path().join("store"), "start": start,
             "peers": [{"host": peer, "paths": paths}],
+            "die_at": self.die_at.take(),
+            "tls": if self.tls { tls } else { Value::Null },
             "audit": self.audit.then(|| self.path().join("audit")),
         });
         std::fs::write(dir.join("spec.json"), spec.to_string()).unwrap();
