@@ -28,6 +28,14 @@ struct UnderWay {
     list: BTreeMap<u64, (Instant, Option<String>)>,
 }
 
+/// What became of a write.
+enum Tried {
+    Done,
+    /// There is no room now: in the open epoch, or in the journal.
+    Full(Option<VolumeError>),
+    Failed(VolumeError),
+}
+
 /// A request that is under way.
 struct Way<'a>(&'a Mutex<UnderWay>, u64);
 
@@ -153,6 +161,22 @@ impl LateBlock {
         self.volume.get().ok_or(DiskError::Closed)
     }
 
+    fn try_now(&self, volume: &Volume, op: &EpochOp, bytes: u64) -> Tried {
+        let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let before = self.open_bytes.load(Ordering::Acquire);
+        if before != 0 && before + bytes > OPEN_BYTES_MAX {
+            return Tried::Full(None);
+        }
+        match volume.try_submit(op.clone()) {
+            Ok(()) => {
+                self.open_bytes.fetch_add(bytes, Ordering::AcqRel);
+                Tried::Done
+            }
+            Err(e) if e.is_back_pressure() => Tried::Full(Some(e)),
+            Err(e) => Tried::Failed(e),
+        }
+    }
+
     fn submit(&self, op: EpochOp) -> Result<(), DiskError> {
         let volume = self.volume()?;
         let bytes = match &op {
@@ -161,19 +185,11 @@ impl LateBlock {
         };
         let way = Way::new(&self.writes);
         loop {
-            {
-                let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-                let before = self.open_bytes.load(Ordering::Acquire);
-                if before == 0 || before + bytes <= OPEN_BYTES_MAX {
-                    match volume.try_submit(op.clone()) {
-                        Ok(()) => {
-                            self.open_bytes.fetch_add(bytes, Ordering::AcqRel);
-                            return Ok(());
-                        }
-                        Err(e) if self.closed() || !e.is_back_pressure() => return Err(e.into()),
-                        Err(e) => way.held_up(&e),
-                    }
-                }
+            match self.try_now(volume, &op, bytes) {
+                Tried::Done => return Ok(()),
+                Tried::Failed(e) => return Err(e.into()),
+                Tried::Full(Some(e)) => way.held_up(&e),
+                Tried::Full(None) => {}
             }
             if self.closed() {
                 return Err(DiskError::Closed);
@@ -227,6 +243,21 @@ impl BlockIo for LateBlock {
         self.volume()?.flush()?;
         self.inputs.disk_flushed();
         Ok(())
+    }
+
+    /// A write goes into the journal's memory: it waits only when there is no room.
+    fn write_at_once(&self, offset: u64, buf: &[u8]) -> Option<Result<(), DiskError>> {
+        let volume = self.volume.get()?;
+        let data = Arc::new(buf.to_vec());
+        match self.try_now(volume, &EpochOp::Write { offset, data }, buf.len() as u64) {
+            Tried::Done => Some(Ok(())),
+            Tried::Failed(e) => Some(Err(e.into())),
+            Tried::Full(_) => None,
+        }
+    }
+
+    fn flush_at_once(&self) -> Option<Result<(), DiskError>> {
+        Some(self.flush())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {

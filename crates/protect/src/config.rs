@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use steadfast_store::StoreSpec;
 use steadfast_types::HostId;
 
 /// Protection of a VM, as JSON.
@@ -11,8 +12,8 @@ use steadfast_types::HostId;
 pub struct ProtectSpec {
     /// This host.
     pub host: HostId,
-    /// Folder of the embedded store, shared by all hosts of the VM.
-    pub store: PathBuf,
+    /// The store, the same for all hosts of the VM: a folder (a plain string), or `{"etcd": {"endpoints": [...], ...}}`.
+    pub store: StoreSpec,
     /// The other hosts that may run or mirror this VM.
     pub peers: Vec<PeerSpec>,
     /// Start the VM here from power-on, unless the store says that another host owns it.
@@ -36,7 +37,7 @@ pub struct ProtectSpec {
     /// Pause before each walk over the disks, in seconds.
     #[serde(default = "scrub_pause_s")]
     pub scrub_pause_s: u64,
-    /// Bytes a second (memory and disks) of a copy to a standby; 0: as fast as the link. At least
+    /// Bytes a second of a copy to a standby, on the link or of its disks, whichever is more; 0: as fast as the link. At least
     /// [`COPY_RATE_MIN`]. It can be set while a copy runs.
     #[serde(default)]
     pub copy_bytes_per_s: u64,
@@ -46,6 +47,12 @@ pub struct ProtectSpec {
     /// For tests: a file of rules for faults of this host's disks (`steadfast_disk::testing::LiveFaults`).
     #[serde(default)]
     pub disk_faults: Option<PathBuf>,
+    /// How many standbys must acknowledge an epoch before it commits (1 to 3); none: all that are in sync.
+    #[serde(default)]
+    pub acks: Option<u8>,
+    /// For tests: the step at which this process kills itself, see [`crate::failpoint`].
+    #[serde(default)]
+    pub die_at: Option<String>,
     /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
     #[serde(default)]
     pub audit: Option<PathBuf>,
@@ -67,6 +74,22 @@ fn scrub_bytes_per_s() -> u64 {
 
 fn scrub_pause_s() -> u64 {
     6 * 3600
+}
+
+impl ProtectSpec {
+    /// Interval of signs of life in milliseconds. Whoever waits long before it suspects need not hear often.
+    pub fn heartbeat_ms(&self) -> u64 {
+        (self.suspect_ms / 16).clamp(10, 100)
+    }
+
+    /// How long an answer of the store is awaited before it is asked again, in milliseconds. The store's calls are bounded by
+    /// themselves and made one after the other: to ask again earlier would only throw a late answer away.
+    pub fn store_answer_ms(&self) -> u64 {
+        match &self.store {
+            StoreSpec::Folder(_) => 100,
+            StoreSpec::Etcd { etcd } => etcd.timeout_ms + 50,
+        }
+    }
 }
 
 fn yes() -> bool {

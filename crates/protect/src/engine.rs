@@ -10,10 +10,14 @@ use crate::codec;
 use crate::config::{PeerSpec, ProtectSpec};
 use crate::disk_engine::Care;
 use crate::disks::{Disks, SLOTS};
+use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
+use crate::life::{Ending, Remains, WaitingCut};
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
+use crate::throttle::Throttle;
+use crate::timeline::Timeline;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -21,7 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
-use steadfast_epoch::io::{Action, Event};
+use steadfast_epoch::io::{Action, Event, Notice};
 use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
 use steadfast_epoch::primary::Phase;
@@ -30,7 +34,7 @@ use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
-use steadfast_types::{Epoch, HostId, VmId};
+use steadfast_types::{Epoch, Gfn, HostId, VmId};
 use steadfast_vmm::control::{Call, Request, failure};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
@@ -39,8 +43,9 @@ use steadfast_wire::{Frame, StagedRecord, vm_hash};
 
 /// The NICs' queues of the present machine.
 pub type Holds = Arc<Mutex<Vec<Arc<Hold>>>>;
-/// Builds a machine that stands still, its NICs behind [`Holds`].
-pub type MakeVm = Box<dyn FnOnce() -> Result<Vm, AssembleError>>;
+/// Builds a machine that stands still, its NICs behind [`Holds`]: the first, or the one that follows another of the same VM,
+/// which stands still.
+pub type MakeVm = Box<dyn Fn(Option<&Remains>) -> Result<Vm, AssembleError> + Send>;
 
 /// Inputs handled before the clock is looked at again.
 const BATCH: usize = 64;
@@ -60,6 +65,8 @@ pub struct Counters {
     pub last: steadfast_capture::CutTimes,
     /// Frames released.
     pub released: u64,
+    /// Times that the guest was started anew.
+    pub resets: u64,
     /// How long the last promotion took from grant to running, in microseconds.
     pub promote_us: Option<u64>,
     /// The last pauses.
@@ -121,13 +128,25 @@ pub struct Engine {
     /// Machine state of the newest applied epoch.
     pub(crate) state: Vec<u8>,
     pub(crate) counters: Counters,
+    pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
+    /// None while a thread builds the machine that follows a reset.
+    pub(crate) make_vm: Option<MakeVm>,
+    pub(crate) failpoint: Failpoint,
+    /// A cut that was asked for meanwhile.
+    pub(crate) waiting_cut: Option<WaitingCut>,
+    /// Pages that changed with the machine itself; no dirty log knows them.
+    pub(crate) carry: Vec<Gfn>,
+    pub(crate) ending: Option<Ending>,
+    pub(crate) throttle: Throttle,
+    /// Stopped for good by a cut, unless the protocol lets it run on.
+    pub(crate) frozen: bool,
     name: VmId,
     spec: ProtectSpec,
     ram_bytes: u64,
     store: Sender<Ask>,
-    inputs: Inputs,
+    pub(crate) inputs: Inputs,
     clock: Instant,
     log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
@@ -144,7 +163,7 @@ impl Engine {
     /// [`ProcessError`].
     pub fn new(parts: Parts) -> Result<Self, ProcessError> {
         let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
-        let vm = (parts.make_vm)()?;
+        let vm = (parts.make_vm)(None)?;
         let mut peers = BTreeMap::new();
         for (slot, peer) in parts.spec.peers.iter().enumerate() {
             let pages = ram_regions(parts.ram_bytes);
@@ -157,6 +176,7 @@ impl Engine {
             .map_err(|e| setting(format!("store: {e}")))?;
         let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
         let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
+        let failpoint = Failpoint::new(parts.spec.die_at.as_deref()).map_err(setting)?;
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let mut policy = PolicySettings::default();
         if let Some(us) = parts.spec.max_interval_us {
@@ -166,7 +186,10 @@ impl Engine {
             policy,
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
+            heartbeat_us: parts.spec.heartbeat_ms() * 1000,
+            store_timeout_us: parts.spec.store_answer_ms() * 1000,
             hold_outputs: parts.spec.hold_outputs,
+            acks_required: parts.spec.acks.unwrap_or(0),
             speculate: false,
             resend_inherited: false,
             // A copy is not over before all of it was sent once and again, in the smallest pieces.
@@ -197,9 +220,17 @@ impl Engine {
             base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
+            timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
             name: parts.name,
+            make_vm: Some(parts.make_vm),
+            waiting_cut: None,
+            failpoint,
+            carry: Vec::new(),
+            ending: None,
+            throttle: Throttle::new(Instant::now()),
+            frozen: false,
             spec: parts.spec,
             ram_bytes: parts.ram_bytes,
             store,
@@ -225,7 +256,11 @@ impl Engine {
         let mut console = Instant::now();
         loop {
             let now = self.now();
-            let wait = Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            let mut wait =
+                Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            if let Some(turn) = self.turn() {
+                wait = wait.min(turn);
+            }
             match queue.recv_timeout(wait) {
                 Ok(first) => {
                     let mut next = Some(first);
@@ -256,8 +291,20 @@ impl Engine {
                     .flush_output();
                 self.disks_moved()?;
                 console = Instant::now();
+                self.close_links();
+                if let Some(ended) = self.end_step()? {
+                    return Ok(ended);
+                }
             }
         }
+    }
+
+    /// The throttle's turn; not while a frozen cut decides whether the guest runs on at all.
+    fn turn(&mut self) -> Option<Duration> {
+        if self.frozen || self.make_vm.is_none() || self.replica.primary().is_none() {
+            return None;
+        }
+        self.throttle.turn(&self.vm.machine, Instant::now())
     }
 
     pub(crate) fn now(&self) -> u64 {
@@ -276,7 +323,31 @@ impl Engine {
         Ok(())
     }
 
+    /// Tests may kill this process here.
+    pub(crate) fn reached(&mut self, step: &str) {
+        let replica = &self.replica;
+        self.failpoint.at(step, || replica.status());
+    }
+
+    /// The step of an epoch or a promotion that an action belongs to.
+    fn reached_by(&mut self, action: &Action) {
+        let step = match action {
+            Action::Send { message, .. } if matches!(message.body, Body::Ack { .. }) => "ack",
+            Action::Send { message, .. } if matches!(message.body, Body::Epoch(_)) => "send",
+            Action::Stage { .. } => "stage",
+            Action::SyncJournal { .. } => "fsync",
+            Action::Commit { .. } => "commit",
+            Action::Release { .. } => "release",
+            Action::Apply { .. } => "apply",
+            Action::Promote { .. } => "grant",
+            Action::Notice(Notice::Suspected(_)) => "suspect",
+            _ => return,
+        };
+        self.reached(step);
+    }
+
     fn act(&mut self, action: Action) -> Result<(), ProcessError> {
+        self.reached_by(&action);
         match action {
             Action::Send { to, message } => self.send(&to, message),
             Action::StoreRead { id } => {
@@ -286,18 +357,32 @@ impl Engine {
                 let _ = self.store.send(Ask::Cas(id, Box::new(expect), Box::new(record)));
             }
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
-            Action::ResumeGuest => self.vm.machine.resume(),
+            Action::ResumeGuest => {
+                self.frozen = false;
+                if self.make_vm.is_some() {
+                    self.vm.machine.resume();
+                }
+            }
             Action::SyncJournal { through } if self.disks.is_empty() => {
                 self.events.push_back(Event::JournalSynced { through });
             }
             Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
             Action::Commit { through } => {
+                tracing::debug!(at_us = self.now(), %through, "commit");
                 self.counters.committed(through);
                 self.events.extend(self.disks.commit(through, false));
             }
-            Action::Release { through } => self.release(through),
+            Action::Release { through } => {
+                tracing::debug!(at_us = self.now(), %through, "release");
+                self.release(through);
+            }
             Action::Forget { through } => self.forget(through),
-            Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
+            Action::Throttle { percent } => {
+                self.note(format!("the guest is slowed down by {percent} %"));
+                if !self.frozen && self.make_vm.is_some() {
+                    self.throttle.set(percent, &self.vm.machine, Instant::now());
+                }
+            }
             Action::SendChunk {
                 to,
                 message,
@@ -322,7 +407,10 @@ impl Engine {
             } => self.promote(term, at, released)?,
             Action::ColdBoot { term, at } => self.cold_boot(term, at)?,
             Action::StopGuest { keep } => self.stop_guest(keep)?,
-            Action::Notice(notice) => self.note(format!("{notice:?}")),
+            Action::Notice(notice) => {
+                self.timeline.notice(&notice, self.now());
+                self.note(format!("{notice:?}"));
+            }
         }
         Ok(())
     }
@@ -354,14 +442,15 @@ impl Engine {
             Input::Guest(event) => {
                 self.inputs.heard(event);
                 match event {
-                    GuestEvent::Shutdown => return Ok(Some(Ended::Shutdown)),
-                    GuestEvent::Reset => return Ok(Some(Ended::Reset)),
+                    GuestEvent::Shutdown => return self.begin_end(Ended::Shutdown),
+                    GuestEvent::Reset => self.reset_guest()?,
                     GuestEvent::Panic | GuestEvent::CrashLoaded => {
                         self.note("the guest's kernel panicked".into())
                     }
                 }
             }
-            Input::Vcpu(VcpuEvent::TripleFault(_)) => return Ok(Some(Ended::Reset)),
+            Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
+            Input::Remade(remade) => self.go_on_anew(*remade)?,
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
             Input::DiskFlush => {
@@ -425,6 +514,7 @@ impl Engine {
     /// A frame: a message, or a piece of the bulk of the message before it. The protocol hears of a message with bulk
     /// only when all of it is here and valid.
     fn received(&mut self, host: &HostId, frame: Frame) -> Result<(), ProcessError> {
+        self.timeline.heard(host, self.now());
         let Some(peer) = self.peers.get_mut(host) else {
             return Ok(());
         };
@@ -453,6 +543,7 @@ impl Engine {
         } else {
             match peer.stager.chunk(frame) {
                 Ok(Staged::Complete(record)) => {
+                    self.failpoint.at("receive", || self.replica.status());
                     self.arrived = Some(record);
                     peer.pending.take().map(|message| Event::Message {
                         from: host.clone(),
@@ -537,7 +628,7 @@ impl Engine {
         let answer = match &call.request {
             Request::Status => self.status(),
             Request::Stop => {
-                ended = Some(Ended::Stopped);
+                ended = self.begin_end(Ended::Stopped)?;
                 json!({"ok": true})
             }
             Request::PowerButton => {
@@ -584,7 +675,12 @@ impl Engine {
 
     /// Opens a link to one more host; the inner error is for who asked.
     fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
-        if self.peers.contains_key(&peer.host) {
+        if let Some(known) = self.peers.get_mut(&peer.host) {
+            let back = std::mem::take(&mut known.leaving);
+            known.wanted = peer.standby;
+            if back && peer.standby && self.replica.primary().is_some() {
+                self.step(Event::AddStandby(peer.host.clone()))?;
+            }
             return Ok(Ok(()));
         }
         if peer.host == self.spec.host {
@@ -607,14 +703,34 @@ impl Engine {
         Ok(Ok(()))
     }
 
-    /// Closes the link to a host; whether there was one.
+    /// Mirrors to a host no more; whether it was a peer. Its link is closed when the record no longer lists it.
     fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
+        let Some(peer) = self.peers.get_mut(host) else {
+            return Ok(false);
+        };
+        (peer.leaving, peer.wanted) = (true, false);
         self.step(Event::RemoveStandby(host.clone()))?;
-        let known = self.peers.remove(host).is_some();
-        if known {
+        self.close_links();
+        Ok(true)
+    }
+
+    /// Closes links to hosts that are no peers any more.
+    fn close_links(&mut self) {
+        let members = match self.replica.status() {
+            Status::Primary(p) => p.members,
+            Status::Standby(_) => Vec::new(),
+        };
+        let gone = |p: &Peer| p.leaving && members.iter().all(|m| m.host != p.host);
+        let hosts: Vec<HostId> = self
+            .peers
+            .values()
+            .filter(|p| gone(p))
+            .map(|p| p.host.clone())
+            .collect();
+        for host in hosts {
+            self.peers.remove(&host);
             self.note(format!("{host} is no peer any more"));
         }
-        Ok(known)
     }
 
     fn status(&self) -> Value {
@@ -671,6 +787,9 @@ impl Engine {
             "last_state_us": us(c.last.state),
             "frames_released": c.released,
             "promote_us": c.promote_us,
+            "guest_resets": c.resets,
+            "throttle_percent": self.throttle.percent(),
+            "timeline": self.timeline.status(self.now()),
             "audit_stale_pages": self.audited.0,
             "audit_epochs": self.audited.1,
             "disks": self.disk_status(),

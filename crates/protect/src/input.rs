@@ -1,5 +1,6 @@
 //! Everything that the engine hears, in one queue.
 
+use crate::life::Remade;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -40,6 +41,8 @@ pub enum Input {
     },
     /// The answer to a question of another host.
     DiskServed(HostId, u64, crate::ask::Answer),
+    /// The machine that follows a guest's reset is built, or cannot be.
+    Remade(Box<Remade>),
     /// The end of this full copy of all disks is done, or why not.
     DiskCopied(u64, Result<(), String>),
 }

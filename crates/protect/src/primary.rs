@@ -38,6 +38,10 @@ impl Engine {
 
     /// Cuts: seals epoch `epoch`, with all that the hosts in `bases` still miss.
     pub(crate) fn cut(&mut self, epoch: Epoch, bases: &[HostId], freeze: bool) -> Result<(), ProcessError> {
+        if self.make_vm.is_none() {
+            self.waiting_cut = Some((epoch, bases.to_vec(), freeze));
+            return Ok(());
+        }
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let boundary = || holds.iter().map(|h| h.emitted()).sum();
         let term = match self.replica.status() {
@@ -57,6 +61,7 @@ impl Engine {
             }
             // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
             let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
+            tracing::debug!(at_us = self.now(), %epoch, flush = disks.flush, "cut, for nobody");
             self.sealed.push_back((
                 epoch,
                 Record {
@@ -82,6 +87,8 @@ impl Engine {
                 extra.extend(join.take_all());
             }
         }
+        let carry = std::mem::take(&mut self.carry);
+        extra.extend_from_slice(&carry);
         extra.sort_unstable();
         extra.dedup();
         let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
@@ -89,7 +96,9 @@ impl Engine {
         let mut disks = None;
         let volumes = &mut self.disks;
         let (audit, ram) = (&mut self.audit, self.vm.machine.ram());
+        let (failpoint, replica) = (&mut self.failpoint, &self.replica);
         let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_, pages| {
+            failpoint.at("pause", || replica.status());
             if let Some(audit) = audit {
                 audit.cut(ram, epoch.0, term.0, pages.gfns());
             }
@@ -103,6 +112,7 @@ impl Engine {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                self.carry = carry;
                 // Pages that were not dirty and yet missing there: nobody else remembers them.
                 for base in bases {
                     if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
@@ -118,7 +128,10 @@ impl Engine {
                 return self.cut(epoch, bases, freeze);
             }
         };
+        self.reached("capture");
         self.cut_failures = 0;
+        self.frozen |= freeze;
+        self.throttle.runs();
         let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {
@@ -162,6 +175,8 @@ impl Engine {
             }
         }
         let bytes = record.bytes();
+        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
+        self.reached("seal");
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, record));
         self.events.push_back(Event::Sealed(SealedEpoch {
@@ -228,7 +243,9 @@ impl Engine {
         failed = failed.or(disk.as_ref().err().cloned());
         let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
         let pages = state.chunk(seq, most);
-        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && !mirrored_by_others {
+        // Not while a reset is under way: looking lets the guest run on.
+        let may_look = !mirrored_by_others && self.make_vm.is_some();
+        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
             state.rounds += 1;
             let mut dirty = Vec::new();
             match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
@@ -262,7 +279,9 @@ impl Engine {
         });
         match encoded {
             Ok(()) => {
-                let bytes = frames.iter().map(|f| f.payload().len() as u64).sum();
+                // The link or the disks, whichever it costs more.
+                let link: u64 = frames.iter().map(|f| f.payload().len() as u64).sum();
+                let bytes = link.max(disk.iter().map(|(_, op)| op.range().1).sum());
                 peer.send(frames);
                 let now = self.now();
                 self.care.sent(now, bytes);
@@ -284,8 +303,12 @@ impl Engine {
     /// Lets the outputs of committed epochs out.
     pub(crate) fn release(&mut self, through: Epoch) {
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let before = self.counters.released;
         for h in holds {
             self.counters.released += h.release(through.0);
+        }
+        if self.counters.released > before {
+            self.timeline.released(self.now());
         }
     }
 
@@ -308,6 +331,7 @@ impl Engine {
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
         self.set_holds(HoldMode::Hold);
         self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.hurry_stops();
         self.vm.machine.resume();
         let wanted: Vec<HostId> = self
             .peers

@@ -237,7 +237,8 @@ impl Site {
             port,
             disk_bytes,
             cmdline: "loop=dirty pages=50 rate=300 disk=verify ring=48".into(),
-            extra: json!({"disk_hang_ms": 1500, "suspect_ms": 400}),
+            // A killed process is known to be gone at once; a starved one, on a busy machine, is not to be taken for dead.
+            extra: json!({"disk_hang_ms": 1500, "suspect_ms": 3000}),
             count: 0,
         }
     }
