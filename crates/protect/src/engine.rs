@@ -518,6 +518,7 @@ impl Engine {
                 }
             }
         } else {
+            let term = frame.term;
             match peer.stager.chunk(frame) {
                 Ok(Staged::Complete(record)) => {
                     self.failpoint.at("receive", || self.replica.status());
@@ -527,7 +528,10 @@ impl Engine {
                         message,
                     })
                 }
-                Ok(Staged::Partial | Staged::Duplicate) => None,
+                Ok(Staged::Partial | Staged::Duplicate) => Some(Event::Bulk {
+                    from: host.clone(),
+                    term,
+                }),
                 Err(error) => {
                     let first = peer.pending.take().is_some();
                     // What follows of the same record is of no use either; it is reported once.
