@@ -186,9 +186,9 @@ fn debian_from_kernel(rig: &Rig) {
     server.exec_within(copy, Duration::from_secs(180)).unwrap();
     let arguments = format!(
         "--kernel /guests/debian/vmlinuz --initrd /guests/debian/initrd.img --cmdline \"$(cat /guests/debian/cmdline)\" \
-         --disk /data/kernel.raw --cpus 1 --memory 384MiB --nic br0,mac=52:54:00:00:00:78 --cpu {CPU}"
+         --disk /data/kernel.raw --cpus 4 --memory 384MiB --nic br0,mac=52:54:00:00:00:78 --cpu {CPU}"
     );
-    debian(rig, "kernel and initrd", 1, &arguments, false);
+    debian(rig, "kernel and initrd", 4, &arguments, false);
     server.exec("rm /data/kernel.raw").unwrap();
 }
 
