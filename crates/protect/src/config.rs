@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use steadfast_store::StoreSpec;
 use steadfast_types::HostId;
 
 /// Protection of a VM, as JSON.
@@ -11,8 +12,8 @@ use steadfast_types::HostId;
 pub struct ProtectSpec {
     /// This host.
     pub host: HostId,
-    /// Folder of the embedded store, shared by all hosts of the VM.
-    pub store: PathBuf,
+    /// The store, the same for all hosts of the VM: a folder (a plain string), or `{"etcd": {"endpoints": [...], ...}}`.
+    pub store: StoreSpec,
     /// The other hosts that may run or mirror this VM.
     pub peers: Vec<PeerSpec>,
     /// Start the VM here from power-on, unless the store says that another host owns it.
@@ -33,6 +34,22 @@ pub struct ProtectSpec {
     /// Longest interval between cuts in microseconds, also while the VM is idle; none: the policy's own, which backs off.
     #[serde(default)]
     pub max_interval_us: Option<u64>,
+}
+
+impl ProtectSpec {
+    /// Interval of signs of life in milliseconds. Whoever waits long before it suspects need not hear often.
+    pub fn heartbeat_ms(&self) -> u64 {
+        (self.suspect_ms / 16).clamp(10, 100)
+    }
+
+    /// How long an answer of the store is awaited before it is asked again, in milliseconds. The store's calls are bounded by
+    /// themselves and made one after the other: to ask again earlier would only throw a late answer away.
+    pub fn store_answer_ms(&self) -> u64 {
+        match &self.store {
+            StoreSpec::Folder(_) => 100,
+            StoreSpec::Etcd { etcd } => etcd.timeout_ms + 50,
+        }
+    }
 }
 
 fn yes() -> bool {

@@ -4,7 +4,7 @@
 //! codec   messages <-> bytes            engine   the loop: inputs -> Replica -> actions
 //! store   the arbiter's record          primary  cut, copy, release     standby  stage, apply, promote
 //! peer    a link and its streams        run      the process around it
-//! disks   volumes of writable disks     block    what their devices stand on
+//! disks   volumes of writable disks     block    what their devices stand on    timeline   when what happened
 //! ```
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
 //! raw image files; others, and writable disks without held outputs, cannot be protected.
@@ -16,6 +16,7 @@ pub mod config;
 mod disks;
 mod engine;
 mod input;
+mod life;
 mod peer;
 mod primary;
 mod priority;
@@ -23,6 +24,9 @@ pub mod run;
 mod samples;
 mod standby;
 pub mod store;
+mod throttle;
+mod timeline;
 
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};
 pub use run::run;
+pub use steadfast_store::{EtcdSpec, StoreSpec};

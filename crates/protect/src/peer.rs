@@ -107,6 +107,8 @@ pub struct Peer {
     pub link: Link,
     /// Under which number volumes keep account of what this host lacks; stays for the life of the peer.
     pub slot: usize,
+    /// To be closed once the record no longer lists the host.
+    pub leaving: bool,
     /// Mirror to it when primary.
     pub wanted: bool,
     /// A session stands.
@@ -165,6 +167,10 @@ impl Peer {
         );
         config.manual_credit = true;
         config.silent_ms = spec.suspect_ms.max(50);
+        // A path is doubted before the peer is, and not on every hiccup of a host that is known to be slow.
+        config.heartbeat_ms = spec.heartbeat_ms();
+        config.suspect_ms = config.suspect_ms.max(spec.suspect_ms / 3);
+        config.path_timeout_ms = config.path_timeout_ms.max(spec.suspect_ms * 2);
         config.backoff_ms = (5, 100);
         let (host, to) = (peer.host.clone(), inputs.clone());
         let mut raised = false;
@@ -180,6 +186,7 @@ impl Peer {
             host: peer.host.clone(),
             link,
             slot,
+            leaving: false,
             wanted: peer.standby,
             connected: false,
             join: None,

@@ -52,6 +52,7 @@ impl Engine {
             }
             // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
             let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
+            tracing::debug!(at_us = self.now(), %epoch, flush = disks.flush, "cut, for nobody");
             self.sealed.push_back((
                 epoch,
                 Record {
@@ -77,6 +78,8 @@ impl Engine {
                 extra.extend(join.take_all());
             }
         }
+        let carry = std::mem::take(&mut self.carry);
+        extra.extend_from_slice(&carry);
         extra.sort_unstable();
         extra.dedup();
         let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
@@ -98,6 +101,7 @@ impl Engine {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                self.carry = carry;
                 // Pages that were not dirty and yet missing there: nobody else remembers them.
                 for base in bases {
                     if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
@@ -114,6 +118,8 @@ impl Engine {
             }
         };
         self.cut_failures = 0;
+        self.frozen |= freeze;
+        self.throttle.runs();
         let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {
@@ -157,6 +163,7 @@ impl Engine {
             }
         }
         let bytes = record.bytes();
+        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, record));
         self.events.push_back(Event::Sealed(SealedEpoch {
@@ -263,8 +270,12 @@ impl Engine {
     /// Lets the outputs of committed epochs out.
     pub(crate) fn release(&mut self, through: Epoch) {
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let before = self.counters.released;
         for h in holds {
             self.counters.released += h.release(through.0);
+        }
+        if self.counters.released > before {
+            self.timeline.released(self.now());
         }
     }
 

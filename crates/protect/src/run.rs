@@ -4,7 +4,7 @@ use crate::config::ProtectSpec;
 use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
-use crate::store::FileStore;
+use crate::store::RecordStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
@@ -14,7 +14,7 @@ use steadfast_net::{Hold, HoldBackend, HoldMode};
 use steadfast_vmm::control::{self, Call};
 use steadfast_vmm::process::{Ended, Options, ProcessError};
 use steadfast_vmm::spec::VmSpec;
-use steadfast_vmm::{AssembleError, Surroundings, assemble};
+use steadfast_vmm::{AssembleError, Surroundings, Vm, assemble, assemble_from};
 
 /// Bytes of frames that wait for their epoch, per NIC, before the guest is held back.
 const HELD_BYTES_MAX: usize = 32 << 20;
@@ -37,12 +37,12 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             "a VM with writable disks has at most {SLOTS} other hosts; name fewer peers"
         )));
     }
-    let store = FileStore::new(protect.store.clone(), spec.name.clone())
-        .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+    let store =
+        RecordStore::open(&protect.store, spec.name.clone()).map_err(|e| setting(format!("store: {e}")))?;
     if protect.start {
         store
             .create(&protect.host)
-            .map_err(|e| setting(format!("store {}: {e}", protect.store.display())))?;
+            .map_err(|e| setting(format!("store: {e}")))?;
     }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
@@ -56,22 +56,25 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
     let make_vm = {
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
-        move || {
+        move |before: Option<&Vm>| {
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
+            let blocks = blocks.clone();
             let around = Surroundings {
                 events: Arc::new(inputs.clone()),
                 serial: (options.serial)() as Box<dyn OutputSink>,
                 debugcon: (options.debugcon)(),
                 hooks: options.hooks.clone(),
-                wrap_net: Some(Arc::new(move |_, backend| {
+                wrap_net: Some(Arc::new(move |index, backend| {
+                    // After a reset the queue stays, with the frames that wait in it.
+                    let mut holds = holds.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(hold) = holds.get(index) {
+                        return Box::new(HoldBackend(Arc::clone(hold)));
+                    }
                     let outputs = outputs.clone();
                     // Silent until the protocol says that this instance may speak.
                     let wake = Box::new(move || outputs.send(Input::Output));
                     let hold = Hold::new(backend, HoldMode::Mute, HELD_BYTES_MAX, wake);
-                    holds
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push(Arc::clone(&hold));
+                    holds.push(Arc::clone(&hold));
                     Box::new(HoldBackend(hold))
                 })),
                 give_disk: Some(Arc::new(move |index| {
@@ -79,7 +82,10 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                     block.map(|(_, block)| Arc::clone(block) as Arc<dyn BlockIo>)
                 })),
             };
-            let vm = assemble(&spec, around)?;
+            let vm = match before {
+                None => assemble(&spec, around)?,
+                Some(vm) => assemble_from(vm.spec.clone(), Arc::clone(&vm.resources), around)?,
+            };
             (options.on_serial)(&vm.serial);
             // First touch is dear; a standby must not pay for it when it takes over.
             vm.machine.ram().prefault();

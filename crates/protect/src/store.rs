@@ -1,19 +1,22 @@
 //! The arbiter's store: one linearizable record per VM, changed by compare-and-swap only.
 //!
-//! [`FileStore`] is the embedded one, for one host and for tests: a file that is replaced atomically under a lock.
-//! Calls may block; the engine makes them on a thread of its own and bounds its wait itself.
+//! [`RecordStore`] keeps it in the pool's store: a folder on one host and in tests, etcd on a pool (`steadfast_store`). Calls may
+//! block; the engine makes them on a thread of its own and bounds its wait itself.
 
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::PathBuf;
-use std::sync::mpsc::{Sender, channel};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 use steadfast_epoch::arbiter::{
     CasOutcome, Instance, Nonce, StoreId, StoreReply, VmRecord, compare_and_swap,
 };
 use steadfast_epoch::message::EpochRef;
+use steadfast_store::{Check, Commit, Committed, Identity, Kv, StoreSpec};
 use steadfast_types::{Epoch, HostId, Term, VmId};
+
+/// A store that nobody asks is read so often, so that the connection to it stands.
+const WARM_EVERY: Duration = Duration::from_secs(4);
 
 /// Where VM records are.
 pub trait Store: Send {
@@ -31,6 +34,7 @@ pub trait Store: Send {
 #[derive(Serialize, Deserialize)]
 struct Written {
     version: u32,
+    /// As `record_store`; kept for readers of the first version.
     store: u64,
     term: u64,
     owner: HostId,
@@ -56,8 +60,8 @@ impl Written {
         }
     }
 
-    fn record(self) -> (StoreId, VmRecord) {
-        let record = VmRecord {
+    fn record(self) -> VmRecord {
+        VmRecord {
             term: Term(self.term),
             owner: self.owner,
             in_sync: self.in_sync,
@@ -71,84 +75,128 @@ impl Written {
                 epoch: Epoch(e),
                 term: Term(t),
             }),
-        };
-        (StoreId(self.store), record)
+        }
     }
 }
 
-/// The embedded store: `DIR/VM.json`, replaced under the lock `DIR/VM.lock`.
-pub struct FileStore {
-    dir: PathBuf,
+/// A record that keeps changing its bytes, but not its version, is compared so often.
+const TRIES: usize = 3;
+
+/// The record of one VM in a [`Kv`], at the key `vm/NAME/record`.
+pub struct RecordStore {
+    kv: Arc<dyn Kv>,
     vm: VmId,
 }
 
-impl FileStore {
-    /// A store in this folder, which is made if need be.
+impl RecordStore {
+    /// The record of this VM in the store that a spec names.
     ///
     /// # Errors
-    /// The folder cannot be made.
-    pub fn new(dir: PathBuf, vm: VmId) -> io::Result<Self> {
-        std::fs::create_dir_all(&dir)?;
-        Ok(Self { dir, vm })
+    /// Bad settings, or a folder that cannot be used. An etcd that does not answer is no error yet.
+    pub fn open(spec: &StoreSpec, vm: VmId) -> io::Result<Self> {
+        Ok(Self::new(steadfast_store::open(spec)?, vm))
+    }
+
+    /// The record of this VM in an open store.
+    #[must_use]
+    pub fn new(kv: Arc<dyn Kv>, vm: VmId) -> Self {
+        Self { kv, vm }
+    }
+
+    /// Key of a VM's record.
+    #[must_use]
+    pub fn key(vm: &VmId) -> String {
+        format!("vm/{vm}/record")
     }
 
     /// Writes the record of a VM that was never started, which `owner` may start; one that exists stays as it is.
     ///
     /// # Errors
-    /// The folder cannot be read or written.
+    /// The store cannot be read or written, or did not say what became of the record.
     pub fn create(&self, owner: &HostId) -> io::Result<()> {
-        self.locked(|s| match s.current()? {
-            (_, Some(_)) => Ok(()),
-            (id, None) => {
-                let first = VmRecord::new(owner.clone(), id);
-                replace(&s.path(), &serde_json::to_vec(&Written::of(id, &first))?)
+        let key = Self::key(&self.vm);
+        let now = self.kv.read(&[&key])?;
+        if !now.entries.is_empty() {
+            return Ok(());
+        }
+        let id = StoreId(now.identity.0);
+        let first = serde_json::to_vec(&Written::of(id, &VmRecord::new(owner.clone(), id)))?;
+        let commit = Commit {
+            identity: Some(now.identity),
+            ..Commit::default()
+        };
+        // A conflict is another's record.
+        self.kv
+            .commit(&commit.unchanged(&key, None).put(&key, first))
+            .map(|_| ())
+            .map_err(io::Error::from)
+    }
+
+    fn try_cas(&self, expect: &VmRecord, record: &VmRecord) -> io::Result<CasOutcome> {
+        let key = Self::key(&self.vm);
+        let proposed = serde_json::to_vec(&Written::of(record.store, record))?;
+        // Equal bytes are the same version of the record: its nonce is in them, and each is used once.
+        let mut demand = Check::Value(serde_json::to_vec(&Written::of(expect.store, expect))?);
+        for _ in 0..TRIES {
+            let commit = Commit {
+                identity: Some(Identity(record.store.0)),
+                checks: vec![(key.clone(), demand)],
+                changes: Vec::new(),
+            };
+            let Committed::Conflict(now) = self.kv.commit(&commit.put(&key, proposed.clone()))? else {
+                return Ok(CasOutcome::Done);
+            };
+            let current = match now.get(&key) {
+                Some(entry) => parse(&entry.value)?,
+                // Never written: a record of term 0 is what everybody sees then.
+                None => VmRecord::new(expect.owner.clone(), expect.store),
+            };
+            if current.nonce == record.nonce {
+                // An earlier try whose answer was lost.
+                return Ok(CasOutcome::Done);
             }
+            let outcome = compare_and_swap(&current, StoreId(now.identity.0), expect, record);
+            if outcome != CasOutcome::Done {
+                return Ok(outcome);
+            }
+            // The expected version in other bytes: not written yet, or by another version of this program.
+            demand = now
+                .get(&key)
+                .map_or(Check::Absent, |e| Check::Revision(e.revision));
+        }
+        Ok(CasOutcome::Unknown)
+    }
+}
+
+/// Reads a record as it is written; also for who only looks at it.
+///
+/// # Errors
+/// The bytes are no record of a version that is known.
+pub fn parse(bytes: &[u8]) -> io::Result<VmRecord> {
+    let written: Written = serde_json::from_slice(bytes)?;
+    if written.version != 1 {
+        return Err(io::Error::other(format!(
+            "the VM's record has version {}, this program knows 1; upgrade it",
+            written.version
+        )));
+    }
+    Ok(written.record())
+}
+
+impl Store for RecordStore {
+    fn read(&mut self) -> io::Result<(StoreId, Option<VmRecord>)> {
+        let key = Self::key(&self.vm);
+        let now = self.kv.read(&[&key])?;
+        let record = now.get(&key).map(|e| parse(&e.value)).transpose()?;
+        Ok((StoreId(now.identity.0), record))
+    }
+
+    fn cas(&mut self, expect: &VmRecord, record: &VmRecord) -> CasOutcome {
+        self.try_cas(expect, record).unwrap_or_else(|error| {
+            // Also when it surely did not happen: who reads back finds that out, and who proposes again is answered.
+            tracing::warn!(%error, "the store's answer is unknown");
+            CasOutcome::Unknown
         })
-    }
-
-    fn locked<T>(&self, f: impl FnOnce(&Self) -> io::Result<T>) -> io::Result<T> {
-        let path = self.dir.join(format!("{}.lock", self.vm));
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path)?;
-        flock(&lock, FlockOperation::LockExclusive)?;
-        f(self)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.join(format!("{}.json", self.vm))
-    }
-
-    /// Identity of the folder's data: made once, at random.
-    fn id(&self) -> io::Result<StoreId> {
-        let path = self.dir.join("store-id");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => text
-                .trim()
-                .parse()
-                .map(StoreId)
-                .map_err(|_| io::Error::other("store-id is damaged")),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let id = random_u64()?.max(1);
-                replace(&path, id.to_string().as_bytes())?;
-                Ok(StoreId(id))
-            }
-            Err(e) => Err(e),
-        }
-    }
-
-    fn current(&self) -> io::Result<(StoreId, Option<VmRecord>)> {
-        let id = self.id()?;
-        match std::fs::read(self.path()) {
-            Ok(bytes) => {
-                let written: Written = serde_json::from_slice(&bytes)?;
-                Ok((id, Some(written.record().1)))
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok((id, None)),
-            Err(e) => Err(e),
-        }
     }
 }
 
@@ -157,39 +205,7 @@ impl FileStore {
 /// # Errors
 /// What the kernel said.
 pub fn random_u64() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
-}
-
-fn replace(path: &std::path::Path, bytes: &[u8]) -> io::Result<()> {
-    let temp = path.with_extension(format!("new-{}", std::process::id()));
-    let mut file = File::create(&temp)?;
-    file.write_all(bytes)?;
-    file.sync_data()?;
-    std::fs::rename(&temp, path)
-}
-
-impl Store for FileStore {
-    fn read(&mut self) -> io::Result<(StoreId, Option<VmRecord>)> {
-        self.locked(Self::current)
-    }
-
-    fn cas(&mut self, expect: &VmRecord, record: &VmRecord) -> CasOutcome {
-        let done = self.locked(|s| {
-            let (id, current) = s.current()?;
-            let current = current.unwrap_or_else(|| VmRecord::new(expect.owner.clone(), expect.store));
-            let outcome = compare_and_swap(&current, id, expect, record);
-            if outcome == CasOutcome::Done {
-                replace(&s.path(), &serde_json::to_vec(&Written::of(id, record))?)?;
-            }
-            Ok(outcome)
-        });
-        done.unwrap_or_else(|error| {
-            tracing::warn!(%error, "the store's answer is unknown");
-            CasOutcome::Unknown
-        })
-    }
+    steadfast_store::random_u64()
 }
 
 /// What the engine asks of the store.
@@ -212,7 +228,29 @@ pub fn serve(
     std::thread::Builder::new().name("store".into()).spawn(move || {
         // A takeover waits for its answer.
         crate::priority::raise("the store");
-        for question in asked {
+        let mut idle = Duration::ZERO;
+        loop {
+            let first = match asked.recv_timeout(std::mem::replace(&mut idle, WARM_EVERY)) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => {
+                    // Nobody asked. A standby asks for the first time when every millisecond counts: its connection stands
+                    // by then.
+                    let _ = store.read();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            // The engine awaits one answer at a time: what waited behind a slow one was given up, but for the last.
+            let mut question = first;
+            for newer in asked.try_iter() {
+                reply(match std::mem::replace(&mut question, newer) {
+                    Ask::Read(id) => StoreReply::Failed { id },
+                    Ask::Cas(id, ..) => StoreReply::Cas {
+                        id,
+                        outcome: CasOutcome::Unknown,
+                    },
+                });
+            }
             reply(match question {
                 Ask::Read(id) => match store.read() {
                     Ok((store, record)) => StoreReply::Read { id, store, record },
@@ -240,8 +278,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let vm = VmId::new("v").unwrap();
         let (a, b) = (HostId::new("a").unwrap(), HostId::new("b").unwrap());
-        let mut one = FileStore::new(dir.path().into(), vm.clone()).unwrap();
-        let mut two = FileStore::new(dir.path().into(), vm).unwrap();
+        let spec = StoreSpec::Folder(dir.path().into());
+        let mut one = RecordStore::open(&spec, vm.clone()).unwrap();
+        let mut two = RecordStore::open(&spec, vm).unwrap();
         let (id, none) = one.read().unwrap();
         assert_eq!((two.read().unwrap().0, none), (id, None));
         let first = VmRecord::new(a.clone(), id);

@@ -339,6 +339,16 @@ impl Counting {
         self.shared.steps.load(Ordering::Acquire)
     }
 
+    /// The longest time a step took since the last [`Counting::take_longest`].
+    pub fn longest(&self) -> Duration {
+        Duration::from_micros(self.shared.gap_max_us.load(Ordering::Acquire))
+    }
+
+    /// It had an error and ended; [`Counting::stop`] says which.
+    pub fn ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// The longest time a step took since the last call.
     pub fn take_longest(&self) -> Duration {
         Duration::from_micros(self.shared.gap_max_us.swap(0, Ordering::AcqRel))

@@ -1,0 +1,178 @@
+//! The etcd store against a real etcd.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+mod common;
+
+use common::Server;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use steadfast_store::{Commit, Committed, Etcd, EtcdSpec, Kv, StoreError};
+
+#[test]
+fn reads_commits_and_conflicts() {
+    let Some(server) = Server::start() else {
+        return common::skip();
+    };
+    let kv = Etcd::new(&server.spec()).unwrap();
+    let first = Commit::default()
+        .unchanged("a/1", None)
+        .put("a/1", "one")
+        .put("a/2", [0, 255]);
+    assert!(kv.commit(&first).unwrap().is_done());
+    let all = kv.list("a/").unwrap();
+    let keys: Vec<_> = all.entries.iter().map(|e| e.key.as_str()).collect();
+    assert_eq!(keys, ["a/1", "a/2"]);
+    // The generation of the identity is nobody's key.
+    assert_eq!(kv.list("").unwrap().entries.len(), 2);
+    let Committed::Conflict(now) = kv.commit(&first).unwrap() else {
+        panic!("a key that exists was found absent");
+    };
+    assert_eq!(now.get("a/1"), all.get("a/1"));
+    let seen = all.get("a/1");
+    assert!(
+        kv.commit(&Commit::default().unchanged("a/1", seen).delete("a/1"))
+            .unwrap()
+            .is_done()
+    );
+    assert!(
+        !kv.commit(&Commit::default().unchanged("a/1", seen).put("a/2", "x"))
+            .unwrap()
+            .is_done()
+    );
+    let after = kv.read(&["a/1", "a/2"]).unwrap();
+    assert_eq!(after.entries.len(), 1);
+    assert_eq!(after.entries[0].value, [0, 255]);
+    assert_eq!(
+        Etcd::new(&server.spec()).unwrap().read(&[]).unwrap().identity,
+        all.identity
+    );
+}
+
+#[test]
+fn two_writers_lose_nothing() {
+    let Some(server) = Server::start() else {
+        return common::skip();
+    };
+    const EACH: u64 = 25;
+    let spec = server.spec();
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                let kv = Etcd::new(&spec).unwrap();
+                let mut done = 0;
+                while done < EACH {
+                    let now = kv.read(&["n"]).unwrap();
+                    let old = now.get("n");
+                    let n: u64 = old.map_or(0, |e| String::from_utf8_lossy(&e.value).parse().unwrap());
+                    let commit = Commit::default()
+                        .unchanged("n", old)
+                        .put("n", (n + 1).to_string());
+                    done += u64::from(kv.commit(&commit).unwrap().is_done());
+                }
+            });
+        }
+    });
+    let kv = Etcd::new(&spec).unwrap();
+    assert_eq!(
+        kv.read(&["n"]).unwrap().entries[0].value,
+        (2 * EACH).to_string().into_bytes()
+    );
+}
+
+#[test]
+fn frozen_is_unknown_and_dead_is_unreachable() {
+    let Some(mut server) = Server::start() else {
+        return common::skip();
+    };
+    let spec = EtcdSpec {
+        timeout_ms: 300,
+        ..server.spec()
+    };
+    let kv = Etcd::new(&spec).unwrap();
+    let put = |v: &str| Commit::default().put("k", v);
+    // A busy machine may need a moment for the first connection.
+    let until = Instant::now() + Duration::from_secs(30);
+    while kv.commit(&put("1")).is_err() {
+        assert!(Instant::now() < until);
+    }
+    server.freeze();
+    let began = Instant::now();
+    let unknown = kv.commit(&put("2"));
+    let took = began.elapsed();
+    let unread = kv.read(&["k"]);
+    server.thaw();
+    assert!(matches!(unknown, Err(StoreError::Unknown { .. })), "{unknown:?}");
+    assert!(
+        matches!(unread, Err(StoreError::Unreachable { .. })),
+        "{unread:?}"
+    );
+    assert!(took < Duration::from_secs(5), "not bounded: {took:?}");
+    server.kill();
+    let dead = kv.commit(&put("3"));
+    assert!(matches!(dead, Err(StoreError::Unreachable { .. })), "{dead:?}");
+}
+
+#[test]
+fn a_restored_store_has_another_identity() {
+    let Some(mut server) = Server::start() else {
+        return common::skip();
+    };
+    let kv = Etcd::new(&server.spec()).unwrap();
+    let put = |v: &str| Commit::default().put("k", v);
+    kv.commit(&put("old")).unwrap();
+    let before = kv.read(&["k"]).unwrap();
+    let file = server.folder.path().join("snapshot");
+    server.snapshot(&file);
+    for i in 0..5 {
+        kv.commit(&put(&i.to_string())).unwrap();
+    }
+    assert_eq!(kv.read(&["k"]).unwrap().identity, before.identity);
+    server.restore(&file);
+    let until = Instant::now() + Duration::from_secs(30);
+    let after = loop {
+        // The old connection is found broken first.
+        match kv.read(&["k"]) {
+            Ok(after) => break after,
+            Err(e) => assert!(Instant::now() < until, "{e}"),
+        }
+    };
+    assert_eq!(after.entries[0].value, b"old");
+    assert_ne!(after.identity, before.identity, "who saw more notices");
+    let others = Etcd::new(&server.spec()).unwrap();
+    assert_eq!(
+        others.read(&[]).unwrap().identity,
+        after.identity,
+        "and all see it from then on"
+    );
+    let stale = Commit {
+        identity: Some(before.identity),
+        ..put("stale")
+    };
+    assert!(!kv.commit(&stale).unwrap().is_done());
+    assert!(!others.commit(&stale).unwrap().is_done());
+}
+
+#[test]
+fn a_watch_wakes_and_ends() {
+    let Some(server) = Server::start() else {
+        return common::skip();
+    };
+    let kv = Etcd::new(&server.spec()).unwrap();
+    let woken = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&woken);
+    let guard = kv.watch("w/", Box::new(move || _ = counter.fetch_add(1, Ordering::SeqCst)));
+    let until = Instant::now() + Duration::from_secs(30);
+    let wait = |n: usize| {
+        while woken.load(Ordering::SeqCst) < n {
+            assert!(Instant::now() < until, "not woken {n} times");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    wait(1);
+    let standing = woken.load(Ordering::SeqCst);
+    kv.commit(&Commit::default().put("w/1", "x")).unwrap();
+    wait(standing + 1);
+    drop(guard);
+}
