@@ -11,7 +11,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use steadfast_node::Folders;
-use steadfast_node::api::types::{Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus};
+use steadfast_node::api::types::{
+    Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
+};
 use steadfast_node::api::vms::{Console, Shown};
 use steadfast_node::config::Ports;
 use steadfast_node::http::{Method, Target, ask};
@@ -199,7 +201,9 @@ impl Api {
     pub fn new(folders: &Folders, json: bool) -> Result<Self, Box<dyn Error>> {
         Ok(Self {
             target: Target::Unix(folders.socket()),
-            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?,
             json,
         })
     }
@@ -210,7 +214,9 @@ impl Api {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<A, Box<dyn Error>> {
-        Ok(self.runtime.block_on(ask(&self.target, method, path, body, BOUND))?)
+        Ok(self
+            .runtime
+            .block_on(ask(&self.target, method, path, body, BOUND))?)
     }
 
     fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, Box<dyn Error>> {
@@ -226,7 +232,11 @@ impl Api {
     }
 
     fn done(&self, method: Method, path: &str, dry: bool, body: Option<&impl Serialize>) -> Outcome {
-        let path = if dry { format!("{path}?dry_run=true") } else { path.into() };
+        let path = if dry {
+            format!("{path}?dry_run=true")
+        } else {
+            path.into()
+        };
         let done: Done = self.ask(method, &path, body)?;
         self.print(&done, show::done)
     }
@@ -261,17 +271,25 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
             witness,
             host,
         } => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             let folders = host.folders.folders()?;
             let config = runtime.block_on(setup::join(&folders, at, &token, host.choice()?, witness))?;
-            println!("host {} is in pool {} now; start its daemon: steadfast node", config.host, config.pool);
+            println!(
+                "host {} is in pool {} now; start its daemon: steadfast node",
+                config.host, config.pool
+            );
             Ok(ExitCode::SUCCESS)
         }
         PoolVerb::Token { folders } => {
             let api = api(&folders, json)?;
             let token: NewToken = api.ask(Method::POST, "/v1/tokens", None::<&()>)?;
             api.print(&token, |t| {
-                format!("steadfast pool join {} --token {} --address THIS-HOST'S-ADDRESS\n", t.address, t.token)
+                format!(
+                    "steadfast pool join {} --token {} --address THIS-HOST'S-ADDRESS\n",
+                    t.address, t.token
+                )
             })
         }
         PoolVerb::Status { folders } => status(&folders, json),
@@ -345,7 +363,10 @@ pub struct EventsArgs {
 /// Runs `steadfast events`; with --json one event a line.
 pub fn events(args: &EventsArgs, json: bool) -> Outcome {
     let api = api(&args.folders, json)?;
-    let subject = args.subject.as_ref().map_or_else(String::new, |s| format!("&subject={s}"));
+    let subject = args
+        .subject
+        .as_ref()
+        .map_or_else(String::new, |s| format!("&subject={s}"));
     let events: Vec<Event> = api.get(&format!("/v1/events?limit={}{subject}", args.limit))?;
     for event in &events {
         match json {
@@ -432,7 +453,12 @@ pub fn create(machine: VmSpec, args: CreateArgs, json: bool) -> Outcome {
 
 /// Runs `steadfast vm start`.
 pub fn start(vm: &VmId, on: &OnVm, json: bool) -> Outcome {
-    api(&on.folders, json)?.done(Method::POST, &format!("/v1/vms/{vm}/start"), on.dry_run, None::<&()>)
+    api(&on.folders, json)?.done(
+        Method::POST,
+        &format!("/v1/vms/{vm}/start"),
+        on.dry_run,
+        None::<&()>,
+    )
 }
 
 /// Runs `steadfast vm delete`.
@@ -484,7 +510,10 @@ pub struct NodeArgs {
 pub fn node(args: &NodeArgs) -> Outcome {
     let folders = args.folders.folders()?;
     let program = std::env::current_exe()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(2)
+        .build()?;
     let done = runtime.block_on(steadfast_node::run(folders, program));
     // A thread that waits for a VM's process must not hold the daemon.
     runtime.shutdown_timeout(Duration::from_secs(1));

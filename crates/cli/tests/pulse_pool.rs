@@ -47,17 +47,31 @@ fn a_host_dies() {
     println!("f: answers from {to} {gap:?} after the death of {lost}");
     let (to, gap) = restart.answer(&lost, killed);
     println!("r: answers from {to} {gap:?} after the death of {lost}");
-    assert!(gap >= Duration::from_millis(LEASE_MS), "r was booted before its host's lease had run out");
+    assert!(
+        gap >= Duration::from_millis(LEASE_MS),
+        "r was booted before its host's lease had run out"
+    );
     assert_eq!(ft.seen().boots, 0, "f never stopped");
     assert_eq!(restart.seen().boots, 1, "r was booted once");
     wait("f to be protected again", || protected(&pool, "f"));
-    println!("f: protected again {:?} after the death of {lost}", killed.elapsed());
-    assert!(!pool.other(&lost).try_run(&["status"]).status.success(), "a dead host needs attention");
+    println!(
+        "f: protected again {:?} after the death of {lost}",
+        killed.elapsed()
+    );
+    assert!(
+        !pool.other(&lost).try_run(&["status"]).status.success(),
+        "a dead host needs attention"
+    );
     pool.host(&lost).start_daemon();
-    wait("all to be well again", || pool.other(&lost).try_run(&["status"]).status.success());
+    wait("all to be well again", || {
+        pool.other(&lost).try_run(&["status"]).status.success()
+    });
     let events = pool.other(&lost).run(&["events", "--limit", "100"]);
     println!("{events}");
-    assert!(events.contains("start r on"), "the action and its reason are an event");
+    assert!(
+        events.contains("start r on"),
+        "the action and its reason are an event"
+    );
     assert_eq!((ft.seen().boots, restart.seen().boots), (0, 1));
 }
 
@@ -84,7 +98,9 @@ fn daemons_are_restarted_while_vms_go_on() {
         pool.host(name).stop_daemon();
         let restarted = Instant::now();
         pool.host(name).start_daemon();
-        wait("the pool to be well", || pool.host(name).try_run(&["status"]).status.success());
+        wait("the pool to be well", || {
+            pool.host(name).try_run(&["status"]).status.success()
+        });
         println!("daemon of {name}: well again after {:?}", restarted.elapsed());
     }
     let after: Vec<_> = pool
@@ -114,13 +130,19 @@ fn two_hosts_and_a_witness_survive_each_one() {
         println!("f: answers from {to} {gap:?} after the death of {dies}");
         pool.host(&dies).start_daemon();
     }
-    wait("all to be well again", || pool.other("").try_run(&["status"]).status.success());
+    wait("all to be well again", || {
+        pool.other("").try_run(&["status"]).status.success()
+    });
     pool.host("w").power_off();
     let without = Instant::now();
     ft.answer("", without + Duration::from_secs(2));
     wait("the witness to be missed", || {
         let hosts = pool.other("").status()["hosts"].clone();
-        hosts.as_array().into_iter().flatten().any(|h| h["host"] == "w" && h["health"] != "up")
+        hosts
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|h| h["host"] == "w" && h["health"] != "up")
     });
     assert!(protected(&pool, "f"), "its death takes nothing from a VM");
     assert_eq!(ft.seen().boots, 0);
@@ -139,20 +161,33 @@ fn a_host_is_drained_and_used_again() {
     let from = host_of(&pool, "f").unwrap();
     let plan = pool.other("").run(&["host", "drain", &from, "--dry-run"]);
     assert!(plan.contains("would do"), "{plan}");
-    assert_eq!(host_of(&pool, "f"), Some(from.clone()), "--dry-run changes nothing");
+    assert_eq!(
+        host_of(&pool, "f"),
+        Some(from.clone()),
+        "--dry-run changes nothing"
+    );
     ft.forget_gap();
     pool.other("").run(&["host", "drain", &from]);
     wait("the host to be empty", || {
         let hosts = pool.other("").json(&["host", "list"]);
-        hosts.as_array().into_iter().flatten().any(|h| h["host"] == from.as_str() && h["admin"] == "maintenance")
+        hosts
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|h| h["host"] == from.as_str() && h["admin"] == "maintenance")
     });
     wait("f to be protected elsewhere", || protected(&pool, "f"));
     let seen = ft.seen();
-    println!("f: longest time without an answer during the drain {:?}", seen.longest);
+    println!(
+        "f: longest time without an answer during the drain {:?}",
+        seen.longest
+    );
     assert_eq!(seen.boots, 0);
     assert_ne!(host_of(&pool, "f"), Some(from.clone()));
     let left = pool.host(&from).processes();
     assert!(!left.iter().any(|(_, line)| line.contains(" vmm ")), "{left:?}");
     pool.other("").run(&["host", "resume", &from]);
-    wait("all to be well", || pool.other("").try_run(&["status"]).status.success());
+    wait("all to be well", || {
+        pool.other("").try_run(&["status"]).status.success()
+    });
 }

@@ -136,15 +136,22 @@ impl Agent {
         for (id, vm) in &pool.vms {
             let listed = vm.memory.standbys.contains(me) && vm.owner().is_some_and(|o| o != me);
             let wanted = listed && vm.stored.record.protection.hot() && vm.stored.record.power == Power::On;
-            let lately = self.started.get(id).is_some_and(|at| at.elapsed() < STANDBY_AGAIN);
+            let lately = self
+                .started
+                .get(id)
+                .is_some_and(|at| at.elapsed() < STANDBY_AGAIN);
             if !wanted || metas.contains_key(id) || lately {
                 continue;
             }
             self.started.insert(id.clone(), Instant::now());
             let how = How::Standby(vm.term());
             if let Err(error) = self.node.instances.start(id, vm, &how, &pool.hosts) {
-                self.node
-                    .event("vm", id.as_str(), format!("its standby here cannot be started: {error}"), None);
+                self.node.event(
+                    "vm",
+                    id.as_str(),
+                    format!("its standby here cannot be started: {error}"),
+                    None,
+                );
             }
         }
     }
@@ -175,7 +182,8 @@ impl Agent {
             return instances.forget(id);
         }
         if !meta.hot && instances.exit(id) == Some(Exit::Clean) && vm.term() == meta.term {
-            self.node.event("vm", id.as_str(), "its guest shut itself down", None);
+            self.node
+                .event("vm", id.as_str(), "its guest shut itself down", None);
             let kv = self.node.kv();
             update(&*kv, &vm_spec(id), |old: Option<StoredVm>| {
                 Ok(old.map(|mut v| {
@@ -206,9 +214,17 @@ impl Agent {
             let since = if ask_guest { since } else { 0 };
             let done = end_instance(&node, &id, since, in_order, term);
             if let Err(error) = done {
-                node.event("vm", id.as_str(), format!("it could not be stopped: {error}"), None);
+                node.event(
+                    "vm",
+                    id.as_str(),
+                    format!("it could not be stopped: {error}"),
+                    None,
+                );
             }
-            stopping.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+            stopping
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&id);
             node.wake.notify_one();
         };
         if let Err(error) = std::thread::Builder::new().name("vm-stop".into()).spawn(work) {
@@ -217,7 +233,7 @@ impl Agent {
     }
 }
 
-fn mark_stopped(kv: &dyn steadfast_store::Kv, id: &VmId, term: Term) -> Result<()> {
+pub(crate) fn mark_stopped(kv: &dyn steadfast_store::Kv, id: &VmId, term: Term) -> Result<()> {
     update(kv, &vm_state(id), |old: Option<VmMemory>| {
         let mut memory = old.unwrap_or_default();
         memory.stopped = Some(term);
@@ -230,7 +246,9 @@ fn mark_stopped(kv: &dyn steadfast_store::Kv, id: &VmId, term: Term) -> Result<(
 fn end_instance(node: &Node, id: &VmId, since: u64, in_order: bool, term: Term) -> Result<()> {
     let began = Instant::now();
     if in_order && since > 0 {
-        let _ = node.instances.ask(id, &Request::PowerButton, Duration::from_secs(3));
+        let _ = node
+            .instances
+            .ask(id, &Request::PowerButton, Duration::from_secs(3));
         while node.instances.pid(id).is_some() && now_ms() < since.saturating_add(SHUTDOWN_MS) {
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -306,10 +324,20 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
     let started = node.instances.start(id, vm, &how, &pool.hosts);
     if let Err(error) = &started {
         count_failure(node, id, me, now_ms())?;
-        node.event("vm", id.as_str(), format!("it could not be started: {error}"), None);
+        node.event(
+            "vm",
+            id.as_str(),
+            format!("it could not be started: {error}"),
+            None,
+        );
     } else {
         let took = began.elapsed().as_millis() as u64;
-        node.event("vm", id.as_str(), format!("its process was started on {me}"), Some(took));
+        node.event(
+            "vm",
+            id.as_str(),
+            format!("its process was started on {me}"),
+            Some(took),
+        );
     }
     started
 }
@@ -377,12 +405,15 @@ fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
             source,
         });
     };
-    let allowed = record.owner == *me && record.in_sync.is_empty() || record.in_sync.contains(me);
-    if !allowed && vm.stored.record.has_local_disk() && record.owner != *me {
-        return refused(format!("VM {id}: this host has no current copy of its disks"));
-    }
     if record.owner == *me {
         return Ok(());
+    }
+    if vm.stored.record.has_local_disk() {
+        // The engine asks the arbiter whether this copy will do.
+        return match record.in_sync.contains(me) {
+            true => Ok(()),
+            false => refused(format!("VM {id}: this host has no current copy of its disks")),
+        };
     }
     propose(&mut store, id, vm, me).map(|_| ())
 }
@@ -412,4 +443,3 @@ pub fn copying(pool: &Pool, id: &VmId) -> BTreeMap<HostId, u64> {
     let report = owner.and_then(|o| pool.reports.get(o)?.instances.get(id));
     report.map(|i| i.copying.clone()).unwrap_or_default()
 }
-

@@ -24,7 +24,11 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<()> {
     let config = NodeConfig::load(&folders)?;
     std::fs::create_dir_all(&folders.run).what(|| format!("make {}", folders.run.display()))?;
     let path = folders.data.join("daemon.lock");
-    let lock = File::options().create(true).truncate(false).write(true).open(&path);
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
     let lock = lock.what(|| format!("open {}", path.display()))?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return refused(format!("a daemon runs with {} already", folders.data.display()));

@@ -47,7 +47,9 @@ impl Member {
         let pid = fs::read_to_string(self.pid_path()).ok()?.trim().parse().ok()?;
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let data = self.data_argument();
-        line.split(|b| *b == 0).any(|w| w == data.as_bytes()).then_some(pid)
+        line.split(|b| *b == 0)
+            .any(|w| w == data.as_bytes())
+            .then_some(pid)
     }
 
     fn data_argument(&self) -> String {
@@ -82,7 +84,10 @@ impl Member {
         // etcd insists on it.
         let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         fs::set_permissions(&data, private).what(|| format!("make {} private", data.display()))?;
-        let (client, peer) = (config.url(config.ports.etcd_client), config.url(config.ports.etcd_peer));
+        let (client, peer) = (
+            config.url(config.ports.etcd_client),
+            config.url(config.ports.etcd_peer),
+        );
         let mut command = Command::new(program(config)?);
         command.arg(self.data_argument());
         command.arg(format!("--name={}", config.host));
@@ -111,7 +116,10 @@ impl Member {
             command.arg(format!("--{side}cert-file={}", tls.certificate.display()));
             command.arg(format!("--{side}key-file={}", tls.key.display()));
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log_file);
         command.process_group(0);
         let mut child = command
             .spawn()
@@ -151,7 +159,9 @@ async fn client(spec: &StoreSpec) -> Result<Client> {
     let StoreSpec::Etcd { etcd } = spec else {
         return Err(NodeError::Etcd("this pool's store is a folder".into()));
     };
-    let mut options = ConnectOptions::new().with_timeout(BOUND).with_connect_timeout(BOUND);
+    let mut options = ConnectOptions::new()
+        .with_timeout(BOUND)
+        .with_connect_timeout(BOUND);
     if let Some(tls) = &etcd.tls {
         let read = |path: &Path| fs::read(path).what(|| format!("read {}", path.display()));
         options = options.with_tls(
@@ -204,7 +214,11 @@ pub async fn add(spec: &StoreSpec, name: &str, peer: &str) -> Result<String> {
     let mut all = members(spec).await?;
     if !all.iter().any(|m| m.peer == peer) {
         let options = MemberAddOptions::new().with_is_learner();
-        let added = client(spec).await?.cluster_client().member_add(vec![peer.to_owned()], Some(options)).await;
+        let added = client(spec)
+            .await?
+            .cluster_client()
+            .member_add(vec![peer.to_owned()], Some(options))
+            .await;
         added.map_err(|e| NodeError::Etcd(format!("cannot add member {name}: {e}")))?;
         all = members(spec).await?;
     }

@@ -74,7 +74,11 @@ pub fn is_vmm(pid: u32, vm: &VmId) -> bool {
 /// It cannot be started.
 pub fn ensure(folders: &Folders, program: &std::path::Path) -> Result<()> {
     let path = folders.run.join("guard.lock");
-    let lock = File::options().create(true).truncate(false).write(true).open(&path);
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
     let lock = lock.what(|| format!("open {}", path.display()))?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
@@ -103,7 +107,11 @@ pub fn ensure(folders: &Folders, program: &std::path::Path) -> Result<()> {
 /// The run folder cannot be used.
 pub fn run(folders: &Folders) -> Result<()> {
     let path = folders.run.join("guard.lock");
-    let lock = File::options().create(true).truncate(false).write(true).open(&path);
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
     let lock = lock.what(|| format!("open {}", path.display()))?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());

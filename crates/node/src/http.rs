@@ -2,8 +2,8 @@
 
 use crate::error::{NodeError, Result};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
 pub use hyper::Method;
+use hyper::body::Bytes;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
@@ -71,7 +71,9 @@ pub async fn ask<A: DeserializeOwned>(
         let (status, bytes) = match target {
             Target::Unix(socket) => {
                 let stream = UnixStream::connect(socket).await.map_err(|e| {
-                    failed(format!("{e}; does the daemon run? start it with `steadfast node`"))
+                    failed(format!(
+                        "{e}; does the daemon run? start it with `steadfast node`"
+                    ))
                 })?;
                 send(stream, method, path, body).await.map_err(failed)?
             }
@@ -87,7 +89,8 @@ pub async fn ask<A: DeserializeOwned>(
             }
         };
         if status.is_success() {
-            return serde_json::from_slice(&bytes).map_err(|e| failed(format!("an answer that is none: {e}")));
+            return serde_json::from_slice(&bytes)
+                .map_err(|e| failed(format!("an answer that is none: {e}")));
         }
         match serde_json::from_slice::<Failure>(&bytes) {
             Ok(failure) => Err(NodeError::Refused(failure.error)),

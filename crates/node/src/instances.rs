@@ -215,7 +215,10 @@ impl Instances {
         };
         // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
         self.write_meta(id, &meta)?;
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
         let mut child = match command.spawn() {
             Ok(child) => child,
             Err(source) => {
@@ -233,24 +236,35 @@ impl Instances {
                     false => Exit::Failed(status.code(), status.signal()),
                 };
                 tracing::info!(vm = %name, ?exit, "an instance ended");
-                ended.lock().unwrap_or_else(PoisonError::into_inner).insert(name, exit);
+                ended
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(name, exit);
             }
         };
         let spawned = std::thread::Builder::new().name("vmm-wait".into()).spawn(waiter);
-        spawned.map(|_| ()).what(|| "a thread that waits for the instance".into())
+        spawned
+            .map(|_| ())
+            .what(|| "a thread that waits for the instance".into())
     }
 
     /// How an instance that was this daemon's child ended, if it did.
     #[must_use]
     pub fn exit(&self, vm: &VmId) -> Option<Exit> {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get(vm).copied()
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(vm)
+            .copied()
     }
 
     fn machine(&self, config: &NodeConfig, vm: &StoredVm) -> Result<VmSpec> {
         let wrong = |e: serde_json::Error| NodeError::Refused(format!("specification: {e}"));
         let text = serde_json::to_string(&vm.machine).map_err(wrong)?;
         let data = self.folders.data.display().to_string();
-        let text = text.replace("{host}", config.host.as_str()).replace("{data}", &data);
+        let text = text
+            .replace("{host}", config.host.as_str())
+            .replace("{data}", &data);
         serde_json::from_str(&text).map_err(wrong)
     }
 
@@ -262,8 +276,8 @@ impl Instances {
         let wanted = self.protection(&self.config(), entry, hosts)?.peers;
         let path = self.folder(id).join("protect.json");
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
-        let mut now: ProtectSpec =
-            serde_json::from_slice(&text).map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
+        let mut now: ProtectSpec = serde_json::from_slice(&text)
+            .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
         for peer in &wanted {
             if now.peers.iter().any(|p| p.host == peer.host) {
                 continue;
@@ -343,18 +357,24 @@ impl Instances {
     #[must_use]
     pub fn report(&self) -> BTreeMap<VmId, InstanceReport> {
         let all = self.all();
-        all.into_iter().map(|(vm, meta)| {
-            let report = self.report_one(&vm, &meta);
-            (vm, report)
-        })
-        .collect()
+        all.into_iter()
+            .map(|(vm, meta)| {
+                let report = self.report_one(&vm, &meta);
+                (vm, report)
+            })
+            .collect()
     }
 
     fn report_one(&self, vm: &VmId, meta: &Meta) -> InstanceReport {
         let mut report = InstanceReport {
-            phase: if meta.start { Phase::Starting } else { Phase::Standby },
+            phase: if meta.start {
+                Phase::Starting
+            } else {
+                Phase::Standby
+            },
             term: meta.term,
             protected: false,
+            filled: false,
             lag_epochs: 0,
             copying: BTreeMap::new(),
         };
@@ -437,14 +457,22 @@ impl Instances {
 }
 
 /// Silence after which an instance suspects the other, ms. Wide: the pool's hosts may be busy.
-const SUSPECT_MS: u64 = 500;
+const SUSPECT_MS: u64 = 1000;
 
 /// Where the two ends of a link meet: at the host with the smaller name, one port for each VM and other host.
 fn link(vm: u16, one: (&HostId, &HostInfo), two: (&HostId, &HostInfo)) -> Vec<SocketAddr> {
-    let (listens, other) = if one.0 < two.0 { (one.1, two.1) } else { (two.1, one.1) };
+    let (listens, other) = if one.0 < two.0 {
+        (one.1, two.1)
+    } else {
+        (two.1, one.1)
+    };
     let port = FIRST_PORT + u32::from(vm) * u32::from(LINKS) + u32::from(other.index % LINKS);
     let port = u16::try_from(port).unwrap_or(u16::MAX);
-    listens.replication.iter().map(|ip| SocketAddr::new(*ip, port)).collect()
+    listens
+        .replication
+        .iter()
+        .map(|ip| SocketAddr::new(*ip, port))
+        .collect()
 }
 
 fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
@@ -457,6 +485,7 @@ fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
         } else {
             Phase::Standby
         };
+        report.filled = !protocol["staged"].is_null();
         return;
     }
     report.phase = Phase::Running;
@@ -502,7 +531,8 @@ fn empty_disks(vm: &StoredVm, machine: &VmSpec) -> Result<()> {
             fs::create_dir_all(folder).what(|| format!("make {}", folder.display()))?;
         }
         let file = File::create(&disk.path).what(|| format!("make {}", disk.path.display()))?;
-        file.set_len(record.bytes).what(|| format!("make {}", disk.path.display()))?;
+        file.set_len(record.bytes)
+            .what(|| format!("make {}", disk.path.display()))?;
     }
     Ok(())
 }

@@ -8,21 +8,20 @@
 //! arbiter's compare-and-swap. Actions on hosts are sent to their daemons; those that only change records are made here. Each
 //! action that was carried out, and each refusal that is new, is an event.
 
+use crate::agent::mark_stopped;
 use crate::error::{NodeError, Result};
+use crate::etcd;
 use crate::http::ask;
 use crate::migrate;
 use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm};
-use crate::records::{
-    HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state,
-};
-use crate::etcd;
+use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
 use hyper::Method;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use steadfast_cluster::model::{AlarmKey, Instance, Phase};
+use steadfast_cluster::model::{AlarmKey, HostHealth, Instance, Phase, Power};
 use steadfast_cluster::{Action, Decision, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -105,11 +104,14 @@ impl Decider {
             .unwrap_or_else(PoisonError::into_inner)
             .look(&pool, read_at);
         self.remember_owners(&pool).await?;
+        self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
         for (vm, host) in self.begun.keys() {
-            let Some(vm) = snapshot.vms.get_mut(vm) else { continue };
+            let Some(vm) = snapshot.vms.get_mut(vm) else {
+                continue;
+            };
             if vm.state.owner.as_ref() == Some(host) {
                 let starting = Instance::new(Phase::Starting, vm.state.term);
                 vm.state.instances.entry(host.clone()).or_insert(starting);
@@ -142,7 +144,9 @@ impl Decider {
         let current = pool.leader.clone();
         let taken_ms = pool.timings.leader_ms;
         let seq = match &current {
-            Some(leader) if leader.host.as_ref() == Some(&me) && self.mine == Some(leader.seq) => leader.seq + 1,
+            Some(leader) if leader.host.as_ref() == Some(&me) && self.mine == Some(leader.seq) => {
+                leader.seq + 1
+            }
             Some(leader) if leader.host.is_some() => {
                 self.mine = None;
                 let since = match &self.other {
@@ -160,10 +164,7 @@ impl Decider {
             Some(leader) => leader.seq + 1,
             None => 1,
         };
-        let claim = Leader {
-            host: Some(me),
-            seq,
-        };
+        let claim = Leader { host: Some(me), seq };
         let value = json(&claim)?;
         let won = self
             .node
@@ -182,7 +183,12 @@ impl Decider {
         if won && self.mine.is_none() {
             let node = Arc::clone(&self.node);
             node.blocking(|n| {
-                n.event("pool", n.host().as_str(), "it decides for the pool from now on", None);
+                n.event(
+                    "pool",
+                    n.host().as_str(),
+                    "it decides for the pool from now on",
+                    None,
+                );
                 Ok(())
             })
             .await?;
@@ -194,7 +200,9 @@ impl Decider {
     /// Asks every host whether it is there; answers count when they come.
     fn ping(&self, pool: &Pool) {
         for (id, info) in &pool.hosts {
-            let Ok(target) = self.node.target(id, info) else { continue };
+            let Ok(target) = self.node.target(id, info) else {
+                continue;
+            };
             let (id, observer) = (id.clone(), Arc::clone(&self.observer));
             tokio::spawn(async move {
                 let answer: Result<serde_json::Value> =
@@ -211,14 +219,17 @@ impl Decider {
     async fn remember_owners(&mut self, pool: &Pool) -> Result<()> {
         for (id, vm) in &pool.vms {
             let owner = vm.owner().cloned();
-            let runs = owner.as_ref().and_then(|o| pool.reports.get(o)?.instances.get(id));
+            let runs = owner
+                .as_ref()
+                .and_then(|o| pool.reports.get(o)?.instances.get(id));
             let well = runs.is_some_and(|i| i.phase == Phase::Running);
             if !well {
                 self.running_since.remove(id);
             }
             let since = *self.running_since.entry(id.clone()).or_insert_with(now_ms);
-            let recovered =
-                well && !vm.memory.start_failures.is_empty() && now_ms() > since.saturating_add(STARTED_WELL_MS);
+            let recovered = well
+                && !vm.memory.start_failures.is_empty()
+                && now_ms() > since.saturating_add(STARTED_WELL_MS);
             if vm.memory.last_owner == owner && !recovered {
                 continue;
             }
@@ -244,6 +255,31 @@ impl Decider {
                     Ok(())
                 })
                 .await?;
+        }
+        Ok(())
+    }
+
+    /// A VM that shall be off and has no process left is off, also if it lost its owner on the way there.
+    async fn finish_stops(&self, pool: &Pool) -> Result<()> {
+        for (id, vm) in &pool.vms {
+            let Some(owner) = vm.owner().filter(|_| vm.stored.record.power == Power::Off) else {
+                continue;
+            };
+            let up = pool
+                .hosts
+                .get(owner)
+                .is_some_and(|h| h.record.health == HostHealth::Up);
+            let left = pool.reports.values().any(|r| {
+                r.instances
+                    .get(id)
+                    .is_some_and(|i| !matches!(i.phase, Phase::Failed(_)))
+            });
+            if up && !left {
+                let (id, term) = (id.clone(), vm.term());
+                self.node
+                    .blocking(move |n| mark_stopped(&*n.kv(), &id, term))
+                    .await?;
+            }
         }
         Ok(())
     }
@@ -285,7 +321,10 @@ impl Decider {
 
     async fn keep_house(&self, pool: &Pool) -> Result<()> {
         let spec = self.node.config().store_spec(&self.node.folders);
-        if matches!(self.node.config().store, crate::config::StoreChoice::Managed { .. }) {
+        if matches!(
+            self.node.config().store,
+            crate::config::StoreChoice::Managed { .. }
+        ) {
             etcd::promote_learners(&spec).await?;
         }
         let old: Vec<String> = pool
@@ -336,7 +375,8 @@ pub async fn send(node: &Arc<Node>, pool: &Pool, host: &HostId, action: &Action)
         return node.blocking(move |n| crate::agent::act(n, &action)).await;
     }
     let target = node.target(host, pool.host(host)?)?;
-    let _: serde_json::Value = ask(&target, Method::POST, "/internal/v1/act", Some(action), ACT_BOUND).await?;
+    let _: serde_json::Value =
+        ask(&target, Method::POST, "/internal/v1/act", Some(action), ACT_BOUND).await?;
     Ok(())
 }
 
@@ -376,10 +416,13 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
         Action::RemoveStandby { vm, host } => change_standbys(node, vm, host, false).await.map(|()| true),
         Action::Migrate {
             vm, from, to, cause, ..
-        } => migrate::begin(node, pool, vm, from, to, *cause).await.map(|_| true),
+        } => migrate::begin(node, pool, vm, from, to, *cause)
+            .await
+            .map(|_| true),
         Action::CancelMigration { vm, to } => migrate::cancel(node, pool, vm, to).await.map(|()| true),
         Action::UpgradeHost { .. } => Err(NodeError::Refused(
-            "upgrading a host by itself is not there yet: install the new binary and restart its daemon".into(),
+            "upgrading a host by itself is not there yet: install the new binary and restart its daemon"
+                .into(),
         )),
         Action::RaiseAlarm { alarm } => set_alarm(node, alarm, true).await,
         Action::ClearAlarm { alarm } => set_alarm(node, alarm, false).await,
@@ -390,7 +433,10 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
 async fn stop_standbys(node: &Arc<Node>, pool: &Pool, vm: &VmId, entry: &PoolVm) -> Result<()> {
     for host in entry.memory.standbys.clone() {
         change_standbys(node, vm, &host, false).await?;
-        let there = pool.reports.get(&host).is_some_and(|r| r.instances.contains_key(vm));
+        let there = pool
+            .reports
+            .get(&host)
+            .is_some_and(|r| r.instances.contains_key(vm));
         if there && pool.hosts.get(&host).is_some_and(|h| h.record.reachable()) {
             let stop = Action::StopInstance {
                 vm: vm.clone(),

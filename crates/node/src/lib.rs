@@ -37,10 +37,10 @@ mod pool;
 pub mod records;
 mod relocate;
 pub mod setup;
-mod tls;
+pub mod tls;
 
 pub use config::Folders;
-pub use steadfast_store::TlsFiles;
 pub use daemon::run;
 pub use error::{NodeError, Result};
 pub use guard::run as run_guard;
+pub use steadfast_store::TlsFiles;

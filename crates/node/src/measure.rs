@@ -48,7 +48,11 @@ impl Measure {
 fn busy_ticks() -> Option<u64> {
     let text = fs::read_to_string("/proc/stat").ok()?;
     let line = text.lines().next()?;
-    let fields: Vec<u64> = line.split_whitespace().skip(1).filter_map(|f| f.parse().ok()).collect();
+    let fields: Vec<u64> = line
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|f| f.parse().ok())
+        .collect();
     let idle: u64 = fields.get(3..5)?.iter().sum();
     // Guest time is counted in user time already.
     Some(fields.iter().take(8).sum::<u64>() - idle)
@@ -59,7 +63,11 @@ fn memory() -> Option<(u64, u64)> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let value = |name: &str| {
         let line = text.lines().find_map(|l| l.strip_prefix(name))?;
-        line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+        line.split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()
+            .map(|kib| kib << 10)
     };
     Some((value("MemTotal:")?, value("MemAvailable:")?))
 }
@@ -91,7 +99,10 @@ pub fn capacity(data: &Path) -> Resources {
 #[must_use]
 pub fn baselines() -> std::collections::BTreeSet<String> {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = text.lines().find_map(|l| l.strip_prefix("flags")).unwrap_or_default();
+    let flags = text
+        .lines()
+        .find_map(|l| l.strip_prefix("flags"))
+        .unwrap_or_default();
     let has = |names: &[&str]| names.iter().all(|n| flags.split_whitespace().any(|f| f == *n));
     let mut found = std::collections::BTreeSet::new();
     if has(&["cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"]) {

@@ -74,7 +74,9 @@ pub async fn begin(
     };
     let (key, value) = (key(&task.id), json(&task)?);
     node.blocking(move |n| {
-        let done = n.kv().commit(&Commit::default().unchanged(&key, None).put(&key, value))?;
+        let done = n
+            .kv()
+            .commit(&Commit::default().unchanged(&key, None).put(&key, value))?;
         match done.is_done() {
             true => Ok(()),
             false => Err(NodeError::Conflict("the task".into())),
@@ -108,7 +110,9 @@ pub async fn set(node: &Arc<Node>, id: &str, state: TaskState, text: &str) -> Re
         let mut subject = None;
         update(&*n.kv(), &task_key, |old: Option<StoredTask>| {
             Ok(old.filter(|t| t.state == TaskState::Running).map(|mut t| {
-                let Task::Migrate { vm, .. } = &t.task else { return t };
+                let Task::Migrate { vm, .. } = &t.task else {
+                    return t;
+                };
                 subject = Some((vm.clone(), format!("{}: {text}", t.id)));
                 t.state = state;
                 t.text = text.clone();
@@ -151,9 +155,21 @@ pub async fn progress(node: &Arc<Node>, pool: &Pool) -> Result<()> {
             let text = format!("it runs on {to}, after {} ms", left.saturating_sub(*since_ms));
             set(node, &stored.id, TaskState::Done, &text).await?;
         } else if owner != Some(from) {
-            set(node, &stored.id, TaskState::Failed, "it runs elsewhere, or not at all").await?;
+            set(
+                node,
+                &stored.id,
+                TaskState::Failed,
+                "it runs elsewhere, or not at all",
+            )
+            .await?;
         } else if now_ms() > since_ms.saturating_add(BOUND_MS) {
-            set(node, &stored.id, TaskState::Failed, "it did not become in sync in time").await?;
+            set(
+                node,
+                &stored.id,
+                TaskState::Failed,
+                "it did not become in sync in time",
+            )
+            .await?;
         } else if entry.record.as_ref().is_some_and(|r| r.in_sync.contains(to)) {
             hand_over(node, pool, stored, (vm, from, to, *cause), since_ms).await?;
         } else {
@@ -181,7 +197,10 @@ async fn hand_over(
     since_ms: &u64,
 ) -> Result<()> {
     // The text carries when it was last asked for.
-    let asked = stored.text.strip_prefix("handing over since ").and_then(|t| t.parse::<u64>().ok());
+    let asked = stored
+        .text
+        .strip_prefix("handing over since ")
+        .and_then(|t| t.parse::<u64>().ok());
     if asked.is_some_and(|at| now_ms() < at.saturating_add(AGAIN_MS)) {
         return Ok(());
     }

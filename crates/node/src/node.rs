@@ -66,7 +66,11 @@ impl Node {
     /// This host's name.
     #[must_use]
     pub fn host(&self) -> HostId {
-        self.config.read().unwrap_or_else(PoisonError::into_inner).host.clone()
+        self.config
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .host
+            .clone()
     }
 
     /// The store now.
@@ -104,7 +108,9 @@ impl Node {
         while Arc::strong_count(&source) > 2 {
             if Instant::now() > until {
                 self.thaw_store(source);
-                return Err(NodeError::Refused("changes to the store do not end; try again".into()));
+                return Err(NodeError::Refused(
+                    "changes to the store do not end; try again".into(),
+                ));
             }
             std::thread::sleep(Duration::from_millis(5));
         }

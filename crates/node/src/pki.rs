@@ -73,7 +73,9 @@ pub fn sign(ca: &Pair, request: &str, host: &HostId, addresses: &[IpAddr]) -> Re
     let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let ips = addresses.iter().copied().chain([loopback]);
     params.subject_alt_names.extend(ips.map(SanType::IpAddress));
-    params.distinguished_name.push(DnType::CommonName, host.to_string());
+    params
+        .distinguished_name
+        .push(DnType::CommonName, host.to_string());
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![
         ExtendedKeyUsagePurpose::ServerAuth,

@@ -2,8 +2,8 @@
 
 use crate::error::Result;
 use crate::records::{
-    self, CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState, Timings,
-    VmMemory, now_ms, parse,
+    self, CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState,
+    Timings, VmMemory, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use steadfast_cluster::model::{
@@ -166,7 +166,11 @@ impl Pool {
             now_ms: now_ms(),
             pool: self.settings.clone(),
             hosts: hosts.collect(),
-            vms: self.vms.iter().map(|(id, vm)| (id.clone(), self.vm(id, vm))).collect(),
+            vms: self
+                .vms
+                .iter()
+                .map(|(id, vm)| (id.clone(), self.vm(id, vm)))
+                .collect(),
             tasks: tasks.map(|t| t.task.clone()).collect(),
             alarms: self.alarms.clone(),
         }
@@ -175,12 +179,20 @@ impl Pool {
     fn vm(&self, id: &VmId, vm: &PoolVm) -> Vm {
         let (spec, memory) = (vm.stored.record.clone(), &vm.memory);
         let owner = vm.owner().cloned();
-        let in_sync = |h: &HostId| vm.record.as_ref().is_some_and(|r| owner.is_some() && r.in_sync.contains(h));
+        let in_sync = |h: &HostId| self.can_take_over(id, vm, h);
         let mut standbys: BTreeMap<HostId, Standby> = memory
             .standbys
             .iter()
             .filter(|h| Some(*h) != owner.as_ref())
-            .map(|h| (h.clone(), Standby { in_sync: in_sync(h), lag_ms: 0 }))
+            .map(|h| {
+                (
+                    h.clone(),
+                    Standby {
+                        in_sync: in_sync(h),
+                        lag_ms: 0,
+                    },
+                )
+            })
             .collect();
         // The leader has not seen the change of owner yet: the old one is a standby from now on.
         if let (Some(new), Some(old)) = (&owner, &memory.last_owner)
@@ -227,6 +239,19 @@ impl Pool {
             },
             spec,
         }
+    }
+
+    /// Whether the standby on a host could take over now: the arbiter lists it, and its process holds a complete state (I8). One
+    /// that was started again is listed until the primary drops it, but holds nothing.
+    #[must_use]
+    pub fn can_take_over(&self, id: &VmId, vm: &PoolVm, host: &HostId) -> bool {
+        let listed = vm
+            .record
+            .as_ref()
+            .is_some_and(|r| vm.owner().is_some() && r.in_sync.contains(host));
+        let report = self.reports.get(host).and_then(|r| r.instances.get(id));
+        // A host that has just taken over still reports what it was; its own record says the rest.
+        listed && report.is_some_and(|i| i.filled || i.phase == Phase::Running)
     }
 
     /// A number that no host of the pool, or no VM, has.

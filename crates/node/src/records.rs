@@ -18,9 +18,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
-use steadfast_cluster::model::{
-    HostRecord, HostStatus, Home, Phase, StartFailures, Task, VmSpecRecord,
-};
+use steadfast_cluster::model::{Home, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord};
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::spec::VmSpec;
@@ -131,6 +129,9 @@ pub struct InstanceReport {
     /// Whether its VM could survive the loss of this host right now (primaries of protected VMs).
     #[serde(default)]
     pub protected: bool,
+    /// A standby that holds a complete state: it can take over if the arbiter lists it.
+    #[serde(default)]
+    pub filled: bool,
     /// Epochs sealed and not yet committed.
     #[serde(default)]
     pub lag_epochs: u64,
@@ -295,7 +296,10 @@ pub fn update<T: DeserializeOwned + Serialize + Clone>(
         if entry.is_some_and(|e| e.value == value) {
             return Ok(Some(new));
         }
-        if kv.commit(&Commit::default().unchanged(key, entry).put(key, value))?.is_done() {
+        if kv
+            .commit(&Commit::default().unchanged(key, entry).put(key, value))?
+            .is_done()
+        {
             return Ok(Some(new));
         }
     }

@@ -35,7 +35,9 @@ impl Kv for ReadOnly {
     }
 
     fn commit(&self, _: &Commit) -> std::result::Result<Committed, StoreError> {
-        Err(StoreError::Refused("it is being moved to etcd; try again in a moment".into()))
+        Err(StoreError::Refused(
+            "it is being moved to etcd; try again in a moment".into(),
+        ))
     }
 
     fn watch(&self, prefix: &str, wake: Wake) -> WatchGuard {
@@ -77,7 +79,9 @@ fn move_store(node: &Node) -> Result<()> {
             Ok(_) => break,
             Err(e) if Instant::now() > until => {
                 throw_away(node)?;
-                return Err(NodeError::Etcd(format!("the new member does not answer: {e}; see etcd.log")));
+                return Err(NodeError::Etcd(format!(
+                    "the new member does not answer: {e}; see etcd.log"
+                )));
             }
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
@@ -90,14 +94,23 @@ fn move_store(node: &Node) -> Result<()> {
         return done;
     }
     let url = new.url(new.ports.etcd_client);
-    crate::records::update(&*node.kv(), &host_info(&new.host), |old: Option<crate::records::HostInfo>| {
-        Ok(old.map(|mut info| {
-            info.etcd = Some(url.clone());
-            info
-        }))
-    })?;
+    crate::records::update(
+        &*node.kv(),
+        &host_info(&new.host),
+        |old: Option<crate::records::HostInfo>| {
+            Ok(old.map(|mut info| {
+                info.etcd = Some(url.clone());
+                info
+            }))
+        },
+    )?;
     let took = began.elapsed().as_millis() as u64;
-    node.event("pool", new.host.as_str(), "the store was moved from a folder into etcd", Some(took));
+    node.event(
+        "pool",
+        new.host.as_str(),
+        "the store was moved from a folder into etcd",
+        Some(took),
+    );
     Ok(())
 }
 
@@ -140,7 +153,9 @@ fn throw_away(node: &Node) -> Result<()> {
     }
     let data = node.folders.data.join("etcd");
     match std::fs::remove_dir_all(&data) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).what(|| format!("remove {}", data.display())),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).what(|| format!("remove {}", data.display()))
+        }
         _ => Ok(()),
     }
 }

@@ -66,7 +66,10 @@ pub fn init(
     make_folders(folders)?;
     let ca = pki::new_ca(pool)?;
     let (key, request) = pki::new_request()?;
-    let addresses: Vec<IpAddr> = [choice.address].into_iter().chain(choice.replication.clone()).collect();
+    let addresses: Vec<IpAddr> = [choice.address]
+        .into_iter()
+        .chain(choice.replication.clone())
+        .collect();
     let certificate = pki::sign(&ca, &request, &choice.host, &addresses)?;
     pki::install(folders, &ca.certificate, &Pair { certificate, key })?;
     let site = match choice.site {

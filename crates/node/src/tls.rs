@@ -24,7 +24,8 @@ fn provider() -> Arc<CryptoProvider> {
 type Chain = Vec<CertificateDer<'static>>;
 
 fn load(files: &TlsFiles) -> Result<(Arc<RootCertStore>, Chain, PrivateKeyDer<'static>)> {
-    let named = |path: &std::path::Path, e: rustls::pki_types::pem::Error| wrong(format!("{}: {e}", path.display()));
+    let named =
+        |path: &std::path::Path, e: rustls::pki_types::pem::Error| wrong(format!("{}: {e}", path.display()));
     let ca = CertificateDer::from_pem_file(&files.ca).map_err(|e| named(&files.ca, e))?;
     let certificate =
         CertificateDer::from_pem_file(&files.certificate).map_err(|e| named(&files.certificate, e))?;
@@ -104,13 +105,16 @@ impl ServerCertVerifier for Pinned {
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
         let pinned = intermediates.iter().find(|c| fingerprint(c) == self.fingerprint);
         let ca = pinned.ok_or_else(|| {
-            rustls::Error::General("it is not of the pool that the token is for (the CA's fingerprint differs)".into())
+            rustls::Error::General(
+                "it is not of the pool that the token is for (the CA's fingerprint differs)".into(),
+            )
         })?;
         let mut roots = RootCertStore::empty();
         roots.add(ca.clone().into_owned())?;
-        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
-            .build()
-            .map_err(|e| rustls::Error::General(e.to_string()))?;
+        let verifier =
+            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
+                .build()
+                .map_err(|e| rustls::Error::General(e.to_string()))?;
         verifier.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
     }
 
@@ -134,6 +138,8 @@ impl ServerCertVerifier for Pinned {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }

@@ -116,7 +116,10 @@ fn a_restored_store_takes_no_proposal_of_before() {
     let mut store = open(server.spec());
     let (id, _) = read(&mut store);
     let one = record("a", 1, 7, id);
-    assert_eq!(store.cas(&VmRecord::new(one.owner.clone(), id), &one), CasOutcome::Done);
+    assert_eq!(
+        store.cas(&VmRecord::new(one.owner.clone(), id), &one),
+        CasOutcome::Done
+    );
     let file = server.folder.path().join("snapshot");
     server.snapshot(&file);
     assert_eq!(store.cas(&one, &record("b", 2, 8, id)), CasOutcome::Done);
@@ -125,6 +128,8 @@ fn a_restored_store_takes_no_proposal_of_before() {
     assert_ne!(now, id);
     assert_eq!(old.as_ref(), Some(&one), "a record of the store as it was");
     let mut late = open(server.spec());
-    assert!(matches!(late.cas(&one, &record("c", 2, 9, id)), CasOutcome::Conflict { store, .. } if store == now));
+    assert!(
+        matches!(late.cas(&one, &record("c", 2, 9, id)), CasOutcome::Conflict { store, .. } if store == now)
+    );
     assert_eq!(late.cas(&one, &record("a", 9, 7, now)), CasOutcome::Done);
 }

@@ -34,7 +34,11 @@ pub fn hosts(hosts: &[HostStatus]) -> String {
             vec![
                 h.host.to_string(),
                 h.health.clone(),
-                if h.witness { "witness".into() } else { h.admin.clone() },
+                if h.witness {
+                    "witness".into()
+                } else {
+                    h.admin.clone()
+                },
                 format!("{:.1} of {}", h.cpu_milli.0 as f64 / 1000.0, h.cpu_milli.1 / 1000),
                 format!("{} of {} GiB", gib(h.memory_bytes.0), gib(h.memory_bytes.1)),
                 h.running.to_string(),
@@ -43,7 +47,10 @@ pub fn hosts(hosts: &[HostStatus]) -> String {
             ]
         })
         .collect();
-    table(&["HOST", "HEALTH", "USE", "CPU", "MEMORY", "VMS", "STANDBYS", "API"], &rows)
+    table(
+        &["HOST", "HEALTH", "USE", "CPU", "MEMORY", "VMS", "STANDBYS", "API"],
+        &rows,
+    )
 }
 
 pub fn vms(vms: &[VmStatus]) -> String {
@@ -66,14 +73,30 @@ pub fn vms(vms: &[VmStatus]) -> String {
             ]
         })
         .collect();
-    table(&["VM", "CLASS", "STATE", "HOST", "IN SYNC", "FILLING", "LAG", "PROTECTION"], &rows)
+    table(
+        &[
+            "VM",
+            "CLASS",
+            "STATE",
+            "HOST",
+            "IN SYNC",
+            "FILLING",
+            "LAG",
+            "PROTECTION",
+        ],
+        &rows,
+    )
 }
 
 pub fn status(s: &PoolStatus) -> String {
     let mut text = String::new();
     let leader = s.leader.as_ref().map_or("nobody".into(), ToString::to_string);
     let health = if s.healthy { "healthy" } else { "NEEDS ATTENTION" };
-    let _ = writeln!(text, "pool {}: {health}   store: {}   decided by: {leader}\n", s.pool, s.store);
+    let _ = writeln!(
+        text,
+        "pool {}: {health}   store: {}   decided by: {leader}\n",
+        s.pool, s.store
+    );
     text += &hosts(&s.hosts);
     if !s.vms.is_empty() {
         text.push('\n');
@@ -95,7 +118,13 @@ pub fn status(s: &PoolStatus) -> String {
 pub fn tasks(tasks: &[StoredTask]) -> String {
     let rows: Vec<_> = tasks
         .iter()
-        .map(|t| vec![t.id.clone(), format!("{:?}", t.state).to_lowercase(), t.text.clone()])
+        .map(|t| {
+            vec![
+                t.id.clone(),
+                format!("{:?}", t.state).to_lowercase(),
+                t.text.clone(),
+            ]
+        })
         .collect();
     table(&["TASK", "STATE", "STEP"], &rows)
 }

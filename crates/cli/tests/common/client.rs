@@ -92,7 +92,11 @@ fn work(socket: &UnixDatagram, nics: &[(String, PathBuf)], seen: &Mutex<Seen>, s
                 kind: kind::INC,
                 nonce,
             };
-            send(socket, nics, &frames::udp(ends, PORT, COUNTER_PORT, &request.to_bytes()));
+            send(
+                socket,
+                nics,
+                &frames::udp(ends, PORT, COUNTER_PORT, &request.to_bytes()),
+            );
             sent = Some(Instant::now());
         }
         let Ok((len, from)) = socket.recv_from(&mut buf) else {
@@ -107,7 +111,9 @@ fn work(socket: &UnixDatagram, nics: &[(String, PathBuf)], seen: &Mutex<Seen>, s
             Some(Packet::Udp {
                 dport: PORT, data, ..
             }) => {
-                let Some(reply) = Reply::from_bytes(&data) else { continue };
+                let Some(reply) = Reply::from_bytes(&data) else {
+                    continue;
+                };
                 let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 if seen.take(&reply, nonce, name) {
                     (nonce, sent) = (nonce + 1, None);
@@ -141,7 +147,10 @@ impl Seen {
         if r.counter == 1 && self.counter > 0 {
             self.boots += 1;
         } else if r.counter != self.counter + 1 {
-            self.wrong.push(format!("counter {} after {} (nonce {nonce}, from {from})", r.counter, self.counter));
+            self.wrong.push(format!(
+                "counter {} after {} (nonce {nonce}, from {from})",
+                r.counter, self.counter
+            ));
         }
         let now = Instant::now();
         if let Some((at, _)) = self.last {

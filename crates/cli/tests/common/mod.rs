@@ -38,7 +38,9 @@ pub fn possible() -> bool {
         return false;
     }
     if etcd().is_none() {
-        eprintln!("SKIPPED: no etcd here; scripts/setup.sh unpacks the Debian package etcd-server into the cache");
+        eprintln!(
+            "SKIPPED: no etcd here; scripts/setup.sh unpacks the Debian package etcd-server into the cache"
+        );
         return false;
     }
     true
@@ -75,7 +77,11 @@ impl Host {
         let out = self.try_run(args);
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
         let said = String::from_utf8_lossy(&out.stderr);
-        assert!(out.status.success(), "{}: steadfast {args:?}: {text}{said}", self.name);
+        assert!(
+            out.status.success(),
+            "{}: steadfast {args:?}: {text}{said}",
+            self.name
+        );
         text
     }
 
@@ -193,7 +199,13 @@ impl Pool {
         for i in 0..names.len() {
             let (address, name) = (pool.hosts[i].address.to_string(), names[i]);
             let common = [
-                "--name", name, "--address", &address, "--etcd-program", &etcd, "--vmm-arg=--cgroup=off",
+                "--name",
+                name,
+                "--address",
+                &address,
+                "--etcd-program",
+                &etcd,
+                "--vmm-arg=--cgroup=off",
                 "--vmm-arg=--user=0",
             ];
             if i == 0 {
@@ -201,7 +213,10 @@ impl Pool {
                 pool.hosts[0].run(&init);
             } else {
                 let token = pool.hosts[0].json(&["pool", "token"]);
-                let (at, token) = (token["address"].as_str().unwrap(), token["token"].as_str().unwrap());
+                let (at, token) = (
+                    token["address"].as_str().unwrap(),
+                    token["token"].as_str().unwrap(),
+                );
                 let mut join = [&["pool", "join", at, "--token", token][..], &common].concat();
                 if name.starts_with('w') {
                     join.push("--witness");
@@ -217,12 +232,16 @@ impl Pool {
                 println!("{}", String::from_utf8_lossy(&out.stdout).trim());
             }
             pool.hosts[i].start_daemon();
-            wait(&format!("the daemon of {name} to answer"), || pool.hosts[i].status().is_object());
+            wait(&format!("the daemon of {name} to answer"), || {
+                pool.hosts[i].status().is_object()
+            });
         }
         wait("all hosts to be up", || {
             let status = pool.hosts[0].status();
             let hosts = status["hosts"].as_array().cloned().unwrap_or_default();
-            hosts.len() == names.len() && hosts.iter().all(|h| h["health"] == "up") && status["leader"].is_string()
+            hosts.len() == names.len()
+                && hosts.iter().all(|h| h["health"] == "up")
+                && status["leader"].is_string()
         });
         pool
     }
@@ -252,8 +271,22 @@ impl Pool {
         );
         let host = self.other("");
         host.run(&[
-            "vm", "create", "--name", vm, "--memory", "64MiB", "--flat", elf.to_str().unwrap(), "--cmdline",
-            "loop=dirty pages=50 rate=300 ip=10.0.0.2", "--rng", "false", "--nic", &nic, "--class", class,
+            "vm",
+            "create",
+            "--name",
+            vm,
+            "--memory",
+            "64MiB",
+            "--flat",
+            elf.to_str().unwrap(),
+            "--cmdline",
+            "loop=dirty pages=50 rate=300 ip=10.0.0.2",
+            "--rng",
+            "false",
+            "--nic",
+            &nic,
+            "--class",
+            class,
         ]);
     }
 
@@ -272,7 +305,11 @@ impl Pool {
             for file in ["daemon.log", "data/etcd.log"] {
                 tail(&host.folder.join(file), 40);
             }
-            for vm in std::fs::read_dir(host.folder.join("data/vm")).into_iter().flatten().flatten() {
+            for vm in std::fs::read_dir(host.folder.join("data/vm"))
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
                 tail(&vm.path().join("log"), 15);
             }
         }
@@ -286,9 +323,15 @@ impl Pool {
 }
 
 fn tail(path: &Path, lines: usize) {
-    let Ok(text) = std::fs::read_to_string(path) else { return };
+    let Ok(text) = std::fs::read_to_string(path) else {
+        return;
+    };
     let all: Vec<_> = text.lines().collect();
-    eprintln!("--- {}\n{}", path.display(), all[all.len().saturating_sub(lines)..].join("\n"));
+    eprintln!(
+        "--- {}\n{}",
+        path.display(),
+        all[all.len().saturating_sub(lines)..].join("\n")
+    );
 }
 
 impl Drop for Pool {

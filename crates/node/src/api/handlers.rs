@@ -100,7 +100,11 @@ pub async fn drain(State(node): Shared, Path(host): Path<HostId>, Query(dry): Qu
 /// Use a host again.
 #[utoipa::path(post, path = "/v1/hosts/{host}/resume", params(("host" = String, Path), ("dry_run" = Option<bool>, Query)),
     responses((status = 200, body = Done)))]
-pub async fn resume(State(node): Shared, Path(host): Path<HostId>, Query(dry): Query<DryRun>) -> Answer<Done> {
+pub async fn resume(
+    State(node): Shared,
+    Path(host): Path<HostId>,
+    Query(dry): Query<DryRun>,
+) -> Answer<Done> {
     set_admin(&node, host, HostAdmin::InUse, dry.dry_run).await
 }
 
@@ -124,7 +128,9 @@ pub async fn remove_host(
         .map(|(id, _)| id.to_string())
         .collect();
     let fenced = info.record.fenced();
-    if !used.is_empty() || !(fenced || matches!(info.record.admin, HostAdmin::Maintenance(_)) || info.record.witness) {
+    if !used.is_empty()
+        || !(fenced || matches!(info.record.admin, HostAdmin::Maintenance(_)) || info.record.witness)
+    {
         return refused(format!(
             "host {host} is in use{}; drain it first (`steadfast host drain {host}`), or wait until it is known to be dead",
             if used.is_empty() { String::new() } else { format!(" by {}", used.join(", ")) }
@@ -138,7 +144,9 @@ pub async fn remove_host(
         }
         let name = host.clone();
         node.blocking(move |n| {
-            let commit = Commit::default().delete(host_info(&name)).delete(host_report(&name));
+            let commit = Commit::default()
+                .delete(host_info(&name))
+                .delete(host_report(&name));
             n.kv().commit(&commit)?;
             n.event("host", name.as_str(), "it was taken out of the pool", None);
             Ok(())
@@ -166,7 +174,11 @@ pub struct Which {
 #[utoipa::path(get, path = "/v1/events", params(("limit" = Option<usize>, Query), ("subject" = Option<String>, Query)),
     responses((status = 200, body = Vec<Event>)))]
 pub async fn events(State(node): Shared, Query(which): Query<Which>) -> Answer<Vec<Event>> {
-    let limit = if which.limit == 0 { 100 } else { which.limit.min(5000) };
+    let limit = if which.limit == 0 {
+        100
+    } else {
+        which.limit.min(5000)
+    };
     let found = node
         .blocking(move |n| {
             let mut found: Vec<Event> = Vec::new();

@@ -1,8 +1,8 @@
 //! Letting a new host in: `POST /v1/join`, the only thing that a client without a certificate may ask.
 
+use super::handlers::{ca, load};
 use super::types::{JoinAnswer, JoinRequest};
 use super::{Answer, Failure};
-use super::handlers::{ca, load};
 use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::node::Node;
@@ -81,7 +81,10 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
     }
     let config = node.config();
     let authority = node.blocking(ca).await?;
-    let addresses: Vec<_> = [request.address].into_iter().chain(request.replication.clone()).collect();
+    let addresses: Vec<_> = [request.address]
+        .into_iter()
+        .chain(request.replication.clone())
+        .collect();
     let certificate = pki::sign(&authority, &request.request, host, &addresses)?;
     let store = member(node, request).await?;
     let site = request.site.clone().unwrap_or(config.site.clone());
@@ -102,16 +105,21 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
     };
     let info = HostInfo {
         record,
-        index: pool
-            .hosts
-            .get(host)
-            .map_or_else(|| Pool::free_index(pool.hosts.values().map(|h| h.index)), |h| h.index),
+        index: pool.hosts.get(host).map_or_else(
+            || Pool::free_index(pool.hosts.values().map(|h| h.index)),
+            |h| h.index,
+        ),
         api: SocketAddr::new(request.address, request.ports.api),
         replication: match request.replication.is_empty() {
             true => vec![request.address],
             false => request.replication.clone(),
         },
-        etcd: own_etcd.then(|| format!("https://{}", SocketAddr::new(request.address, request.ports.etcd_client))),
+        etcd: own_etcd.then(|| {
+            format!(
+                "https://{}",
+                SocketAddr::new(request.address, request.ports.etcd_client)
+            )
+        }),
     };
     add_host(node, info).await?;
     Ok(JoinAnswer {
@@ -153,7 +161,10 @@ async fn member(node: &Arc<Node>, request: &JoinRequest) -> Result<StoreChoice> 
         return Ok(config.store);
     };
     let spec = config.store_spec(&node.folders);
-    let peer = format!("https://{}", SocketAddr::new(request.address, request.ports.etcd_peer));
+    let peer = format!(
+        "https://{}",
+        SocketAddr::new(request.address, request.ports.etcd_peer)
+    );
     let known = etcd::members(&spec).await?;
     if known.len() >= etcd::MEMBERS_MAX && !known.iter().any(|m| m.peer == peer) {
         return Ok(StoreChoice::Managed {

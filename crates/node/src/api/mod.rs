@@ -37,7 +37,9 @@ impl IntoResponse for Failure {
         let status = match &self.0 {
             NodeError::NotFound(_) => StatusCode::NOT_FOUND,
             NodeError::Refused(_) | NodeError::Conflict(_) => StatusCode::CONFLICT,
-            NodeError::Store(_) | NodeError::Peer { .. } | NodeError::Etcd(_) => StatusCode::SERVICE_UNAVAILABLE,
+            NodeError::Store(_) | NodeError::Peer { .. } | NodeError::Etcd(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         (status, Json(serde_json::json!({"error": self.0.to_string()}))).into_response()
@@ -50,7 +52,10 @@ pub type Answer<T> = Result<Json<T>, Failure>;
 /// The description of the API.
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "Steadfast", description = "A pool of hosts that keeps virtual machines running"),
+    info(
+        title = "Steadfast",
+        description = "A pool of hosts that keeps virtual machines running"
+    ),
     paths(
         handlers::status,
         handlers::hosts,
@@ -109,11 +114,11 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/vms/{vm}/protection", post(vms::protect))
         .route("/v1/vms/{vm}/migrate", post(vms::migrate))
         .route("/v1/vms/{vm}/console", get(vms::console))
+        .route("/v1/openapi.json", get(|| async { Json(Description::openapi()) }))
         .route(
-            "/v1/openapi.json",
-            get(|| async { Json(Description::openapi()) }),
+            "/internal/v1/ping",
+            get(|| async { Json(serde_json::json!({"ok": true})) }),
         )
-        .route("/internal/v1/ping", get(|| async { Json(serde_json::json!({"ok": true})) }))
         .route("/internal/v1/act", post(handlers::act))
         .merge(joining(node.clone()))
         .layer(axum::extract::DefaultBodyLimit::max(BODY_MAX))

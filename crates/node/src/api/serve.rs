@@ -38,7 +38,9 @@ async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static
 pub async fn unix(node: Arc<Node>) -> Result<()> {
     let path = node.folders.socket();
     match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).what(|| format!("remove {}", path.display()))?,
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).what(|| format!("remove {}", path.display()))?
+        }
         _ => {}
     }
     let listener = UnixListener::bind(&path).what(|| format!("listen at {}", path.display()))?;

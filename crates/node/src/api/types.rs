@@ -100,7 +100,11 @@ fn health(h: HostHealth) -> String {
 pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
     let spec = &vm.stored.record;
     let owner = vm.owner();
-    let up = |h: &HostId| pool.hosts.get(h).is_some_and(|i| i.record.health == HostHealth::Up);
+    let up = |h: &HostId| {
+        pool.hosts
+            .get(h)
+            .is_some_and(|i| i.record.health == HostHealth::Up)
+    };
     let instance = owner.and_then(|o| pool.reports.get(o)?.instances.get(id));
     let state = match (owner, instance, spec.power) {
         (Some(o), _, _) if !up(o) => "unknown",
@@ -113,20 +117,33 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, _, Power::Off) => "off",
         (Some(_) | None, None, Power::On) | (None, Some(_), Power::On) => "down",
     };
-    let listed = vm.record.as_ref().filter(|_| owner.is_some());
-    let in_sync: Vec<HostId> = listed.map(|r| r.in_sync.clone()).unwrap_or_default();
-    let filling = vm.memory.standbys.iter().filter(|h| !in_sync.contains(h) && Some(*h) != owner);
+    let listed = vm.record.as_ref().map(|r| r.in_sync.clone()).unwrap_or_default();
+    let in_sync: Vec<HostId> = listed
+        .into_iter()
+        .filter(|h| pool.can_take_over(id, vm, h))
+        .collect();
+    let filling = vm
+        .memory
+        .standbys
+        .iter()
+        .filter(|h| !in_sync.contains(h) && Some(*h) != owner);
     // I8: only what would hold right now is called protected.
     let protection = match (spec.protection, state) {
         (Protection::None, _) => "none promised".into(),
         (_, "off") => "off".into(),
         (_, "unknown") => "unknown: its host is not heard of".into(),
-        (Protection::Restart, "running") => match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
-            0 => "unprotected: there is no other host".into(),
-            _ => "restart elsewhere".into(),
-        },
-        (_, "running") if instance.is_some_and(|i| i.protected) && in_sync.iter().any(up) => "protected".into(),
-        (_, "running") if in_sync.iter().any(up) => "degraded: the primary does not call itself protected".into(),
+        (Protection::Restart, "running") => {
+            match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
+                0 => "unprotected: there is no other host".into(),
+                _ => "restart elsewhere".into(),
+            }
+        }
+        (_, "running") if instance.is_some_and(|i| i.protected) && in_sync.iter().any(up) => {
+            "protected".into()
+        }
+        (_, "running") if in_sync.iter().any(up) => {
+            "degraded: the primary does not call itself protected".into()
+        }
         (_, "running") => "unprotected: no standby is in sync".into(),
         (_, state) => format!("unprotected: it is {state}"),
     };
@@ -172,7 +189,9 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
                 running: if up { of(&|p| *p == Phase::Running) } else { 0 },
                 standbys: if up { of(&|p| *p == Phase::Standby) } else { 0 },
                 api: info.api.to_string(),
-                version: report.map(|r| r.status.versions.steadfast.clone()).unwrap_or_default(),
+                version: report
+                    .map(|r| r.status.versions.steadfast.clone())
+                    .unwrap_or_default(),
             }
         })
         .collect();
@@ -182,7 +201,9 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         .map(|h| format!("host {} is {}", h.host, h.health))
         .collect();
     problems.extend(vms.iter().filter(|v| v.state != "off").filter_map(|v| {
-        let fine = v.state == "running" && !v.protection.starts_with("unprotected") && !v.protection.starts_with("degraded");
+        let fine = v.state == "running"
+            && !v.protection.starts_with("unprotected")
+            && !v.protection.starts_with("degraded");
         (!fine).then(|| format!("VM {} is {}, {}", v.vm, v.state, v.protection))
     }));
     let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
@@ -202,7 +223,12 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         .into(),
         hosts,
         vms,
-        tasks: pool.tasks.iter().filter(|t| t.state == TaskState::Running).cloned().collect(),
+        tasks: pool
+            .tasks
+            .iter()
+            .filter(|t| t.state == TaskState::Running)
+            .cloned()
+            .collect(),
     }
 }
 
@@ -236,7 +262,11 @@ pub fn class(text: &str) -> Result<Protection, String> {
         "restart" => Protection::Restart,
         "checkpoint" => Protection::Checkpoint { interval_ms: 1000 },
         "ft" => Protection::Ft,
-        other => return Err(format!("{other:?} is no class; known: none, restart, checkpoint, ft")),
+        other => {
+            return Err(format!(
+                "{other:?} is no class; known: none, restart, checkpoint, ft"
+            ));
+        }
     })
 }
 

@@ -19,7 +19,9 @@ use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 use std::time::Duration;
 use steadfast_cluster::decide::admit;
-use steadfast_cluster::model::{DiskPlace, DiskRecord, MoveCause, Power, Protection, Resources, VmSpecRecord};
+use steadfast_cluster::model::{
+    DiskPlace, DiskRecord, MoveCause, Power, Protection, Resources, VmSpecRecord,
+};
 use steadfast_protect::store::RecordStore;
 use steadfast_store::Commit;
 use steadfast_types::VmId;
@@ -38,7 +40,9 @@ fn index_key(index: u16) -> String {
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmStatus>)))]
 pub async fn list(State(node): Shared) -> Answer<Vec<VmStatus>> {
     let pool = load(&node).await?;
-    Ok(Json(pool.vms.iter().map(|(id, vm)| vm_status(&pool, id, vm)).collect()))
+    Ok(Json(
+        pool.vms.iter().map(|(id, vm)| vm_status(&pool, id, vm)).collect(),
+    ))
 }
 
 /// A VM with all that is known of it.
@@ -94,7 +98,12 @@ fn check(node: &Node, pool: &Pool, stored: &StoredVm) -> Result<()> {
 fn admitted(pool: &Pool, spec: &VmSpecRecord) -> Result<Vec<String>> {
     let placed = admit(&pool.snapshot(None), spec).map_err(|r| NodeError::Refused(r.to_string()))?;
     let mut plan = vec![format!("start {} on {}", spec.id, placed.host)];
-    plan.extend(placed.standbys.iter().map(|h| format!("a standby of {} on {h}", spec.id)));
+    plan.extend(
+        placed
+            .standbys
+            .iter()
+            .map(|h| format!("a standby of {} on {h}", spec.id)),
+    );
     Ok(plan)
 }
 
@@ -183,7 +192,10 @@ pub async fn delete(State(node): Shared, Path(vm): Path<VmId>, Query(dry): Query
     let pool = load(&node).await?;
     let entry = pool.vm_entry(&vm)?;
     if entry.stored.record.power == Power::On || entry.owner().is_some() {
-        return refused(format!("VM {vm} is not off; stop it first (`steadfast vm stop {vm}`)")).map_err(Failure);
+        return refused(format!(
+            "VM {vm} is not off; stop it first (`steadfast vm stop {vm}`)"
+        ))
+        .map_err(Failure);
     }
     let index = entry.stored.index;
     let plan = vec![format!("forget {vm}; its disks stay")];
@@ -259,7 +271,10 @@ pub async fn start(State(node): Shared, Path(vm): Path<VmId>, Query(dry): Query<
     };
     if !dry.dry_run {
         set_stop_now(&node, &vm, false).await?;
-        want(&node, &vm, "it shall be on".into(), |v| v.record.power = Power::On).await?;
+        want(&node, &vm, "it shall be on".into(), |v| {
+            v.record.power = Power::On
+        })
+        .await?;
     }
     Ok(Json(Done {
         plan,
@@ -281,12 +296,17 @@ pub async fn stop(
     let entry = pool.vm_entry(&vm)?;
     let plan = match entry.owner() {
         Some(host) if how.now => vec![format!("end {vm} on {host} at once, as if its power failed")],
-        Some(host) => vec![format!("ask the guest of {vm} on {host} to shut down; end it after 30 s")],
+        Some(host) => vec![format!(
+            "ask the guest of {vm} on {host} to shut down; end it after 30 s"
+        )],
         None => vec![format!("{vm} is off")],
     };
     if !dry.dry_run {
         set_stop_now(&node, &vm, how.now).await?;
-        want(&node, &vm, "it shall be off".into(), |v| v.record.power = Power::Off).await?;
+        want(&node, &vm, "it shall be off".into(), |v| {
+            v.record.power = Power::Off
+        })
+        .await?;
     }
     Ok(Json(Done {
         plan,
@@ -322,7 +342,11 @@ pub async fn protect(
     }
     let mut plan = vec![format!("{vm}: class {} becomes {}", old.name(), wanted.name())];
     if changed.record.power == Power::On {
-        plan.extend(admitted(&pool, &changed.record)?.into_iter().skip(usize::from(running)));
+        plan.extend(
+            admitted(&pool, &changed.record)?
+                .into_iter()
+                .skip(usize::from(running)),
+        );
     }
     if !dry.dry_run {
         let text = format!("its class is {} now, before {}", wanted.name(), old.name());
@@ -347,11 +371,17 @@ pub async fn migrate(
     let pool = load(&node).await?;
     let entry = pool.vm_entry(&vm)?;
     let Some(from) = entry.owner().cloned() else {
-        return refused(format!("VM {vm} is off: it is started where it suits best (`steadfast vm start {vm}`)"))
-            .map_err(Failure);
+        return refused(format!(
+            "VM {vm} is off: it is started where it suits best (`steadfast vm start {vm}`)"
+        ))
+        .map_err(Failure);
     };
     if !pool.host(&target.to)?.record.usable() {
-        return refused(format!("host {} is not in use now; see `steadfast host list`", target.to)).map_err(Failure);
+        return refused(format!(
+            "host {} is not in use now; see `steadfast host list`",
+            target.to
+        ))
+        .map_err(Failure);
     }
     let plan = vec![format!("move {vm} from {from} to {}", target.to)];
     let mut done = Done {
@@ -391,7 +421,8 @@ pub async fn console(State(node): Shared, Path(vm): Path<VmId>) -> Answer<Consol
             let named = || format!("read {}", path.display());
             let mut file = std::fs::File::open(&path).what(named)?;
             let length = file.metadata().what(named)?.len();
-            file.seek(SeekFrom::Start(length.saturating_sub(CONSOLE_BYTES))).what(named)?;
+            file.seek(SeekFrom::Start(length.saturating_sub(CONSOLE_BYTES)))
+                .what(named)?;
             let mut bytes = Vec::new();
             file.take(CONSOLE_BYTES).read_to_end(&mut bytes).what(named)?;
             Ok(String::from_utf8_lossy(&bytes).into_owned())

@@ -28,7 +28,9 @@ pub fn program(name: &str) -> Option<PathBuf> {
 
 /// Says loudly that there is no etcd here.
 pub fn skip() {
-    eprintln!("SKIPPED: no etcd here; scripts/setup.sh unpacks the Debian package etcd-server into the cache");
+    eprintln!(
+        "SKIPPED: no etcd here; scripts/setup.sh unpacks the Debian package etcd-server into the cache"
+    );
 }
 
 pub struct Server {
@@ -80,7 +82,10 @@ impl Server {
                 return false;
             }
             let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-            assert!(Instant::now() < until, "etcd is not ready within {READY:?}:\n{log}");
+            assert!(
+                Instant::now() < until,
+                "etcd is not ready within {READY:?}:\n{log}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -133,7 +138,13 @@ impl Server {
             &format!("--initial-advertise-peer-urls={peer}"),
             "--initial-cluster-token=t",
         ]);
-        self.child = spawn(&program("etcd").unwrap(), self.folder.path(), self.client, self.peer, &[]);
+        self.child = spawn(
+            &program("etcd").unwrap(),
+            self.folder.path(),
+            self.client,
+            self.peer,
+            &[],
+        );
         assert!(self.ready(), "the restored etcd does not start");
     }
 }
@@ -150,7 +161,10 @@ fn spawn(etcd: &Path, folder: &Path, client: u16, peer: u16, more: &[&str]) -> C
         .append(true)
         .open(folder.join("log"))
         .unwrap();
-    let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+    let (client, peer) = (
+        format!("http://127.0.0.1:{client}"),
+        format!("http://127.0.0.1:{peer}"),
+    );
     Command::new(etcd)
         .arg("--name=m")
         .arg(format!("--data-dir={}", folder.join("data").display()))
