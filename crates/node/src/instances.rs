@@ -374,6 +374,7 @@ impl Instances {
             },
             term: meta.term,
             protected: false,
+            filled: false,
             lag_epochs: 0,
             copying: BTreeMap::new(),
         };
@@ -456,7 +457,7 @@ impl Instances {
 }
 
 /// Silence after which an instance suspects the other, ms. Wide: the pool's hosts may be busy.
-const SUSPECT_MS: u64 = 500;
+const SUSPECT_MS: u64 = 1000;
 
 /// Where the two ends of a link meet: at the host with the smaller name, one port for each VM and other host.
 fn link(vm: u16, one: (&HostId, &HostInfo), two: (&HostId, &HostInfo)) -> Vec<SocketAddr> {
@@ -484,6 +485,7 @@ fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
         } else {
             Phase::Standby
         };
+        report.filled = !protocol["staged"].is_null();
         return;
     }
     report.phase = Phase::Running;
