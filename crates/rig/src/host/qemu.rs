@@ -135,9 +135,10 @@ pub fn start(hardware: &Hardware) -> Result<Started> {
         "-initrd",
         &hardware.initramfs.to_string_lossy(),
     ]);
-    // tsc=reliable: with two CPUs the TSC was marked unstable. panic=-1: a panicked host restarts, as hosts do.
+    // tsc=reliable: with two CPUs the TSC was marked unstable. no_timer_check: the kernel's test of its timer fails, and the
+    // start with it, where QEMU itself is starved. panic=-1: a panicked host restarts, as hosts do.
     let words = format!(
-        "console=ttyS0 quiet loglevel=4 tsc=reliable mitigations=off panic=-1 net.ifnames=0 nowatchdog {}",
+        "console=ttyS0 quiet loglevel=4 tsc=reliable no_timer_check mitigations=off panic=-1 net.ifnames=0 nowatchdog {}",
         hardware.kernel_words
     );
     add(&["-append", words.trim()]);
