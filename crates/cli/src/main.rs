@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed (the reason on stderr), 2 wrong usage.
 
 mod console;
+mod pool;
 mod vm;
 
 use clap::{Parser, Subcommand};
@@ -21,9 +22,31 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Run, stop, save and restore single VMs on this host.
+    /// VMs: of the pool, and single ones on this host.
     #[command(subcommand)]
     Vm(vm::VmVerb),
+    /// The pool on one screen; the exit code is 0 only if nothing needs attention.
+    Status {
+        #[command(flatten)]
+        folders: pool::FolderArgs,
+    },
+    /// Make a pool, join one, look at it.
+    #[command(subcommand)]
+    Pool(pool::PoolVerb),
+    /// Hosts of the pool.
+    #[command(subcommand)]
+    Host(pool::HostVerb),
+    /// Change how a VM is protected.
+    Protect(pool::ProtectArgs),
+    /// Move a running VM.
+    Migrate(pool::MigrateArgs),
+    /// What happened, and why.
+    Events(pool::EventsArgs),
+    /// The daemon of this host.
+    Node(pool::NodeArgs),
+    /// Ends `restart` VMs when this host has lost its lease; started by the daemon.
+    #[command(hide = true)]
+    Guard(pool::GuardArgs),
     /// The process of one VM, from a specification (JSON); used by other verbs and by the node daemon.
     Vmm(vm::VmmArgs),
 }
@@ -38,10 +61,18 @@ fn main() -> ExitCode {
         .init();
     let done = match cli.verb {
         Verb::Vm(verb) => vm::run_verb(verb, cli.json),
-        Verb::Vmm(args) => vm::run_vmm(args),
+        Verb::Vmm(args) => vm::run_vmm(args).map(|()| ExitCode::SUCCESS),
+        Verb::Status { folders } => pool::status(&folders, cli.json),
+        Verb::Pool(verb) => pool::pool(verb, cli.json),
+        Verb::Host(verb) => pool::host(verb, cli.json),
+        Verb::Protect(args) => pool::protect(args, cli.json),
+        Verb::Migrate(args) => pool::migrate(args, cli.json),
+        Verb::Events(args) => pool::events(&args, cli.json),
+        Verb::Node(args) => pool::node(&args),
+        Verb::Guard(args) => pool::guard(args),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("steadfast: {error}");
             ExitCode::FAILURE

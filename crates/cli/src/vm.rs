@@ -1,10 +1,12 @@
 //! `steadfast vm` and `steadfast vmm`.
 
 use crate::console::{self, Current, Terminal};
+use crate::pool;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Once;
 use std::time::Duration;
 use steadfast_machine::machine::ThreadHooks;
@@ -61,8 +63,51 @@ pub enum VmVerb {
     Shutdown { name: VmId },
     /// Hand a protected VM over to a standby in sync (planned promote, live migration).
     HandOver { name: VmId, to: HostId },
-    /// End a VM at once, as if its power failed.
-    Stop { name: VmId },
+    /// Stop a VM of the pool: its guest is asked to shut down. A single VM is ended at once, as if its power failed.
+    Stop {
+        name: VmId,
+        /// A VM of the pool too is ended at once.
+        #[arg(long)]
+        now: bool,
+        #[command(flatten)]
+        on: pool::OnVm,
+    },
+    /// Make a VM of the pool, with the settings of `vm run`, and start it where it fits best.
+    Create {
+        #[command(flatten)]
+        machine: Box<RunArgs>,
+        #[command(flatten)]
+        pool: pool::CreateArgs,
+    },
+    /// Start a VM of the pool that is off.
+    Start {
+        name: VmId,
+        #[command(flatten)]
+        on: pool::OnVm,
+    },
+    /// Forget a VM of the pool that is off; its disks stay.
+    Delete {
+        name: VmId,
+        #[command(flatten)]
+        on: pool::OnVm,
+    },
+    /// All VMs of the pool.
+    List {
+        #[command(flatten)]
+        folders: pool::FolderArgs,
+    },
+    /// All that is known of a VM of the pool.
+    Show {
+        name: VmId,
+        #[command(flatten)]
+        folders: pool::FolderArgs,
+    },
+    /// The end of what a VM of the pool has written to its console.
+    Console {
+        name: VmId,
+        #[command(flatten)]
+        folders: pool::FolderArgs,
+    },
     /// Show a running VM's limits, or change those that are given.
     Limits {
         name: VmId,
@@ -445,7 +490,28 @@ pub fn run_vmm(args: VmmArgs) -> Done {
 }
 
 /// Runs `steadfast vm VERB`.
-pub fn run_verb(verb: VmVerb, json: bool) -> Done {
+pub fn run_verb(verb: VmVerb, json: bool) -> Result<ExitCode, Box<dyn Error>> {
+    match verb {
+        VmVerb::Create {
+            machine,
+            pool: settings,
+        } => pool::create(spec_of(&machine)?, settings, json),
+        VmVerb::Start { name, on } => pool::start(&name, &on, json),
+        VmVerb::Delete { name, on } => pool::delete(&name, &on, json),
+        VmVerb::List { folders } => pool::list(&folders, json),
+        VmVerb::Show { name, folders } => pool::show(&name, &folders, json),
+        VmVerb::Console { name, folders } => pool::console(&name, &folders, json),
+        VmVerb::Stop { name, now, on } => {
+            if let Some(done) = pool::stop(&name, now, &on, json) {
+                return done;
+            }
+            run_single(VmVerb::Stop { name, now, on }, json).map(|()| ExitCode::SUCCESS)
+        }
+        single => run_single(single, json).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn run_single(verb: VmVerb, json: bool) -> Done {
     let (name, request) = match verb {
         VmVerb::Run(args) => {
             let spec = spec_of(&args)?;
@@ -480,7 +546,13 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Done {
         VmVerb::Balloon { name, size } => (name, Request::Balloon { bytes: size }),
         VmVerb::Shutdown { name } => (name, Request::PowerButton),
         VmVerb::HandOver { name, to } => (name, Request::HandOver { to }),
-        VmVerb::Stop { name } => (name, Request::Stop),
+        VmVerb::Stop { name, .. } => (name, Request::Stop),
+        VmVerb::Create { .. }
+        | VmVerb::Start { .. }
+        | VmVerb::Delete { .. }
+        | VmVerb::List { .. }
+        | VmVerb::Show { .. }
+        | VmVerb::Console { .. } => return Err("this is a verb of the pool".into()),
         VmVerb::Type { name, text } => (name, Request::Type { text }),
     };
     let answer = ask(&control_path(&name), &request, ANSWER_BOUND)?;

@@ -76,6 +76,29 @@ impl LateBlock {
         self.volume.get().ok_or(DiskError::Closed)
     }
 
+    /// None: there is no room now; `late`: then that is an error.
+    fn try_now(
+        &self,
+        volume: &Volume,
+        op: &EpochOp,
+        bytes: u64,
+        late: bool,
+    ) -> Option<Result<(), DiskError>> {
+        let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let before = self.open_bytes.load(Ordering::Acquire);
+        if before != 0 && before + bytes > OPEN_BYTES_MAX && !late {
+            return None;
+        }
+        match volume.try_submit(op.clone()) {
+            Ok(()) => {
+                self.open_bytes.fetch_add(bytes, Ordering::AcqRel);
+                Some(Ok(()))
+            }
+            Err(e) if late || !e.is_back_pressure() => Some(Err(e.into())),
+            Err(_) => None,
+        }
+    }
+
     fn submit(&self, op: EpochOp) -> Result<(), DiskError> {
         let volume = self.volume()?;
         let bytes = match &op {
@@ -84,20 +107,8 @@ impl LateBlock {
         };
         let until = Instant::now() + WAIT_MAX;
         loop {
-            {
-                let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-                let before = self.open_bytes.load(Ordering::Acquire);
-                let late = Instant::now() >= until;
-                if before == 0 || before + bytes <= OPEN_BYTES_MAX || late {
-                    match volume.try_submit(op.clone()) {
-                        Ok(()) => {
-                            self.open_bytes.fetch_add(bytes, Ordering::AcqRel);
-                            return Ok(());
-                        }
-                        Err(e) if late || !e.is_back_pressure() => return Err(e.into()),
-                        Err(_) => {}
-                    }
-                }
+            if let Some(done) = self.try_now(volume, &op, bytes, Instant::now() >= until) {
+                return done;
             }
             // Room comes with a cut and its commit.
             self.inputs.disk_flushed();
@@ -131,6 +142,17 @@ impl BlockIo for LateBlock {
         self.volume()?.flush()?;
         self.inputs.disk_flushed();
         Ok(())
+    }
+
+    /// A write goes into the journal's memory: it waits only when there is no room.
+    fn write_at_once(&self, offset: u64, buf: &[u8]) -> Option<Result<(), DiskError>> {
+        let volume = self.volume.get()?;
+        let data = Arc::new(buf.to_vec());
+        self.try_now(volume, &EpochOp::Write { offset, data }, buf.len() as u64, false)
+    }
+
+    fn flush_at_once(&self) -> Option<Result<(), DiskError>> {
+        Some(self.flush())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {

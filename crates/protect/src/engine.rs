@@ -10,9 +10,11 @@ use crate::codec;
 use crate::config::{PeerSpec, ProtectSpec};
 use crate::disks::{Disks, SLOTS};
 use crate::input::{Input, Inputs};
+use crate::life::{Ending, Remains, WaitingCut};
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
+use crate::throttle::Throttle;
 use crate::timeline::Timeline;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
@@ -30,7 +32,7 @@ use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
-use steadfast_types::{Epoch, HostId, VmId};
+use steadfast_types::{Epoch, Gfn, HostId, VmId};
 use steadfast_vmm::control::{Call, Request, failure};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
@@ -39,8 +41,9 @@ use steadfast_wire::{Frame, StagedRecord, vm_hash};
 
 /// The NICs' queues of the present machine.
 pub type Holds = Arc<Mutex<Vec<Arc<Hold>>>>;
-/// Builds a machine that stands still, its NICs behind [`Holds`].
-pub type MakeVm = Box<dyn FnOnce() -> Result<Vm, AssembleError>>;
+/// Builds a machine that stands still, its NICs behind [`Holds`]: the first, or the one that follows another of the same VM,
+/// which stands still.
+pub type MakeVm = Box<dyn Fn(Option<&Remains>) -> Result<Vm, AssembleError> + Send>;
 
 /// Inputs handled before the clock is looked at again.
 const BATCH: usize = 64;
@@ -60,6 +63,8 @@ pub struct Counters {
     pub last: steadfast_capture::CutTimes,
     /// Frames released.
     pub released: u64,
+    /// Times that the guest was started anew.
+    pub resets: u64,
     /// How long the last promotion took from grant to running, in microseconds.
     pub promote_us: Option<u64>,
     /// The last pauses.
@@ -121,11 +126,21 @@ pub struct Engine {
     pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
+    /// None while a thread builds the machine that follows a reset.
+    pub(crate) make_vm: Option<MakeVm>,
+    /// A cut that was asked for meanwhile.
+    pub(crate) waiting_cut: Option<WaitingCut>,
+    /// Pages that changed with the machine itself; no dirty log knows them.
+    pub(crate) carry: Vec<Gfn>,
+    pub(crate) ending: Option<Ending>,
+    pub(crate) throttle: Throttle,
+    /// Stopped for good by a cut, unless the protocol lets it run on.
+    pub(crate) frozen: bool,
     name: VmId,
     spec: ProtectSpec,
     ram_bytes: u64,
     store: Sender<Ask>,
-    inputs: Inputs,
+    pub(crate) inputs: Inputs,
     clock: Instant,
     log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
@@ -142,7 +157,7 @@ impl Engine {
     /// [`ProcessError`].
     pub fn new(parts: Parts) -> Result<Self, ProcessError> {
         let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
-        let vm = (parts.make_vm)()?;
+        let vm = (parts.make_vm)(None)?;
         let mut peers = BTreeMap::new();
         for (slot, peer) in parts.spec.peers.iter().enumerate() {
             let pages = ram_regions(parts.ram_bytes);
@@ -197,6 +212,12 @@ impl Engine {
             events: VecDeque::new(),
             start: parts.spec.start,
             name: parts.name,
+            make_vm: Some(parts.make_vm),
+            waiting_cut: None,
+            carry: Vec::new(),
+            ending: None,
+            throttle: Throttle::new(Instant::now()),
+            frozen: false,
             spec: parts.spec,
             ram_bytes: parts.ram_bytes,
             store,
@@ -221,7 +242,11 @@ impl Engine {
         let mut console = Instant::now();
         loop {
             let now = self.now();
-            let wait = Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            let mut wait =
+                Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            if let Some(turn) = self.turn() {
+                wait = wait.min(turn);
+            }
             match queue.recv_timeout(wait) {
                 Ok(first) => {
                     let mut next = Some(first);
@@ -252,8 +277,20 @@ impl Engine {
                     .flush_output();
                 self.disks_moved()?;
                 console = Instant::now();
+                self.close_links();
+                if let Some(ended) = self.end_step()? {
+                    return Ok(ended);
+                }
             }
         }
+    }
+
+    /// The throttle's turn; not while a frozen cut decides whether the guest runs on at all.
+    fn turn(&mut self) -> Option<Duration> {
+        if self.frozen || self.make_vm.is_none() || self.replica.primary().is_none() {
+            return None;
+        }
+        self.throttle.turn(&self.vm.machine, Instant::now())
     }
 
     pub(crate) fn now(&self) -> u64 {
@@ -282,7 +319,12 @@ impl Engine {
                 let _ = self.store.send(Ask::Cas(id, Box::new(expect), Box::new(record)));
             }
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
-            Action::ResumeGuest => self.vm.machine.resume(),
+            Action::ResumeGuest => {
+                self.frozen = false;
+                if self.make_vm.is_some() {
+                    self.vm.machine.resume();
+                }
+            }
             Action::SyncJournal { through } if self.disks.is_empty() => {
                 self.events.push_back(Event::JournalSynced { through });
             }
@@ -297,7 +339,12 @@ impl Engine {
                 self.release(through);
             }
             Action::Forget { through } => self.forget(through),
-            Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
+            Action::Throttle { percent } => {
+                self.note(format!("the guest is slowed down by {percent} %"));
+                if !self.frozen && self.make_vm.is_some() {
+                    self.throttle.set(percent, &self.vm.machine, Instant::now());
+                }
+            }
             Action::SendChunk {
                 to,
                 message,
@@ -356,14 +403,15 @@ impl Engine {
             Input::Guest(event) => {
                 self.inputs.heard(event);
                 match event {
-                    GuestEvent::Shutdown => return Ok(Some(Ended::Shutdown)),
-                    GuestEvent::Reset => return Ok(Some(Ended::Reset)),
+                    GuestEvent::Shutdown => return self.begin_end(Ended::Shutdown),
+                    GuestEvent::Reset => self.reset_guest()?,
                     GuestEvent::Panic | GuestEvent::CrashLoaded => {
                         self.note("the guest's kernel panicked".into())
                     }
                 }
             }
-            Input::Vcpu(VcpuEvent::TripleFault(_)) => return Ok(Some(Ended::Reset)),
+            Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
+            Input::Remade(remade) => self.go_on_anew(*remade)?,
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
             Input::DiskFlush => {
@@ -522,7 +570,7 @@ impl Engine {
         let answer = match &call.request {
             Request::Status => self.status(),
             Request::Stop => {
-                ended = Some(Ended::Stopped);
+                ended = self.begin_end(Ended::Stopped)?;
                 json!({"ok": true})
             }
             Request::PowerButton => {
@@ -565,7 +613,12 @@ impl Engine {
 
     /// Opens a link to one more host; the inner error is for who asked.
     fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
-        if self.peers.contains_key(&peer.host) {
+        if let Some(known) = self.peers.get_mut(&peer.host) {
+            let back = std::mem::take(&mut known.leaving);
+            known.wanted = peer.standby;
+            if back && peer.standby && self.replica.primary().is_some() {
+                self.step(Event::AddStandby(peer.host.clone()))?;
+            }
             return Ok(Ok(()));
         }
         if peer.host == self.spec.host {
@@ -588,14 +641,34 @@ impl Engine {
         Ok(Ok(()))
     }
 
-    /// Closes the link to a host; whether there was one.
+    /// Mirrors to a host no more; whether it was a peer. Its link is closed when the record no longer lists it.
     fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
+        let Some(peer) = self.peers.get_mut(host) else {
+            return Ok(false);
+        };
+        (peer.leaving, peer.wanted) = (true, false);
         self.step(Event::RemoveStandby(host.clone()))?;
-        let known = self.peers.remove(host).is_some();
-        if known {
+        self.close_links();
+        Ok(true)
+    }
+
+    /// Closes links to hosts that are no peers any more.
+    fn close_links(&mut self) {
+        let members = match self.replica.status() {
+            Status::Primary(p) => p.members,
+            Status::Standby(_) => Vec::new(),
+        };
+        let gone = |p: &Peer| p.leaving && members.iter().all(|m| m.host != p.host);
+        let hosts: Vec<HostId> = self
+            .peers
+            .values()
+            .filter(|p| gone(p))
+            .map(|p| p.host.clone())
+            .collect();
+        for host in hosts {
+            self.peers.remove(&host);
             self.note(format!("{host} is no peer any more"));
         }
-        Ok(known)
     }
 
     fn status(&self) -> Value {
@@ -652,6 +725,8 @@ impl Engine {
             "last_state_us": us(c.last.state),
             "frames_released": c.released,
             "promote_us": c.promote_us,
+            "guest_resets": c.resets,
+            "throttle_percent": self.throttle.percent(),
             "timeline": self.timeline.status(self.now()),
             "audit_stale_pages": self.audited.0,
             "audit_epochs": self.audited.1,

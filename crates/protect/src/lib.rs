@@ -16,6 +16,7 @@ pub mod config;
 mod disks;
 mod engine;
 mod input;
+mod life;
 mod peer;
 mod primary;
 mod priority;
@@ -23,6 +24,7 @@ pub mod run;
 mod samples;
 mod standby;
 pub mod store;
+mod throttle;
 mod timeline;
 
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};

@@ -107,6 +107,8 @@ pub struct Peer {
     pub link: Link,
     /// Under which number volumes keep account of what this host lacks; stays for the life of the peer.
     pub slot: usize,
+    /// To be closed once the record no longer lists the host.
+    pub leaving: bool,
     /// Mirror to it when primary.
     pub wanted: bool,
     /// A session stands.
@@ -184,6 +186,7 @@ impl Peer {
             host: peer.host.clone(),
             link,
             slot,
+            leaving: false,
             wanted: peer.standby,
             connected: false,
             join: None,

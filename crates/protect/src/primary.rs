@@ -38,6 +38,10 @@ impl Engine {
 
     /// Cuts: seals epoch `epoch`, with all that the hosts in `bases` still miss.
     pub(crate) fn cut(&mut self, epoch: Epoch, bases: &[HostId], freeze: bool) -> Result<(), ProcessError> {
+        if self.make_vm.is_none() {
+            self.waiting_cut = Some((epoch, bases.to_vec(), freeze));
+            return Ok(());
+        }
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let boundary = || holds.iter().map(|h| h.emitted()).sum();
         let term = match self.replica.status() {
@@ -78,6 +82,8 @@ impl Engine {
                 extra.extend(join.take_all());
             }
         }
+        let carry = std::mem::take(&mut self.carry);
+        extra.extend_from_slice(&carry);
         extra.sort_unstable();
         extra.dedup();
         let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
@@ -99,6 +105,7 @@ impl Engine {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                self.carry = carry;
                 // Pages that were not dirty and yet missing there: nobody else remembers them.
                 for base in bases {
                     if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
@@ -115,6 +122,8 @@ impl Engine {
             }
         };
         self.cut_failures = 0;
+        self.frozen |= freeze;
+        self.throttle.runs();
         let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {
@@ -214,7 +223,9 @@ impl Engine {
         failed = failed.or(disk.as_ref().err().cloned());
         let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
         let pages = state.chunk(seq);
-        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && !mirrored_by_others {
+        // Not while a reset is under way: looking lets the guest run on.
+        let may_look = !mirrored_by_others && self.make_vm.is_some();
+        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
             state.rounds += 1;
             let mut dirty = Vec::new();
             match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
@@ -293,6 +304,7 @@ impl Engine {
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
         self.set_holds(HoldMode::Hold);
         self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.hurry_stops();
         self.vm.machine.resume();
         let wanted: Vec<HostId> = self
             .peers

@@ -4,6 +4,7 @@ use crate::config::ProtectSpec;
 use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
+use crate::life::Remains;
 use crate::store::RecordStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
@@ -14,7 +15,7 @@ use steadfast_net::{Hold, HoldBackend, HoldMode};
 use steadfast_vmm::control::{self, Call};
 use steadfast_vmm::process::{Ended, Options, ProcessError};
 use steadfast_vmm::spec::VmSpec;
-use steadfast_vmm::{AssembleError, Surroundings, assemble};
+use steadfast_vmm::{AssembleError, Surroundings, assemble, assemble_from};
 
 /// Bytes of frames that wait for their epoch, per NIC, before the guest is held back.
 const HELD_BYTES_MAX: usize = 32 << 20;
@@ -56,22 +57,25 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
     let make_vm = {
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
-        move || {
+        move |before: Option<&Remains>| {
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
+            let blocks = blocks.clone();
             let around = Surroundings {
                 events: Arc::new(inputs.clone()),
                 serial: (options.serial)() as Box<dyn OutputSink>,
                 debugcon: (options.debugcon)(),
                 hooks: options.hooks.clone(),
-                wrap_net: Some(Arc::new(move |_, backend| {
+                wrap_net: Some(Arc::new(move |index, backend| {
+                    // After a reset the queue stays, with the frames that wait in it.
+                    let mut holds = holds.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(hold) = holds.get(index) {
+                        return Box::new(HoldBackend(Arc::clone(hold)));
+                    }
                     let outputs = outputs.clone();
                     // Silent until the protocol says that this instance may speak.
                     let wake = Box::new(move || outputs.send(Input::Output));
                     let hold = Hold::new(backend, HoldMode::Mute, HELD_BYTES_MAX, wake);
-                    holds
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push(Arc::clone(&hold));
+                    holds.push(Arc::clone(&hold));
                     Box::new(HoldBackend(hold))
                 })),
                 give_disk: Some(Arc::new(move |index| {
@@ -79,10 +83,15 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                     block.map(|(_, block)| Arc::clone(block) as Arc<dyn BlockIo>)
                 })),
             };
-            let vm = assemble(&spec, around)?;
+            let vm = match before {
+                None => assemble(&spec, around)?,
+                Some(r) => assemble_from(r.spec.clone(), Arc::clone(&r.resources), around)?,
+            };
             (options.on_serial)(&vm.serial);
-            // First touch is dear; a standby must not pay for it when it takes over.
-            vm.machine.ram().prefault();
+            if before.is_none() {
+                // First touch is dear; a standby must not pay for it when it takes over.
+                vm.machine.ram().prefault();
+            }
             Ok(vm)
         }
     };

@@ -226,6 +226,8 @@ pub fn serve(
 ) -> io::Result<Sender<Ask>> {
     let (ask, asked) = channel();
     std::thread::Builder::new().name("store".into()).spawn(move || {
+        // A takeover waits for its answer.
+        crate::priority::raise("the store");
         let mut idle = Duration::ZERO;
         loop {
             let first = match asked.recv_timeout(std::mem::replace(&mut idle, WARM_EVERY)) {
@@ -287,6 +289,11 @@ mod tests {
         assert_eq!(two.read().unwrap().1, Some(first.clone()));
         let mine = |owner: &HostId, term| VmRecord {
             term: Term(term),
+            // Each proposal has its own: by it an answer that was lost is told from another's success.
+            nonce: Nonce {
+                instance: Instance(u64::from(owner == &b)),
+                count: term,
+            },
             ..VmRecord::new(owner.clone(), id)
         };
         assert_eq!(one.cas(&first, &mine(&a, 1)), CasOutcome::Done);

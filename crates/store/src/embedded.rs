@@ -56,7 +56,9 @@ impl State {
         Written {
             identity: Some(self.identity),
             revision: self.revision,
-            put: puts.map(|(k, (v, r))| (k.clone(), v.as_slice().into(), *r)).collect(),
+            put: puts
+                .map(|(k, (v, r))| (k.clone(), v.as_slice().into(), *r))
+                .collect(),
             delete: Vec::new(),
         }
     }
@@ -163,7 +165,10 @@ impl Embedded {
             what,
         };
         let Some(new) = length.checked_sub(state.read_to) else {
-            return Err(damaged(format!("it shrank from {} to {length} bytes", state.read_to)));
+            return Err(damaged(format!(
+                "it shrank from {} to {length} bytes",
+                state.read_to
+            )));
         };
         let mut bytes = vec![0; usize::try_from(new).map_err(|e| self.failed(&e))?];
         file.read_exact_at(&mut bytes, state.read_to)
@@ -198,7 +203,12 @@ impl Embedded {
         let (path, temp) = (self.log_path(), self.folder.join("log.new"));
         let bytes = log::encode(&state.whole()).map_err(StoreError::Refused)?;
         let mut options = File::options();
-        options.create(true).truncate(true).read(true).write(true).mode(0o600);
+        options
+            .create(true)
+            .truncate(true)
+            .read(true)
+            .write(true)
+            .mode(0o600);
         let file = options.open(&temp).map_err(|e| self.failed(&e))?;
         file.write_all_at(&bytes, 0)
             .and_then(|()| file.sync_all())

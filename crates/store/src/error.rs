@@ -4,7 +4,9 @@
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Nothing was changed: the store was not reached, or refused before it began.
-    #[error("the store at {at} cannot be reached: {why}; check that it runs and that a majority of its members is up")]
+    #[error(
+        "the store at {at} cannot be reached: {why}; check that it runs and that a majority of its members is up"
+    )]
     Unreachable {
         /// Folder or endpoints.
         at: String,
@@ -12,7 +14,9 @@ pub enum StoreError {
         why: String,
     },
     /// A commit was sent and no answer came: it may have happened, or may yet. Read back before acting.
-    #[error("the store at {at} did not say what became of a change: {why}; it is read back before anything is decided")]
+    #[error(
+        "the store at {at} did not say what became of a change: {why}; it is read back before anything is decided"
+    )]
     Unknown {
         /// Folder or endpoints.
         at: String,
@@ -20,7 +24,9 @@ pub enum StoreError {
         why: String,
     },
     /// The data is not what was written.
-    #[error("{at} is damaged: {what}; restore the folder from a backup, or move it away to begin with an empty store")]
+    #[error(
+        "{at} is damaged: {what}; restore the folder from a backup, or move it away to begin with an empty store"
+    )]
     Damaged {
         /// The file.
         at: String,

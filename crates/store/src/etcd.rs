@@ -261,12 +261,21 @@ impl Shared {
                     return Ok(Snapshot {
                         identity,
                         revision: revision as u64,
-                        entries: found.into_iter().skip(1).flatten().map(|kv| self.entry(&kv)).collect(),
+                        entries: found
+                            .into_iter()
+                            .skip(1)
+                            .flatten()
+                            .map(|kv| self.entry(&kv))
+                            .collect(),
                     });
                 }
                 other => {
                     if went_back {
-                        tracing::error!(from = floor.revision, to = revision, "the store went back in time: it was restored");
+                        tracing::error!(
+                            from = floor.revision,
+                            to = revision,
+                            "the store went back in time: it was restored"
+                        );
                     }
                     let at = other.map_or(0, |kv| kv.mod_revision());
                     let new = random_u64().map_err(|e| Failed::NotSent(e.to_string()))?;
@@ -324,7 +333,12 @@ impl Shared {
             })
             .collect();
         let mut otherwise = vec![TxnOp::get(generation, None)];
-        otherwise.extend(commit.checks.iter().map(|(key, _)| TxnOp::get(self.key(key), None)));
+        otherwise.extend(
+            commit
+                .checks
+                .iter()
+                .map(|(key, _)| TxnOp::get(self.key(key), None)),
+        );
         Txn::new().when(when).and_then(then).or_else(otherwise)
     }
 
@@ -409,7 +423,11 @@ fn answers(response: &TxnResponse) -> Vec<Vec<KeyValue>> {
 
 impl Kv for Etcd {
     fn read(&self, keys: &[&str]) -> Result<Snapshot, StoreError> {
-        self.look(keys.iter().map(|k| TxnOp::get(self.shared.key(k), None)).collect())
+        self.look(
+            keys.iter()
+                .map(|k| TxnOp::get(self.shared.key(k), None))
+                .collect(),
+        )
     }
 
     fn list(&self, prefix: &str) -> Result<Snapshot, StoreError> {
@@ -479,13 +497,22 @@ impl Kv for Etcd {
         Ok(Committed::Conflict(Snapshot {
             identity,
             revision: revision as u64,
-            entries: found.into_iter().skip(1).flatten().map(|kv| shared.entry(&kv)).collect(),
+            entries: found
+                .into_iter()
+                .skip(1)
+                .flatten()
+                .map(|kv| shared.entry(&kv))
+                .collect(),
         }))
     }
 
     fn watch(&self, prefix: &str, wake: Wake) -> WatchGuard {
         let alive = Arc::new(());
-        let (weak, shared, prefix) = (Arc::downgrade(&alive), Arc::clone(&self.shared), prefix.to_owned());
+        let (weak, shared, prefix) = (
+            Arc::downgrade(&alive),
+            Arc::clone(&self.shared),
+            prefix.to_owned(),
+        );
         self.runtime
             .spawn(async move { shared.watch(&prefix, &wake, &weak).await });
         WatchGuard { _alive: alive }

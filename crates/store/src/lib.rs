@@ -135,7 +135,9 @@ impl Commit {
             }
         }
         if self.changes.len() > CHANGES_MAX || self.checks.len() > CHANGES_MAX {
-            return wrong(format!("a commit has at most {CHANGES_MAX} changes and as many checks"));
+            return wrong(format!(
+                "a commit has at most {CHANGES_MAX} changes and as many checks"
+            ));
         }
         for (i, (key, change)) in self.changes.iter().enumerate() {
             if self.changes[..i].iter().any(|(k, _)| k == key) {

@@ -89,7 +89,9 @@ fn one(bytes: &[u8]) -> Option<(Written, usize)> {
     let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let body = rest.get(..word(8) as usize)?;
     let valid = header.starts_with(MAGIC) && word(12) == crc32fast::hash(body);
-    valid.then(|| serde_json::from_slice(body).ok())?.map(|w| (w, HEADER + body.len()))
+    valid
+        .then(|| serde_json::from_slice(body).ok())?
+        .map(|w| (w, HEADER + body.len()))
 }
 
 /// Looks at the front of `bytes`.
@@ -102,7 +104,9 @@ pub fn next(bytes: &[u8]) -> Next {
         return Next::Record(written, length);
     }
     let starts = bytes.windows(MAGIC.len()).enumerate().skip(1);
-    let mut valid = starts.filter(|(_, w)| *w == MAGIC).map(|(at, _)| one(&bytes[at..]));
+    let mut valid = starts
+        .filter(|(_, w)| *w == MAGIC)
+        .map(|(at, _)| one(&bytes[at..]));
     match valid.any(|v| v.is_some()) {
         true => Next::Damaged,
         false => Next::Torn,

@@ -76,8 +76,13 @@ mod tests {
         assert_eq!(spec, StoreSpec::Folder("/var/lib/store".into()));
         let text = r#"{"etcd":{"endpoints":["http://10.0.0.1:2379"],"timeout_ms":500}}"#;
         let spec: StoreSpec = serde_json::from_str(text).unwrap();
-        assert!(matches!(&spec, StoreSpec::Etcd { etcd } if etcd.timeout_ms == 500 && etcd.prefix == "steadfast/"));
-        assert_eq!(serde_json::from_str::<StoreSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+        assert!(
+            matches!(&spec, StoreSpec::Etcd { etcd } if etcd.timeout_ms == 500 && etcd.prefix == "steadfast/")
+        );
+        assert_eq!(
+            serde_json::from_str::<StoreSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(),
+            spec
+        );
         assert!(serde_json::from_str::<StoreSpec>(r#"{"etcd":{"endpoints":[],"colour":1}}"#).is_err());
     }
 }

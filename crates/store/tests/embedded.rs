@@ -14,11 +14,25 @@ fn put(key: &str, value: &str) -> Commit {
 #[test]
 fn reads_commits_conflicts_and_opens_again() {
     let dir = tempfile::tempdir().unwrap();
-    let (one, two) = (Embedded::open(dir.path()).unwrap(), Embedded::open(dir.path()).unwrap());
-    assert!(one.commit(&put("a/1", "x").unchanged("a/1", None)).unwrap().is_done());
+    let (one, two) = (
+        Embedded::open(dir.path()).unwrap(),
+        Embedded::open(dir.path()).unwrap(),
+    );
+    assert!(
+        one.commit(&put("a/1", "x").unchanged("a/1", None))
+            .unwrap()
+            .is_done()
+    );
     let seen = two.read(&["a/1"]).unwrap();
-    assert!(two.commit(&put("a/1", "y").unchanged("a/1", seen.get("a/1"))).unwrap().is_done());
-    let Committed::Conflict(now) = one.commit(&put("a/1", "z").unchanged("a/1", seen.get("a/1"))).unwrap() else {
+    assert!(
+        two.commit(&put("a/1", "y").unchanged("a/1", seen.get("a/1")))
+            .unwrap()
+            .is_done()
+    );
+    let Committed::Conflict(now) = one
+        .commit(&put("a/1", "z").unchanged("a/1", seen.get("a/1")))
+        .unwrap()
+    else {
         panic!("a stale revision was accepted");
     };
     assert_eq!(now.entries[0].value, b"y");
@@ -29,13 +43,19 @@ fn reads_commits_conflicts_and_opens_again() {
     assert_eq!(again.list("a").unwrap().entries.len(), 0);
     assert_eq!(again.read(&[]).unwrap().identity, seen.identity);
     assert!(matches!(again.commit(&put("", "")), Err(StoreError::Refused(_))));
-    assert!(matches!(again.commit(&put("k", "1").put("k", "2")), Err(StoreError::Refused(_))));
+    assert!(matches!(
+        again.commit(&put("k", "1").put("k", "2")),
+        Err(StoreError::Refused(_))
+    ));
 }
 
 #[test]
 fn the_log_is_rewritten_under_others() {
     let dir = tempfile::tempdir().unwrap();
-    let (one, two) = (Embedded::open(dir.path()).unwrap(), Embedded::open(dir.path()).unwrap());
+    let (one, two) = (
+        Embedded::open(dir.path()).unwrap(),
+        Embedded::open(dir.path()).unwrap(),
+    );
     let large = "v".repeat(200_000);
     for i in 0..30 {
         let kv = if i % 2 == 0 { &one } else { &two };
@@ -66,12 +86,23 @@ fn cut_short_anywhere_the_last_commit_is_whole_or_gone() {
         let found = kv.list("").unwrap().entries.len();
         assert_eq!(found, if cut == whole.len() { 2 } else { 1 }, "cut at {cut}");
         kv.commit(&put("m", "3")).unwrap();
-        assert_eq!(Embedded::open(dir.path()).unwrap().list("").unwrap().entries.len(), found + 1);
+        assert_eq!(
+            Embedded::open(dir.path())
+                .unwrap()
+                .list("")
+                .unwrap()
+                .entries
+                .len(),
+            found + 1
+        );
     }
     let mut rotten = whole.clone();
     rotten[before - 1] ^= 1;
     std::fs::write(&log, &rotten).unwrap();
-    assert!(matches!(Embedded::open(dir.path()), Err(StoreError::Damaged { .. })));
+    assert!(matches!(
+        Embedded::open(dir.path()),
+        Err(StoreError::Damaged { .. })
+    ));
 }
 
 #[test]
@@ -86,9 +117,15 @@ fn writer_process() {
         let n: u64 = now
             .get("n")
             .map_or(0, |e| String::from_utf8_lossy(&e.value).parse().unwrap());
-        assert_eq!(now.get("n").map(|e| &e.value), now.get("copy").map(|e| &e.value), "torn");
+        assert_eq!(
+            now.get("n").map(|e| &e.value),
+            now.get("copy").map(|e| &e.value),
+            "torn"
+        );
         let next = (n + 1).to_string();
-        let commit = put("n", next.as_str()).put("copy", next.as_str()).unchanged("n", now.get("n"));
+        let commit = put("n", next.as_str())
+            .put("copy", next.as_str())
+            .unchanged("n", now.get("n"));
         if kv.commit(&commit).unwrap().is_done() {
             // Confirmed: the reader on the other side of this pipe must find at least this.
             println!("confirmed {next}");
@@ -124,11 +161,16 @@ fn killed_writers() {
             let text = String::from_utf8_lossy(&out.stdout);
             // The last line may be cut off.
             let whole = text.rsplit_once('\n').map_or("", |(lines, _)| lines);
-            let confirmed = whole.lines().filter_map(|l| l.strip_prefix("confirmed ")?.parse::<u64>().ok());
+            let confirmed = whole
+                .lines()
+                .filter_map(|l| l.strip_prefix("confirmed ")?.parse::<u64>().ok());
             most = most.max(confirmed.max().unwrap_or(0));
         }
         let now = kv.read(&["n", "copy"]).unwrap();
-        let value = |k| now.get(k).map_or(0, |e| String::from_utf8_lossy(&e.value).parse().unwrap());
+        let value = |k| {
+            now.get(k)
+                .map_or(0, |e| String::from_utf8_lossy(&e.value).parse().unwrap())
+        };
         let (n, copy): (u64, u64) = (value("n"), value("copy"));
         assert_eq!(n, copy, "half a commit");
         assert!(n >= most, "{most} was confirmed, {n} is there");

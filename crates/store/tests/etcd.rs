@@ -31,12 +31,23 @@ fn reads_commits_and_conflicts() {
     };
     assert_eq!(now.get("a/1"), all.get("a/1"));
     let seen = all.get("a/1");
-    assert!(kv.commit(&Commit::default().unchanged("a/1", seen).delete("a/1")).unwrap().is_done());
-    assert!(!kv.commit(&Commit::default().unchanged("a/1", seen).put("a/2", "x")).unwrap().is_done());
+    assert!(
+        kv.commit(&Commit::default().unchanged("a/1", seen).delete("a/1"))
+            .unwrap()
+            .is_done()
+    );
+    assert!(
+        !kv.commit(&Commit::default().unchanged("a/1", seen).put("a/2", "x"))
+            .unwrap()
+            .is_done()
+    );
     let after = kv.read(&["a/1", "a/2"]).unwrap();
     assert_eq!(after.entries.len(), 1);
     assert_eq!(after.entries[0].value, [0, 255]);
-    assert_eq!(Etcd::new(&server.spec()).unwrap().read(&[]).unwrap().identity, all.identity);
+    assert_eq!(
+        Etcd::new(&server.spec()).unwrap().read(&[]).unwrap().identity,
+        all.identity
+    );
 }
 
 #[test]
@@ -55,14 +66,19 @@ fn two_writers_lose_nothing() {
                     let now = kv.read(&["n"]).unwrap();
                     let old = now.get("n");
                     let n: u64 = old.map_or(0, |e| String::from_utf8_lossy(&e.value).parse().unwrap());
-                    let commit = Commit::default().unchanged("n", old).put("n", (n + 1).to_string());
+                    let commit = Commit::default()
+                        .unchanged("n", old)
+                        .put("n", (n + 1).to_string());
                     done += u64::from(kv.commit(&commit).unwrap().is_done());
                 }
             });
         }
     });
     let kv = Etcd::new(&spec).unwrap();
-    assert_eq!(kv.read(&["n"]).unwrap().entries[0].value, (2 * EACH).to_string().into_bytes());
+    assert_eq!(
+        kv.read(&["n"]).unwrap().entries[0].value,
+        (2 * EACH).to_string().into_bytes()
+    );
 }
 
 #[test]
@@ -88,7 +104,10 @@ fn frozen_is_unknown_and_dead_is_unreachable() {
     let unread = kv.read(&["k"]);
     server.thaw();
     assert!(matches!(unknown, Err(StoreError::Unknown { .. })), "{unknown:?}");
-    assert!(matches!(unread, Err(StoreError::Unreachable { .. })), "{unread:?}");
+    assert!(
+        matches!(unread, Err(StoreError::Unreachable { .. })),
+        "{unread:?}"
+    );
     assert!(took < Duration::from_secs(5), "not bounded: {took:?}");
     server.kill();
     let dead = kv.commit(&put("3"));
@@ -122,7 +141,11 @@ fn a_restored_store_has_another_identity() {
     assert_eq!(after.entries[0].value, b"old");
     assert_ne!(after.identity, before.identity, "who saw more notices");
     let others = Etcd::new(&server.spec()).unwrap();
-    assert_eq!(others.read(&[]).unwrap().identity, after.identity, "and all see it from then on");
+    assert_eq!(
+        others.read(&[]).unwrap().identity,
+        after.identity,
+        "and all see it from then on"
+    );
     let stale = Commit {
         identity: Some(before.identity),
         ..put("stale")

@@ -107,8 +107,20 @@ name!(
     /// Name of a host, unique in its pool.
     HostId
 );
+name!(
+    /// Name of a site: where hosts stand that one disaster can hit together.
+    SiteId
+);
+name!(
+    /// Name of a placement group of VMs.
+    GroupId
+);
+name!(
+    /// Name of an application: several VMs managed as one.
+    AppId
+);
 
-/// A name that is not usable as a [`VmId`] or [`HostId`].
+/// A name that is not usable as a [`VmId`], [`HostId`] or another name of this crate.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadName {
     /// Empty, or longer than 63 characters.

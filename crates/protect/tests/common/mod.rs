@@ -5,7 +5,10 @@
 //!
 //! The client hears both NICs, as behind a switch that floods, and knows from which of them each frame came.
 
+#![allow(dead_code)]
+
 pub mod client;
+pub mod switch;
 
 use serde_json::{Value, json};
 use std::fs::File;
@@ -115,14 +118,14 @@ impl Instance {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Asks it something; null if it does not answer.
+    pub fn ask(&self, request: &Request) -> Value {
+        ask(&self.dir.join("control"), request, Duration::from_secs(5)).unwrap_or_default()
+    }
+
     /// Its status, if it answers.
     pub fn status(&self) -> Option<Value> {
-        ask(
-            &self.dir.join("control"),
-            &Request::Status,
-            Duration::from_secs(5),
-        )
-        .ok()
+        Some(self.ask(&Request::Status)).filter(|v| !v.is_null())
     }
 
     /// Whether it is the primary, and whether the VM is protected.
@@ -148,6 +151,8 @@ pub struct Site {
     pub paths: [[SocketAddr; 2]; 2],
     /// The guest's command line.
     pub cmdline: String,
+    /// Every epoch is compared with what the primary had (it lengthens the pause).
+    pub audit: bool,
     count: u32,
 }
 
@@ -171,6 +176,7 @@ impl Site {
             dir,
             paths: [ports, ports],
             cmdline: "pages=100 loop=dirty rate=200 udp=1 tcp=1 ip=10.0.0.2".into(),
+            audit: std::env::var_os("STEADFAST_AUDIT").is_some(),
             count: 0,
         }
     }
@@ -201,7 +207,7 @@ impl Site {
         let protect = json!({
             "host": host, "store": self.path().join("store"), "start": start,
             "peers": [{"host": peer, "paths": paths}],
-            "audit": std::env::var_os("STEADFAST_AUDIT").map(|_| self.path().join("audit")),
+            "audit": self.audit.then(|| self.path().join("audit")),
         });
         std::fs::write(dir.join("spec.json"), spec.to_string()).unwrap();
         std::fs::write(dir.join("protect.json"), protect.to_string()).unwrap();

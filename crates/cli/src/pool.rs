@@ -1,0 +1,538 @@
+//! The verbs on a pool: they ask this host's daemon, over its unix socket.
+
+mod show;
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::error::Error;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use steadfast_node::Folders;
+use steadfast_node::api::types::{
+    Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
+};
+use steadfast_node::api::vms::{Console, Shown};
+use steadfast_node::config::Ports;
+use steadfast_node::http::{Method, Target, ask};
+use steadfast_node::records::{Event, StoredTask, Timings};
+use steadfast_node::setup::{self, HostChoice};
+use steadfast_protect::EtcdSpec;
+use steadfast_types::{HostId, SiteId, VmId};
+use steadfast_vmm::spec::VmSpec;
+
+type Outcome = Result<ExitCode, Box<dyn Error>>;
+
+/// How long the daemon may take to answer.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// Where the daemon keeps its files.
+#[derive(Args, Clone)]
+pub struct FolderArgs {
+    /// Files that are kept across restarts of the host.
+    #[arg(long, env = "STEADFAST_DATA_DIR", default_value = "/var/lib/steadfast")]
+    data: PathBuf,
+    /// Sockets and what runs here.
+    #[arg(long, env = "STEADFAST_RUN_DIR", default_value = "/run/steadfast")]
+    run: PathBuf,
+}
+
+impl FolderArgs {
+    fn folders(&self) -> Result<Folders, Box<dyn Error>> {
+        Ok(Folders {
+            data: std::path::absolute(&self.data)?,
+            run: std::path::absolute(&self.run)?,
+        })
+    }
+}
+
+/// What makes a host.
+#[derive(Args)]
+pub struct HostArgs {
+    /// Name of this host; by default the machine's.
+    #[arg(long)]
+    name: Option<HostId>,
+    /// This host's address, at which all others of the pool reach it.
+    #[arg(long)]
+    address: IpAddr,
+    /// Address for replication links; once for each path. By default the same.
+    #[arg(long)]
+    replication: Vec<IpAddr>,
+    /// Where it stands.
+    #[arg(long)]
+    site: Option<SiteId>,
+    /// Port of the API.
+    #[arg(long, default_value_t = Ports::default().api)]
+    api_port: u16,
+    /// Port of the etcd member for clients.
+    #[arg(long, default_value_t = Ports::default().etcd_client)]
+    etcd_client_port: u16,
+    /// Port of the etcd member for other members.
+    #[arg(long, default_value_t = Ports::default().etcd_peer)]
+    etcd_peer_port: u16,
+    /// The etcd program, if not `etcd` on the PATH.
+    #[arg(long)]
+    etcd_program: Option<PathBuf>,
+    /// One more argument for each `steadfast vmm`, for example --vmm-arg=--cgroup=off. May be repeated.
+    #[arg(long, allow_hyphen_values = true)]
+    vmm_arg: Vec<String>,
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+impl HostArgs {
+    fn choice(&self) -> Result<HostChoice, Box<dyn Error>> {
+        let name = match &self.name {
+            Some(name) => name.clone(),
+            None => HostId::new(std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim())?,
+        };
+        Ok(HostChoice {
+            host: name,
+            address: self.address,
+            replication: self.replication.clone(),
+            site: self.site.clone(),
+            ports: Ports {
+                api: self.api_port,
+                etcd_client: self.etcd_client_port,
+                etcd_peer: self.etcd_peer_port,
+            },
+            vmm_args: self.vmm_arg.clone(),
+            etcd_program: self.etcd_program.clone(),
+        })
+    }
+}
+
+#[derive(Subcommand)]
+pub enum PoolVerb {
+    /// Make a pool of this host. Then start `steadfast node`.
+    Init {
+        /// Name of the pool.
+        #[arg(default_value = "pool")]
+        pool: String,
+        #[command(flatten)]
+        host: Box<HostArgs>,
+        /// Use this etcd cluster instead of one of the pool's own: URL. May be repeated.
+        #[arg(long)]
+        etcd: Vec<String>,
+        /// Certificates for that cluster: CA, certificate, key.
+        #[arg(long, num_args = 3, value_names = ["CA", "CERTIFICATE", "KEY"], requires = "etcd")]
+        etcd_tls: Vec<PathBuf>,
+        /// Milliseconds in which a host must renew its lease; `restart` VMs of a dead host wait for it.
+        #[arg(long, default_value_t = Timings::default().lease_ms)]
+        lease_ms: u64,
+    },
+    /// Let this host join a pool. Then start `steadfast node`.
+    Join {
+        /// API address of a host of the pool, IP:PORT.
+        at: SocketAddr,
+        /// What `steadfast pool token` printed there.
+        #[arg(long)]
+        token: String,
+        /// Vote in the store only; run no VMs.
+        #[arg(long)]
+        witness: bool,
+        #[command(flatten)]
+        host: Box<HostArgs>,
+    },
+    /// Print a token that lets one host join within an hour.
+    Token {
+        #[command(flatten)]
+        folders: FolderArgs,
+    },
+    /// The pool on one screen; as `steadfast status`.
+    Status {
+        #[command(flatten)]
+        folders: FolderArgs,
+    },
+    /// What the pool would do now.
+    Plan {
+        #[command(flatten)]
+        folders: FolderArgs,
+    },
+    /// Long actions: under way, and those that ended lately.
+    Tasks {
+        #[command(flatten)]
+        folders: FolderArgs,
+    },
+    /// Cancel a task.
+    Cancel {
+        task: String,
+        #[command(flatten)]
+        folders: FolderArgs,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum HostVerb {
+    /// All hosts.
+    List {
+        #[command(flatten)]
+        folders: FolderArgs,
+    },
+    /// Empty a host: move its VMs, replace its standbys.
+    Drain(OnHost),
+    /// Use a host again.
+    Resume(OnHost),
+    /// Take a host out of the pool that is empty or gone for good.
+    Remove(OnHost),
+}
+
+#[derive(Args)]
+pub struct OnHost {
+    host: HostId,
+    /// Only print the plan.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+/// The daemon of this host.
+pub struct Api {
+    target: Target,
+    runtime: tokio::runtime::Runtime,
+    json: bool,
+}
+
+impl Api {
+    /// Whose socket is in this folder.
+    pub fn new(folders: &Folders, json: bool) -> Result<Self, Box<dyn Error>> {
+        Ok(Self {
+            target: Target::Unix(folders.socket()),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?,
+            json,
+        })
+    }
+
+    fn ask<A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<A, Box<dyn Error>> {
+        Ok(self
+            .runtime
+            .block_on(ask(&self.target, method, path, body, BOUND))?)
+    }
+
+    fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, Box<dyn Error>> {
+        self.ask(Method::GET, path, None::<&()>)
+    }
+
+    fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Outcome {
+        match self.json {
+            true => println!("{}", serde_json::to_string(value)?),
+            false => print!("{}", text(value)),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn done(&self, method: Method, path: &str, dry: bool, body: Option<&impl Serialize>) -> Outcome {
+        let path = if dry {
+            format!("{path}?dry_run=true")
+        } else {
+            path.into()
+        };
+        let done: Done = self.ask(method, &path, body)?;
+        self.print(&done, show::done)
+    }
+}
+
+fn api(folders: &FolderArgs, json: bool) -> Result<Api, Box<dyn Error>> {
+    Api::new(&folders.folders()?, json)
+}
+
+/// Runs `steadfast pool VERB`.
+pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
+    match verb {
+        PoolVerb::Init {
+            pool,
+            host,
+            etcd,
+            etcd_tls,
+            lease_ms,
+        } => {
+            let external = (!etcd.is_empty()).then(|| external(etcd, &etcd_tls));
+            let timings = Timings {
+                lease_ms,
+                ..Timings::default()
+            };
+            setup::init(&host.folders.folders()?, &pool, host.choice()?, external, timings)?;
+            println!("this host is pool {pool} now; start its daemon: steadfast node");
+            Ok(ExitCode::SUCCESS)
+        }
+        PoolVerb::Join {
+            at,
+            token,
+            witness,
+            host,
+        } => {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            let folders = host.folders.folders()?;
+            let config = runtime.block_on(setup::join(&folders, at, &token, host.choice()?, witness))?;
+            println!(
+                "host {} is in pool {} now; start its daemon: steadfast node",
+                config.host, config.pool
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        PoolVerb::Token { folders } => {
+            let api = api(&folders, json)?;
+            let token: NewToken = api.ask(Method::POST, "/v1/tokens", None::<&()>)?;
+            api.print(&token, |t| {
+                format!(
+                    "steadfast pool join {} --token {} --address THIS-HOST'S-ADDRESS\n",
+                    t.address, t.token
+                )
+            })
+        }
+        PoolVerb::Status { folders } => status(&folders, json),
+        PoolVerb::Plan { folders } => {
+            let api = api(&folders, json)?;
+            let done: Done = api.get("/v1/plan")?;
+            api.print(&done, show::done)
+        }
+        PoolVerb::Tasks { folders } => {
+            let api = api(&folders, json)?;
+            let tasks: Vec<StoredTask> = api.get("/v1/tasks")?;
+            api.print(&tasks, |t| show::tasks(t))
+        }
+        PoolVerb::Cancel { task, folders } => {
+            api(&folders, json)?.done(Method::DELETE, &format!("/v1/tasks/{task}"), false, None::<&()>)
+        }
+    }
+}
+
+fn external(endpoints: Vec<String>, tls: &[PathBuf]) -> EtcdSpec {
+    let mut spec = EtcdSpec::new(endpoints);
+    if let [ca, certificate, key] = tls {
+        spec.tls = Some(steadfast_node::TlsFiles {
+            ca: ca.clone(),
+            certificate: certificate.clone(),
+            key: key.clone(),
+        });
+    }
+    spec
+}
+
+/// Runs `steadfast status`: the exit code is 0 only if nothing needs attention.
+pub fn status(folders: &FolderArgs, json: bool) -> Outcome {
+    let api = api(folders, json)?;
+    let status: PoolStatus = api.get("/v1/status")?;
+    api.print(&status, show::status)?;
+    Ok(match status.healthy {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// Runs `steadfast host VERB`.
+pub fn host(verb: HostVerb, json: bool) -> Outcome {
+    let (what, on, method) = match &verb {
+        HostVerb::List { folders } => {
+            let api = api(folders, json)?;
+            let hosts: Vec<HostStatus> = api.get("/v1/hosts")?;
+            return api.print(&hosts, |h| show::hosts(h));
+        }
+        HostVerb::Drain(on) => ("/drain", on, Method::POST),
+        HostVerb::Resume(on) => ("/resume", on, Method::POST),
+        HostVerb::Remove(on) => ("", on, Method::DELETE),
+    };
+    let path = format!("/v1/hosts/{}{what}", on.host);
+    api(&on.folders, json)?.done(method, &path, on.dry_run, None::<&()>)
+}
+
+#[derive(Args)]
+pub struct EventsArgs {
+    /// At most so many of the newest.
+    #[arg(long, default_value_t = 50)]
+    limit: usize,
+    /// Only those about this VM or host.
+    #[arg(long)]
+    subject: Option<String>,
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+/// Runs `steadfast events`; with --json one event a line.
+pub fn events(args: &EventsArgs, json: bool) -> Outcome {
+    let api = api(&args.folders, json)?;
+    let subject = args
+        .subject
+        .as_ref()
+        .map_or_else(String::new, |s| format!("&subject={s}"));
+    let events: Vec<Event> = api.get(&format!("/v1/events?limit={}{subject}", args.limit))?;
+    for event in &events {
+        match json {
+            true => println!("{}", serde_json::to_string(event)?),
+            false => println!("{}", show::event(event)),
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Args)]
+pub struct ProtectArgs {
+    vm: VmId,
+    /// none, restart, checkpoint or ft.
+    #[arg(long)]
+    class: String,
+    #[command(flatten)]
+    on: OnVm,
+}
+
+#[derive(Args)]
+pub struct MigrateArgs {
+    vm: VmId,
+    /// The host.
+    #[arg(long)]
+    to: HostId,
+    #[command(flatten)]
+    on: OnVm,
+}
+
+#[derive(Args, Clone)]
+pub struct OnVm {
+    /// Only print the plan.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+/// Runs `steadfast protect`.
+pub fn protect(args: ProtectArgs, json: bool) -> Outcome {
+    let body = NewClass { class: args.class };
+    let path = format!("/v1/vms/{}/protection", args.vm);
+    api(&args.on.folders, json)?.done(Method::POST, &path, args.on.dry_run, Some(&body))
+}
+
+/// Runs `steadfast migrate`.
+pub fn migrate(args: MigrateArgs, json: bool) -> Outcome {
+    let body = MoveTo { to: args.to };
+    let path = format!("/v1/vms/{}/migrate", args.vm);
+    api(&args.on.folders, json)?.done(Method::POST, &path, args.on.dry_run, Some(&body))
+}
+
+/// Settings of a new VM beside what it is made of.
+#[derive(Args)]
+pub struct CreateArgs {
+    /// none, restart, checkpoint or ft.
+    #[arg(long, default_value = "none")]
+    class: String,
+    /// Name of the shared storage that its disks are on, which all hosts reach under the same path.
+    #[arg(long)]
+    shared: Option<String>,
+    /// Do not start it.
+    #[arg(long)]
+    off: bool,
+    /// Higher is served first when room is short.
+    #[arg(long, default_value_t = 100)]
+    priority: u16,
+    #[command(flatten)]
+    on: OnVm,
+}
+
+/// Runs `steadfast vm create`.
+pub fn create(machine: VmSpec, args: CreateArgs, json: bool) -> Outcome {
+    let body = NewVm {
+        machine,
+        class: args.class,
+        shared: args.shared,
+        start: !args.off,
+        priority: args.priority,
+    };
+    api(&args.on.folders, json)?.done(Method::POST, "/v1/vms", args.on.dry_run, Some(&body))
+}
+
+/// Runs `steadfast vm start`.
+pub fn start(vm: &VmId, on: &OnVm, json: bool) -> Outcome {
+    api(&on.folders, json)?.done(
+        Method::POST,
+        &format!("/v1/vms/{vm}/start"),
+        on.dry_run,
+        None::<&()>,
+    )
+}
+
+/// Runs `steadfast vm delete`.
+pub fn delete(vm: &VmId, on: &OnVm, json: bool) -> Outcome {
+    api(&on.folders, json)?.done(Method::DELETE, &format!("/v1/vms/{vm}"), on.dry_run, None::<&()>)
+}
+
+/// Runs `steadfast vm list`.
+pub fn list(folders: &FolderArgs, json: bool) -> Outcome {
+    let api = api(folders, json)?;
+    let vms: Vec<VmStatus> = api.get("/v1/vms")?;
+    api.print(&vms, |v| show::vms(v))
+}
+
+/// Runs `steadfast vm show`.
+pub fn show(vm: &VmId, folders: &FolderArgs, json: bool) -> Outcome {
+    let api = api(folders, json)?;
+    let shown: Shown = api.get(&format!("/v1/vms/{vm}"))?;
+    api.print(&shown, |s| {
+        let wanted = serde_json::to_string_pretty(&s.wanted).unwrap_or_default();
+        format!("{}{wanted}\n", show::vms(std::slice::from_ref(&s.status)))
+    })
+}
+
+/// Runs `steadfast vm console`: the end of what it has written.
+pub fn console(vm: &VmId, folders: &FolderArgs, json: bool) -> Outcome {
+    let api = api(folders, json)?;
+    let console: Console = api.get(&format!("/v1/vms/{vm}/console"))?;
+    api.print(&console, |c| c.text.clone())
+}
+
+/// Stops a VM of the pool; `None` when there is no daemon here, or its pool does not know the VM.
+pub fn stop(vm: &VmId, now: bool, on: &OnVm, json: bool) -> Option<Outcome> {
+    let folders = on.folders.folders().ok()?;
+    folders.socket().exists().then_some(())?;
+    let api = Api::new(&folders, json).ok()?;
+    api.get::<serde_json::Value>(&format!("/v1/vms/{vm}")).ok()?;
+    let path = format!("/v1/vms/{vm}/stop");
+    Some(api.done(Method::POST, &path, on.dry_run, Some(&HowToStop { now })))
+}
+
+#[derive(Args)]
+pub struct NodeArgs {
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+/// Runs `steadfast node`.
+pub fn node(args: &NodeArgs) -> Outcome {
+    let folders = args.folders.folders()?;
+    let program = std::env::current_exe()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(2)
+        .build()?;
+    let done = runtime.block_on(steadfast_node::run(folders, program));
+    // A thread that waits for a VM's process must not hold the daemon.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    done?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Args)]
+pub struct GuardArgs {
+    /// The daemon's run folder.
+    #[arg(long)]
+    run: PathBuf,
+}
+
+/// Runs `steadfast guard`.
+pub fn guard(args: GuardArgs) -> Outcome {
+    steadfast_node::run_guard(&Folders {
+        data: PathBuf::new(),
+        run: args.run,
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

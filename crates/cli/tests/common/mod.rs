@@ -1,0 +1,363 @@
+//! A pool on this machine: each host is a daemon on a loopback address of its own, with folders of its own.
+//!
+//! The death of a host is the death of all processes that were started for it: daemon, etcd, guard and VMs. They are found by
+//! the run folder in their environment, which nobody else has.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+pub mod client;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Bound for what takes seconds on a quiet machine.
+pub const LONG: Duration = Duration::from_secs(120);
+
+/// The etcd program: installed, or unpacked by scripts/setup.sh.
+pub fn etcd() -> Option<PathBuf> {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let cache = std::env::var_os("STEADFAST_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("XDG_CACHE_HOME").map(|c| PathBuf::from(c).join("steadfast")))
+        .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache/steadfast")));
+    std::env::split_paths(&paths)
+        .chain(cache.map(|c| c.join("etcd/usr/bin")))
+        .map(|folder| folder.join("etcd"))
+        .find(|p| p.is_file())
+}
+
+/// Whether a pool can run here; says loudly when not.
+pub fn possible() -> bool {
+    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("SKIPPED: /dev/kvm cannot be opened, no guest can run here");
+        return false;
+    }
+    if etcd().is_none() {
+        eprintln!(
+            "SKIPPED: no etcd here; scripts/setup.sh unpacks the Debian package etcd-server into the cache"
+        );
+        return false;
+    }
+    true
+}
+
+pub struct Host {
+    pub name: String,
+    pub address: Ipv4Addr,
+    pub folder: PathBuf,
+    pub daemon: Option<Child>,
+}
+
+impl Host {
+    pub fn run_folder(&self) -> PathBuf {
+        self.folder.join("run")
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_steadfast"));
+        command
+            .env("STEADFAST_DATA_DIR", self.folder.join("data"))
+            .env("STEADFAST_RUN_DIR", self.run_folder())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `steadfast ARGS` on this host.
+    pub fn try_run(&self, args: &[&str]) -> Output {
+        self.command().args(args).output().unwrap()
+    }
+
+    /// As [`Self::try_run`]; it must succeed.
+    pub fn run(&self, args: &[&str]) -> String {
+        let out = self.try_run(args);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(
+            out.status.success(),
+            "{}: steadfast {args:?}: {text}{said}",
+            self.name
+        );
+        text
+    }
+
+    /// What a verb answers with --json, whatever its exit code; nothing if it cannot be asked.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let out = self.command().arg("--json").args(args).output().unwrap();
+        serde_json::from_slice(&out.stdout).unwrap_or(Value::Null)
+    }
+
+    pub fn status(&self) -> Value {
+        self.json(&["status"])
+    }
+
+    /// A VM as this host's daemon sees it.
+    pub fn vm(&self, vm: &str) -> Value {
+        let status = self.status();
+        let vms = status["vms"].as_array().cloned().unwrap_or_default();
+        vms.into_iter().find(|v| v["vm"] == vm).unwrap_or(Value::Null)
+    }
+
+    pub fn start_daemon(&mut self) {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.join("daemon.log"))
+            .unwrap();
+        let child = self
+            .command()
+            .arg("node")
+            .env("STEADFAST_LOG", "info")
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.daemon = Some(child);
+    }
+
+    /// Ends the daemon in order; what outlives it lives on.
+    pub fn stop_daemon(&mut self) {
+        if let Some(mut child) = self.daemon.take() {
+            let _ = kill_process(Pid::from_child(&child), Signal::TERM);
+            let until = Instant::now() + Duration::from_secs(20);
+            while child.try_wait().unwrap().is_none() {
+                if Instant::now() > until {
+                    child.kill().unwrap();
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    /// Processes of this host, by the run folder in their environment.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        let mark = format!("STEADFAST_RUN_DIR={}", self.run_folder().display());
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
+                continue;
+            };
+            let environ = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+            if environ.split(|b| *b == 0).any(|v| v == mark.as_bytes()) {
+                let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                found.push((pid, String::from_utf8_lossy(&line).replace('\0', " ")));
+            }
+        }
+        found
+    }
+
+    /// All its processes at once, as if its power failed. Its run folder is gone too, as after a restart.
+    pub fn power_off(&mut self) -> Instant {
+        // Until nothing is left: a process may be starting another one.
+        let at = Instant::now();
+        loop {
+            let all = self.processes();
+            for (pid, _) in &all {
+                if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
+            }
+            if let Some(mut child) = self.daemon.take() {
+                let _ = child.wait();
+            }
+            if all.is_empty() {
+                break;
+            }
+        }
+        let _ = std::fs::remove_dir_all(self.run_folder());
+        at
+    }
+}
+
+pub struct Pool {
+    pub hosts: Vec<Host>,
+    folder: tempfile::TempDir,
+}
+
+impl Pool {
+    /// A pool of these hosts; names that begin with `w` are witnesses.
+    pub fn new(names: &[&str], lease_ms: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let random = std::collections::hash_map::RandomState::new();
+        let random = std::hash::BuildHasher::hash_one(&random, folder.path());
+        let [x, y, ..] = random.to_le_bytes();
+        let hosts = names.iter().enumerate().map(|(i, name)| Host {
+            name: (*name).into(),
+            address: Ipv4Addr::new(127, x.max(1), y, i as u8 + 1),
+            folder: folder.path().join(name),
+            daemon: None,
+        });
+        let mut pool = Self {
+            hosts: hosts.collect(),
+            folder,
+        };
+        let (etcd, lease) = (etcd().unwrap().display().to_string(), lease_ms.to_string());
+        for i in 0..names.len() {
+            let (address, name) = (pool.hosts[i].address.to_string(), names[i]);
+            let common = [
+                "--name",
+                name,
+                "--address",
+                &address,
+                "--etcd-program",
+                &etcd,
+                "--vmm-arg=--cgroup=off",
+                "--vmm-arg=--user=0",
+            ];
+            if i == 0 {
+                let init = [&["pool", "init", "test", "--lease-ms", &lease][..], &common].concat();
+                pool.hosts[0].run(&init);
+            } else {
+                let token = pool.hosts[0].json(&["pool", "token"]);
+                let (at, token) = (
+                    token["address"].as_str().unwrap(),
+                    token["token"].as_str().unwrap(),
+                );
+                let mut join = [&["pool", "join", at, "--token", token][..], &common].concat();
+                if name.starts_with('w') {
+                    join.push("--witness");
+                }
+                // One member of etcd after the other has to catch up.
+                let out = wait_for("a host to be let in", || {
+                    let out = pool.hosts[i].try_run(&join);
+                    if !out.status.success() {
+                        eprintln!("{}", String::from_utf8_lossy(&out.stderr));
+                    }
+                    out.status.success().then_some(out)
+                });
+                println!("{}", String::from_utf8_lossy(&out.stdout).trim());
+            }
+            pool.hosts[i].start_daemon();
+            wait(&format!("the daemon of {name} to answer"), || {
+                pool.hosts[i].status().is_object()
+            });
+        }
+        wait("all hosts to be up", || {
+            let status = pool.hosts[0].status();
+            let hosts = status["hosts"].as_array().cloned().unwrap_or_default();
+            hosts.len() == names.len()
+                && hosts.iter().all(|h| h["health"] == "up")
+                && status["leader"].is_string()
+        });
+        pool
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn host(&mut self, name: &str) -> &mut Host {
+        self.hosts.iter_mut().find(|h| h.name == name).unwrap()
+    }
+
+    /// A host that runs, other than this one.
+    pub fn other(&self, name: &str) -> &Host {
+        let fits = |h: &&Host| h.name != name && h.daemon.is_some() && !h.name.starts_with('w');
+        self.hosts.iter().find(fits).unwrap()
+    }
+
+    /// Creates a VM with the pulse guest, its NIC a socket on each host, its clients at `client-VM`.
+    pub fn create(&self, vm: &str, class: &str) {
+        let elf = self.path("pulse.elf");
+        std::fs::write(&elf, pulse::elf()).unwrap();
+        let nic = format!(
+            "socket:{}-{{host}}:{}",
+            self.path(&format!("nic-{vm}")).display(),
+            self.path(&format!("client-{vm}")).display()
+        );
+        let host = self.other("");
+        host.run(&[
+            "vm",
+            "create",
+            "--name",
+            vm,
+            "--memory",
+            "64MiB",
+            "--flat",
+            elf.to_str().unwrap(),
+            "--cmdline",
+            "loop=dirty pages=50 rate=300 ip=10.0.0.2",
+            "--rng",
+            "false",
+            "--nic",
+            &nic,
+            "--class",
+            class,
+        ]);
+    }
+
+    /// NICs of a VM, one for each host.
+    pub fn nics(&self, vm: &str) -> Vec<(String, PathBuf)> {
+        let of = |h: &Host| (h.name.clone(), self.path(&format!("nic-{vm}-{}", h.name)));
+        self.hosts.iter().map(of).collect()
+    }
+
+    pub fn client(&self, vm: &str) -> client::Client {
+        client::Client::start(&self.path(&format!("client-{vm}")), self.nics(vm))
+    }
+
+    fn tell(&self) {
+        for host in &self.hosts {
+            for file in ["daemon.log", "data/etcd.log"] {
+                tail(&host.folder.join(file), 40);
+            }
+            for vm in std::fs::read_dir(host.folder.join("data/vm"))
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
+                tail(&vm.path().join("log"), 15);
+            }
+        }
+        if let Some(host) = self.hosts.iter().find(|h| h.daemon.is_some()) {
+            let events = host.try_run(&["events", "--limit", "80"]);
+            eprintln!("--- events\n{}", String::from_utf8_lossy(&events.stdout));
+            let status = host.try_run(&["status"]);
+            eprintln!("--- status\n{}", String::from_utf8_lossy(&status.stdout));
+        }
+    }
+}
+
+fn tail(path: &Path, lines: usize) {
+    let Ok(text) = std::fs::read_to_string(path) else {
+        return;
+    };
+    let all: Vec<_> = text.lines().collect();
+    eprintln!(
+        "--- {}\n{}",
+        path.display(),
+        all[all.len().saturating_sub(lines)..].join("\n")
+    );
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.tell();
+        }
+        for host in &mut self.hosts {
+            host.power_off();
+        }
+    }
+}
+
+/// Waits until something is there.
+pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + LONG;
+    loop {
+        if let Some(found) = done() {
+            return found;
+        }
+        assert!(Instant::now() < until, "{what}: not within {LONG:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Waits until something holds.
+pub fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    wait_for(what, || done().then_some(()));
+}

@@ -1,0 +1,193 @@
+//! A pool of three daemons on this machine, with flat guests on its KVM: init, join, create, and a host dies.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+mod common;
+
+use common::{Pool, possible, wait, wait_for};
+use std::time::{Duration, Instant};
+
+/// Short, so that tests are; longer than any pause of a busy machine.
+const LEASE_MS: u64 = 6000;
+
+fn protected(pool: &Pool, vm: &str) -> bool {
+    pool.other("").vm(vm)["protection"] == "protected"
+}
+
+fn host_of(pool: &Pool, vm: &str) -> Option<String> {
+    let found = pool.other("").vm(vm);
+    (found["state"] == "running").then(|| found["host"].as_str().map(str::to_owned))?
+}
+
+/// `ft` goes on, `restart` is up elsewhere, both are as they should be again, and the host that comes back is used again.
+#[test]
+fn a_host_dies() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    let (ft, restart) = (pool.client("f"), pool.client("r"));
+    pool.create("f", "ft");
+    pool.create("r", "restart");
+    wait("f to be protected", || protected(&pool, "f"));
+    let lost = wait_for("r to run", || host_of(&pool, "r"));
+    ft.answer("", Instant::now());
+    restart.answer("", Instant::now());
+    // Both on one host, so that one death takes both.
+    let primary = host_of(&pool, "f").unwrap();
+    if primary != lost {
+        pool.other("").run(&["migrate", "f", "--to", &lost]);
+        wait("f to be moved, and protected again", || {
+            host_of(&pool, "f").as_ref() == Some(&lost) && protected(&pool, "f")
+        });
+    }
+    assert_eq!(ft.seen().boots, 0, "a move is no boot");
+    let killed = pool.host(&lost).power_off();
+    let (to, gap) = ft.answer(&lost, killed);
+    println!("f: answers from {to} {gap:?} after the death of {lost}");
+    let (to, gap) = restart.answer(&lost, killed);
+    println!("r: answers from {to} {gap:?} after the death of {lost}");
+    assert!(
+        gap >= Duration::from_millis(LEASE_MS),
+        "r was booted before its host's lease had run out"
+    );
+    assert_eq!(ft.seen().boots, 0, "f never stopped");
+    assert_eq!(restart.seen().boots, 1, "r was booted once");
+    wait("f to be protected again", || protected(&pool, "f"));
+    println!(
+        "f: protected again {:?} after the death of {lost}",
+        killed.elapsed()
+    );
+    assert!(
+        !pool.other(&lost).try_run(&["status"]).status.success(),
+        "a dead host needs attention"
+    );
+    pool.host(&lost).start_daemon();
+    wait("all to be well again", || {
+        pool.other(&lost).try_run(&["status"]).status.success()
+    });
+    let events = pool.other(&lost).run(&["events", "--limit", "100"]);
+    println!("{events}");
+    assert!(
+        events.contains("start r on"),
+        "the action and its reason are an event"
+    );
+    assert_eq!((ft.seen().boots, restart.seen().boots), (0, 1));
+}
+
+/// The daemons of all hosts are restarted, one after the other; no VM notices.
+#[test]
+fn daemons_are_restarted_while_vms_go_on() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    let (ft, restart) = (pool.client("f"), pool.client("r"));
+    pool.create("f", "ft");
+    pool.create("r", "restart");
+    wait("f to be protected", || protected(&pool, "f"));
+    restart.answer("", Instant::now());
+    let before: Vec<_> = pool
+        .hosts
+        .iter()
+        .flat_map(common::Host::processes)
+        .filter(|(_, line)| line.contains(" vmm "))
+        .collect();
+    assert!(before.len() >= 3, "{before:?}");
+    for name in ["a", "b", "c"] {
+        pool.host(name).stop_daemon();
+        let restarted = Instant::now();
+        pool.host(name).start_daemon();
+        wait("the pool to be well", || {
+            pool.host(name).try_run(&["status"]).status.success()
+        });
+        println!("daemon of {name}: well again after {:?}", restarted.elapsed());
+    }
+    let after: Vec<_> = pool
+        .hosts
+        .iter()
+        .flat_map(common::Host::processes)
+        .filter(|(_, line)| line.contains(" vmm "))
+        .collect();
+    assert_eq!(before, after, "the same processes run the VMs");
+    assert_eq!((ft.seen().boots, restart.seen().boots), (0, 0));
+}
+
+/// Two hosts and a witness: the pool goes on without its witness, and without either host.
+#[test]
+fn two_hosts_and_a_witness_survive_each_one() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b", "w"], LEASE_MS);
+    let ft = pool.client("f");
+    pool.create("f", "ft");
+    for _ in 0..2 {
+        wait("f to be protected", || protected(&pool, "f"));
+        let dies = host_of(&pool, "f").unwrap();
+        let killed = pool.host(&dies).power_off();
+        let (to, gap) = ft.answer(&dies, killed);
+        println!("f: answers from {to} {gap:?} after the death of {dies}");
+        pool.host(&dies).start_daemon();
+    }
+    wait("all to be well again", || {
+        pool.other("").try_run(&["status"]).status.success()
+    });
+    pool.host("w").power_off();
+    let without = Instant::now();
+    ft.answer("", without + Duration::from_secs(2));
+    wait("the witness to be missed", || {
+        let hosts = pool.other("").status()["hosts"].clone();
+        hosts
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|h| h["host"] == "w" && h["health"] != "up")
+    });
+    assert!(protected(&pool, "f"), "its death takes nothing from a VM");
+    assert_eq!(ft.seen().boots, 0);
+}
+
+/// A drain moves what is protected without a gap in its protection, and the host can be used again.
+#[test]
+fn a_host_is_drained_and_used_again() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    let ft = pool.client("f");
+    pool.create("f", "ft");
+    wait("f to be protected", || protected(&pool, "f"));
+    let from = host_of(&pool, "f").unwrap();
+    let plan = pool.other("").run(&["host", "drain", &from, "--dry-run"]);
+    assert!(plan.contains("would do"), "{plan}");
+    assert_eq!(
+        host_of(&pool, "f"),
+        Some(from.clone()),
+        "--dry-run changes nothing"
+    );
+    ft.forget_gap();
+    pool.other("").run(&["host", "drain", &from]);
+    wait("the host to be empty", || {
+        let hosts = pool.other("").json(&["host", "list"]);
+        hosts
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|h| h["host"] == from.as_str() && h["admin"] == "maintenance")
+    });
+    wait("f to be protected elsewhere", || protected(&pool, "f"));
+    let seen = ft.seen();
+    println!(
+        "f: longest time without an answer during the drain {:?}",
+        seen.longest
+    );
+    assert_eq!(seen.boots, 0);
+    assert_ne!(host_of(&pool, "f"), Some(from.clone()));
+    let left = pool.host(&from).processes();
+    assert!(!left.iter().any(|(_, line)| line.contains(" vmm ")), "{left:?}");
+    pool.other("").run(&["host", "resume", &from]);
+    wait("all to be well", || {
+        pool.other("").try_run(&["status"]).status.success()
+    });
+}

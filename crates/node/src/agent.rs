@@ -1,0 +1,442 @@
+//! The part of the daemon that looks after its own host: reports and lease, instances as the store wants them, and actions that
+//! the leader asks for.
+//!
+//! Everything is level-triggered: each round compares what the store says with what runs here. An action begins something (a
+//! process is started, an instance is marked as stopping); rounds carry it on, also after a restart of the daemon.
+
+use crate::config::StoreChoice;
+use crate::error::{NodeError, Result, refused};
+use crate::guard::{self, boot_ms};
+use crate::instances::{Exit, How, Meta};
+use crate::measure::Measure;
+use crate::node::Node;
+use crate::pool::{Pool, PoolVm};
+use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
+use crate::{etcd, records};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use steadfast_cluster::Action;
+use steadfast_cluster::model::{Power, Protection};
+use steadfast_epoch::arbiter::{CasOutcome, Instance, Nonce, StoreId, VmRecord};
+use steadfast_protect::store::{RecordStore, Store};
+use steadfast_store::{Commit, random_u64};
+use steadfast_types::{HostId, Term, VmId};
+use steadfast_vmm::control::Request;
+
+/// How long a guest may take to shut itself down, ms.
+const SHUTDOWN_MS: u64 = 30_000;
+/// Pause before a standby that ended is started again.
+const STANDBY_AGAIN: Duration = Duration::from_secs(2);
+/// How long a handover may take to be answered.
+const HANDOVER_BOUND: Duration = Duration::from_secs(20);
+/// A process that ends so soon after its start has failed to start, ms.
+const EARLY_MS: u64 = 10_000;
+/// Members of etcd are looked up every so many rounds.
+const MEMBERS_EVERY: u64 = 5;
+
+/// See the module.
+pub struct Agent {
+    node: Arc<Node>,
+    seq: u64,
+    measure: Measure,
+    /// Stops under way in this run of the daemon.
+    stopping: Arc<Mutex<HashSet<VmId>>>,
+    started: HashMap<VmId, Instant>,
+    member: etcd::Member,
+}
+
+impl Agent {
+    /// For this host.
+    #[must_use]
+    pub fn new(node: Arc<Node>) -> Self {
+        Self {
+            seq: 0,
+            measure: Measure::default(),
+            stopping: Arc::default(),
+            started: HashMap::new(),
+            member: etcd::Member::new(node.folders.clone()),
+            node,
+        }
+    }
+
+    /// Rounds until the daemon ends.
+    pub async fn run(mut self) {
+        let mut every = records::Timings::default().report_ms;
+        loop {
+            let began = Instant::now();
+            let node = Arc::clone(&self.node);
+            if self.seq % MEMBERS_EVERY == 0
+                && let Err(error) = refresh_endpoints(&node).await
+            {
+                tracing::debug!(%error, "etcd's members are not known now");
+            }
+            // The round blocks: on the store, and on control sockets.
+            let done = tokio::task::spawn_blocking(move || {
+                let result = self.round();
+                (self, result)
+            })
+            .await;
+            match done {
+                Ok((agent, result)) => {
+                    self = agent;
+                    match result {
+                        Ok(timing) => every = timing,
+                        Err(error) => tracing::warn!(%error, "a round failed"),
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the agent's round ended badly; the daemon ends, VMs go on");
+                    return;
+                }
+            }
+            let every = Duration::from_millis(every.max(50));
+            tokio::time::sleep(every.saturating_sub(began.elapsed())).await;
+        }
+    }
+
+    /// One round; says after how many ms the next shall begin.
+    fn round(&mut self) -> Result<u64> {
+        let node = Arc::clone(&self.node);
+        let config = node.config();
+        if let Err(error) = self.member.supervise(&config) {
+            tracing::error!(%error, "this host's etcd member does not run");
+        }
+        self.seq += 1;
+        let instances = node.instances.report();
+        let report = HostReport {
+            seq: self.seq,
+            daemon: node.run,
+            at_ms: now_ms(),
+            status: self.measure.status(&node.folders.data),
+            instances,
+        };
+        // The lease counts from before the store was asked: whoever saw this report saw it later.
+        let asked = boot_ms();
+        let kv = node.kv();
+        kv.commit(&Commit::default().put(host_report(&config.host), json(&report)?))?;
+        let pool = Pool::load(&*kv)?;
+        if config.witness {
+            return Ok(pool.timings.report_ms);
+        }
+        guard::write_lease(&node.folders, asked + pool.timings.lease_ms)?;
+        guard::ensure(&node.folders, &node.program)?;
+        self.reconcile(&pool, &config.host);
+        Ok(pool.timings.report_ms)
+    }
+
+    /// Brings what runs here to what the store says, where no decision is needed for it.
+    fn reconcile(&mut self, pool: &Pool, me: &HostId) {
+        let metas = self.node.instances.all();
+        for (vm, meta) in &metas {
+            if let Err(error) = self.look_at(pool, me, vm, meta) {
+                tracing::warn!(%error, %vm, "an instance");
+            }
+        }
+        for (id, vm) in &pool.vms {
+            let listed = vm.memory.standbys.contains(me) && vm.owner().is_some_and(|o| o != me);
+            let wanted = listed && vm.stored.record.protection.hot() && vm.stored.record.power == Power::On;
+            let lately = self
+                .started
+                .get(id)
+                .is_some_and(|at| at.elapsed() < STANDBY_AGAIN);
+            if !wanted || metas.contains_key(id) || lately {
+                continue;
+            }
+            self.started.insert(id.clone(), Instant::now());
+            let how = How::Standby(vm.term());
+            if let Err(error) = self.node.instances.start(id, vm, &how, &pool.hosts) {
+                self.node.event(
+                    "vm",
+                    id.as_str(),
+                    format!("its standby here cannot be started: {error}"),
+                    None,
+                );
+            }
+        }
+    }
+
+    fn look_at(&self, pool: &Pool, me: &HostId, id: &VmId, meta: &Meta) -> Result<()> {
+        let instances = &self.node.instances;
+        let Some(vm) = pool.vms.get(id) else {
+            // Deleted, and nobody told this host.
+            return self.stop(id, false);
+        };
+        if let Some((since, in_order)) = meta.stopping {
+            self.carry_on_stopping(id, since, in_order, vm);
+            return Ok(());
+        }
+        if instances.pid(id).is_some() {
+            if meta.hot && vm.copies().contains(me) {
+                instances.update_peers(id, vm, &pool.hosts)?;
+            }
+            // The class may have been changed meanwhile.
+            return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);
+        }
+        let failed = matches!(instances.exit(id), Some(Exit::Failed(..)));
+        if failed && meta.start && now_ms() < meta.started_ms.saturating_add(EARLY_MS) {
+            count_failure(&self.node, id, me, meta.started_ms)?;
+        }
+        if vm.owner() != Some(me) {
+            // A standby that ended, or a primary that lost: nothing of it is needed.
+            return instances.forget(id);
+        }
+        if !meta.hot && instances.exit(id) == Some(Exit::Clean) && vm.term() == meta.term {
+            self.node
+                .event("vm", id.as_str(), "its guest shut itself down", None);
+            let kv = self.node.kv();
+            update(&*kv, &vm_spec(id), |old: Option<StoredVm>| {
+                Ok(old.map(|mut v| {
+                    v.record.power = Power::Off;
+                    v
+                }))
+            })?;
+            mark_stopped(&*kv, id, meta.term)?;
+            return instances.forget(id);
+        }
+        Ok(())
+    }
+
+    /// Marks an instance as one that shall end, and begins.
+    fn stop(&self, id: &VmId, in_order: bool) -> Result<()> {
+        self.node.instances.mark_stopping(id, in_order)
+    }
+
+    fn carry_on_stopping(&self, id: &VmId, since: u64, in_order: bool, vm: &PoolVm) {
+        let mut under_way = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
+        if !under_way.insert(id.clone()) {
+            return;
+        }
+        drop(under_way);
+        let (node, id, stopping) = (Arc::clone(&self.node), id.clone(), Arc::clone(&self.stopping));
+        let (term, ask_guest) = (vm.term(), in_order && !vm.memory.stop_now);
+        let work = move || {
+            let since = if ask_guest { since } else { 0 };
+            let done = end_instance(&node, &id, since, in_order, term);
+            if let Err(error) = done {
+                node.event(
+                    "vm",
+                    id.as_str(),
+                    format!("it could not be stopped: {error}"),
+                    None,
+                );
+            }
+            stopping
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&id);
+            node.wake.notify_one();
+        };
+        if let Err(error) = std::thread::Builder::new().name("vm-stop".into()).spawn(work) {
+            tracing::error!(%error, "no thread to stop a VM with; tried again in the next round");
+        }
+    }
+}
+
+fn mark_stopped(kv: &dyn steadfast_store::Kv, id: &VmId, term: Term) -> Result<()> {
+    update(kv, &vm_state(id), |old: Option<VmMemory>| {
+        let mut memory = old.unwrap_or_default();
+        memory.stopped = Some(term);
+        memory.standbys.clear();
+        Ok(Some(memory))
+    })
+    .map(|_| ())
+}
+
+fn end_instance(node: &Node, id: &VmId, since: u64, in_order: bool, term: Term) -> Result<()> {
+    let began = Instant::now();
+    if in_order && since > 0 {
+        let _ = node
+            .instances
+            .ask(id, &Request::PowerButton, Duration::from_secs(3));
+        while node.instances.pid(id).is_some() && now_ms() < since.saturating_add(SHUTDOWN_MS) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    node.instances.end(id)?;
+    let kv = node.kv();
+    let owner = Pool::load(&*kv)?.vms.get(id).and_then(|vm| vm.owner().cloned());
+    if in_order && owner.as_ref() == Some(&node.host()) {
+        mark_stopped(&*kv, id, term)?;
+        let took = began.elapsed().as_millis() as u64;
+        node.event("vm", id.as_str(), "it was stopped in order", Some(took));
+    }
+    Ok(())
+}
+
+/// Carries out an action that the leader sent to this host. Blocks for a bounded time.
+///
+/// # Errors
+/// Why it was not begun. Asking again is safe.
+pub fn act(node: &Node, action: &Action) -> Result<()> {
+    let me = node.host();
+    match action {
+        Action::StartVm { vm, host, term } if *host == me => start_vm(node, vm, *term, &me),
+        Action::StopInstance { vm, host, in_order } if *host == me => {
+            node.instances.mark_stopping(vm, *in_order)
+        }
+        Action::ResetVm { vm, host, .. } if *host == me => {
+            // The process is ended; the leader finds it gone and starts it again here.
+            node.instances.end(vm)
+        }
+        Action::Migrate { vm, from, to, .. } if *from == me => {
+            let request = Request::HandOver { to: to.clone() };
+            node.instances.ask(vm, &request, HANDOVER_BOUND).map(|_| ())
+        }
+        other => refused(format!("{other}: not for host {me}")),
+    }
+}
+
+fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
+    let began = Instant::now();
+    let kv = node.kv();
+    let pool = Pool::load(&*kv)?;
+    let vm = pool.vm_entry(id)?;
+    if vm.stored.record.power == Power::Off {
+        return refused(format!("VM {id} shall be off"));
+    }
+    if vm.term() != term {
+        // Somebody was faster, or this is an old request.
+        return Ok(());
+    }
+    let spec = &vm.stored.record;
+    let left = guard::lease_until(&node.folders).saturating_sub(boot_ms());
+    if spec.protection == Protection::Restart && left < pool.timings.lease_ms / 2 {
+        return refused(format!("host {me} has no lease now, so it may not start VM {id}"));
+    }
+    if let Some(meta) = node.instances.meta(id) {
+        let alive = node.instances.pid(id).is_some() && meta.stopping.is_none();
+        let ours = vm.owner() == Some(me) || vm.owner().is_none() && meta.term == term;
+        if alive && meta.start && ours {
+            // Begun already, and not reported yet when this was decided.
+            return Ok(());
+        }
+        // What is left of an earlier run, or a standby's process: the new start begins from the disks.
+        node.instances.end(id)?;
+    }
+    let how = match spec.protection.hot() {
+        true => {
+            claim_cold(node, id, vm, me)?;
+            How::Primary(term)
+        }
+        false => How::Plain(claim(node, id, vm, me)?),
+    };
+    let started = node.instances.start(id, vm, &how, &pool.hosts);
+    if let Err(error) = &started {
+        count_failure(node, id, me, now_ms())?;
+        node.event(
+            "vm",
+            id.as_str(),
+            format!("it could not be started: {error}"),
+            None,
+        );
+    } else {
+        let took = began.elapsed().as_millis() as u64;
+        node.event(
+            "vm",
+            id.as_str(),
+            format!("its process was started on {me}"),
+            Some(took),
+        );
+    }
+    started
+}
+
+/// Counts a start that failed, once.
+fn count_failure(node: &Node, id: &VmId, me: &HostId, began_ms: u64) -> Result<()> {
+    update(&*node.kv(), &vm_state(id), |old: Option<VmMemory>| {
+        let mut memory = old.unwrap_or_default();
+        let failures = memory.start_failures.entry(me.clone()).or_default();
+        if failures.last_ms >= began_ms {
+            return Ok(None);
+        }
+        failures.count += 1;
+        failures.last_ms = now_ms();
+        Ok(Some(memory))
+    })
+    .map(|_| ())
+}
+
+fn random() -> Result<u64> {
+    random_u64().map_err(|source| NodeError::Io {
+        what: "random numbers".into(),
+        source,
+    })
+}
+
+fn propose(store: &mut RecordStore, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<Term> {
+    let named = |source| NodeError::Io {
+        what: format!("the record of VM {id}"),
+        source,
+    };
+    let (identity, record) = store.read().map_err(named)?;
+    let old = record.unwrap_or_else(|| VmRecord::new(me.clone(), identity));
+    if old.term != vm.term() {
+        return Err(NodeError::Conflict(format!("VM {id}")));
+    }
+    let new = VmRecord {
+        term: old.term.next(),
+        nonce: Nonce {
+            instance: Instance(random()?),
+            count: 1,
+        },
+        ..VmRecord::new(me.clone(), StoreId(identity.0))
+    };
+    match store.cas(&old, &new) {
+        CasOutcome::Done => Ok(new.term),
+        CasOutcome::Conflict { .. } => Err(NodeError::Conflict(format!("VM {id}"))),
+        // Asked again, the term tells.
+        CasOutcome::Unknown => refused(format!("VM {id}: the store did not say who may run it")),
+    }
+}
+
+/// The right to run an unprotected VM here: the next term.
+fn claim(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<Term> {
+    propose(&mut RecordStore::new(node.kv(), id.clone()), id, vm, me)
+}
+
+/// Lets the engine of a protected VM boot it here. It takes the right itself, which the record allows only to its owner and to those
+/// in sync; a VM without disks of its own may be booted anywhere once its owner is gone, so the owner is changed first.
+fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
+    let mut store = RecordStore::new(node.kv(), id.clone());
+    let Some(record) = vm.record.as_ref().filter(|r| r.term > Term::ZERO) else {
+        return store.create(me).map_err(|source| NodeError::Io {
+            what: format!("the record of VM {id}"),
+            source,
+        });
+    };
+    let allowed = record.owner == *me && record.in_sync.is_empty() || record.in_sync.contains(me);
+    if !allowed && vm.stored.record.has_local_disk() && record.owner != *me {
+        return refused(format!("VM {id}: this host has no current copy of its disks"));
+    }
+    if record.owner == *me {
+        return Ok(());
+    }
+    propose(&mut store, id, vm, me).map(|_| ())
+}
+
+/// Learns which members etcd has, so that a lost one can be replaced by others.
+async fn refresh_endpoints(node: &Arc<Node>) -> Result<()> {
+    let mut config = node.config();
+    let spec = config.store_spec(&node.folders);
+    let StoreChoice::Managed { endpoints, .. } = &mut config.store else {
+        return Ok(());
+    };
+    // Learners do not serve clients.
+    let voters = etcd::members(&spec).await?.into_iter().filter(|m| !m.learner);
+    let mut now: Vec<String> = voters.filter_map(|m| m.client).collect();
+    now.sort();
+    if now.is_empty() || now == *endpoints {
+        return Ok(());
+    }
+    *endpoints = now;
+    node.blocking(move |n| n.set_config(config)).await
+}
+
+/// Bytes to go of each standby that is being filled, by VM.
+#[must_use]
+pub fn copying(pool: &Pool, id: &VmId) -> BTreeMap<HostId, u64> {
+    let owner = pool.vms.get(id).and_then(PoolVm::owner);
+    let report = owner.and_then(|o| pool.reports.get(o)?.instances.get(id));
+    report.map(|i| i.copying.clone()).unwrap_or_default()
+}

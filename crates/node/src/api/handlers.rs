@@ -1,0 +1,269 @@
+//! Status, hosts, events, tasks, and what daemons ask of each other.
+
+use super::types::{Done, DryRun, HostStatus, NewToken, PoolStatus, in_ms, pool_status};
+use super::{Answer, Failure};
+use crate::config::StoreChoice;
+use crate::error::{NodeError, Result, refused};
+use crate::node::Node;
+use crate::pki::{Pair, Token, fingerprint_of_pem};
+use crate::pool::Pool;
+use crate::records::{
+    CA, Event, HostInfo, StoredTask, StoredToken, TaskState, get, host_info, host_report, json, parse, update,
+};
+use crate::{etcd, migrate};
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use serde::Deserialize;
+use std::sync::Arc;
+use steadfast_cluster::model::{DrainWhy, HostAdmin};
+use steadfast_cluster::{Action, decide};
+use steadfast_store::Commit;
+use steadfast_types::HostId;
+
+type Shared = State<Arc<Node>>;
+
+/// How long a join token lives, ms.
+const TOKEN_MS: u64 = 3_600_000;
+
+/// Reads the pool.
+///
+/// # Errors
+/// The store's.
+pub async fn load(node: &Arc<Node>) -> Result<Pool> {
+    node.blocking(|n| Pool::load(&*n.kv())).await
+}
+
+/// The pool on one screen.
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = PoolStatus)))]
+pub async fn status(State(node): Shared) -> Answer<PoolStatus> {
+    let pool = load(&node).await?;
+    Ok(Json(pool_status(&pool, &node.config())))
+}
+
+/// All hosts.
+#[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<HostStatus>)))]
+pub async fn hosts(State(node): Shared) -> Answer<Vec<HostStatus>> {
+    let pool = load(&node).await?;
+    Ok(Json(pool_status(&pool, &node.config()).hosts))
+}
+
+/// What would be decided now: the plan, line by line.
+#[utoipa::path(get, path = "/v1/plan", responses((status = 200, body = Done)))]
+pub async fn plan(State(node): Shared) -> Answer<Done> {
+    let snapshot = load(&node).await?.snapshot(None);
+    let text = decide(&snapshot).to_string();
+    Ok(Json(Done {
+        plan: text.lines().map(str::to_owned).collect(),
+        dry_run: true,
+        task: None,
+    }))
+}
+
+async fn set_admin(node: &Arc<Node>, host: HostId, admin: HostAdmin, dry_run: bool) -> Answer<Done> {
+    let pool = load(node).await?;
+    pool.host(&host)?;
+    let mut snapshot = pool.snapshot(None);
+    if let Some(h) = snapshot.hosts.get_mut(&host) {
+        h.record.admin = admin;
+    }
+    let text = decide(&snapshot).to_string();
+    if !dry_run {
+        let key = host_info(&host);
+        let text = format!("it shall be {admin:?}");
+        node.blocking(move |n| {
+            update(&*n.kv(), &key, |old: Option<HostInfo>| {
+                Ok(old.map(|mut info| {
+                    info.record.admin = admin;
+                    info
+                }))
+            })?;
+            n.event("host", host.as_str(), text, None);
+            Ok(())
+        })
+        .await?;
+        node.wake.notify_one();
+    }
+    Ok(Json(Done {
+        plan: text.lines().map(str::to_owned).collect(),
+        dry_run,
+        task: None,
+    }))
+}
+
+/// Empty a host: its VMs are moved, its standbys replaced.
+#[utoipa::path(post, path = "/v1/hosts/{host}/drain", params(("host" = String, Path), ("dry_run" = Option<bool>, Query)),
+    responses((status = 200, body = Done)))]
+pub async fn drain(State(node): Shared, Path(host): Path<HostId>, Query(dry): Query<DryRun>) -> Answer<Done> {
+    set_admin(&node, host, HostAdmin::Draining(DrainWhy::Operator), dry.dry_run).await
+}
+
+/// Use a host again.
+#[utoipa::path(post, path = "/v1/hosts/{host}/resume", params(("host" = String, Path), ("dry_run" = Option<bool>, Query)),
+    responses((status = 200, body = Done)))]
+pub async fn resume(
+    State(node): Shared,
+    Path(host): Path<HostId>,
+    Query(dry): Query<DryRun>,
+) -> Answer<Done> {
+    set_admin(&node, host, HostAdmin::InUse, dry.dry_run).await
+}
+
+/// Take a host that is gone for good, or empty, out of the pool, and its etcd member out of the store.
+#[utoipa::path(delete, path = "/v1/hosts/{host}", params(("host" = String, Path), ("dry_run" = Option<bool>, Query)),
+    responses((status = 200, body = Done)))]
+pub async fn remove_host(
+    State(node): Shared,
+    Path(host): Path<HostId>,
+    Query(dry): Query<DryRun>,
+) -> Answer<Done> {
+    let pool = load(&node).await?;
+    let info = pool.host(&host)?;
+    if host == node.host() {
+        return refused("a host cannot remove itself; ask another one").map_err(Failure);
+    }
+    let used: Vec<String> = pool
+        .vms
+        .iter()
+        .filter(|(_, vm)| vm.owner() == Some(&host))
+        .map(|(id, _)| id.to_string())
+        .collect();
+    let fenced = info.record.fenced();
+    if !used.is_empty()
+        || !(fenced || matches!(info.record.admin, HostAdmin::Maintenance(_)) || info.record.witness)
+    {
+        return refused(format!(
+            "host {host} is in use{}; drain it first (`steadfast host drain {host}`), or wait until it is known to be dead",
+            if used.is_empty() { String::new() } else { format!(" by {}", used.join(", ")) }
+        ))
+        .map_err(Failure);
+    }
+    if !dry.dry_run {
+        let config = node.config();
+        if matches!(config.store, StoreChoice::Managed { .. }) {
+            etcd::remove(&config.store_spec(&node.folders), host.as_str()).await?;
+        }
+        let name = host.clone();
+        node.blocking(move |n| {
+            let commit = Commit::default()
+                .delete(host_info(&name))
+                .delete(host_report(&name));
+            n.kv().commit(&commit)?;
+            n.event("host", name.as_str(), "it was taken out of the pool", None);
+            Ok(())
+        })
+        .await?;
+    }
+    Ok(Json(Done {
+        plan: vec![format!("host {host} leaves the pool")],
+        dry_run: dry.dry_run,
+        task: None,
+    }))
+}
+
+/// Which events.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Which {
+    /// At most so many of the newest; 0: 100.
+    limit: usize,
+    /// Only those about this VM or host.
+    subject: Option<String>,
+}
+
+/// The newest events, oldest first.
+#[utoipa::path(get, path = "/v1/events", params(("limit" = Option<usize>, Query), ("subject" = Option<String>, Query)),
+    responses((status = 200, body = Vec<Event>)))]
+pub async fn events(State(node): Shared, Query(which): Query<Which>) -> Answer<Vec<Event>> {
+    let limit = if which.limit == 0 {
+        100
+    } else {
+        which.limit.min(5000)
+    };
+    let found = node
+        .blocking(move |n| {
+            let mut found: Vec<Event> = Vec::new();
+            for entry in n.kv().list("e/")?.entries.iter().rev() {
+                if found.len() == limit {
+                    break;
+                }
+                match parse::<Event>(&entry.key, &entry.value) {
+                    Ok(e) if which.subject.as_ref().is_none_or(|s| *s == e.subject) => found.push(e),
+                    _ => {}
+                }
+            }
+            found.reverse();
+            Ok(found)
+        })
+        .await?;
+    Ok(Json(found))
+}
+
+/// Long actions: under way, and those that ended lately.
+#[utoipa::path(get, path = "/v1/tasks", responses((status = 200, body = Vec<StoredTask>)))]
+pub async fn tasks(State(node): Shared) -> Answer<Vec<StoredTask>> {
+    Ok(Json(load(&node).await?.tasks))
+}
+
+/// Cancel a task. What it has done so far stays; the VM runs on where it is.
+#[utoipa::path(delete, path = "/v1/tasks/{task}", params(("task" = String, Path)), responses((status = 200, body = Done)))]
+pub async fn cancel_task(State(node): Shared, Path(task): Path<String>) -> Answer<Done> {
+    let pool = load(&node).await?;
+    let found = pool.tasks.iter().find(|t| t.id == task);
+    let found = found.ok_or_else(|| NodeError::NotFound(format!("task {task}")))?;
+    if found.state != TaskState::Running {
+        return refused(format!("task {task} has ended: {}", found.text)).map_err(Failure);
+    }
+    migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?;
+    Ok(Json(Done {
+        plan: vec![format!("{task} is cancelled")],
+        ..Done::default()
+    }))
+}
+
+/// A token that lets one host join within an hour.
+#[utoipa::path(post, path = "/v1/tokens", responses((status = 200, body = NewToken)))]
+pub async fn token(State(node): Shared) -> Answer<NewToken> {
+    let address = node.config().api().to_string();
+    let made = node.blocking(move |n| new_token(n, address)).await?;
+    Ok(Json(made))
+}
+
+/// Makes a token. Blocks.
+///
+/// # Errors
+/// The store's.
+pub fn new_token(node: &Node, address: String) -> Result<NewToken> {
+    let kv = node.kv();
+    let ca: Option<(String, String)> = get(&*kv, CA)?;
+    let (certificate, _) = ca.ok_or_else(|| NodeError::NotFound("CA in the store".into()))?;
+    let token = Token::new(&fingerprint_of_pem(&certificate)?)?;
+    let expires_ms = in_ms(TOKEN_MS);
+    let stored = StoredToken {
+        hash: token.hash(),
+        expires_ms,
+        uses: 1,
+    };
+    let key = format!("p/token/{}", token.id);
+    kv.commit(&Commit::default().put(key, json(&stored)?))?;
+    Ok(NewToken {
+        token: token.to_string(),
+        address,
+        expires_ms,
+    })
+}
+
+/// The pool's CA from the store. Blocks.
+///
+/// # Errors
+/// The store's.
+pub fn ca(node: &Node) -> Result<Pair> {
+    let found: Option<(String, String)> = get(&*node.kv(), CA)?;
+    let (certificate, key) = found.ok_or_else(|| NodeError::NotFound("CA in the store".into()))?;
+    Ok(Pair { certificate, key })
+}
+
+/// The leader asks this host to do something.
+pub async fn act(State(node): Shared, Json(action): Json<Action>) -> Answer<serde_json::Value> {
+    node.blocking(move |n| crate::agent::act(n, &action)).await?;
+    Ok(Json(serde_json::json!({"ok": true})))
+}

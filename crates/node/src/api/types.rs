@@ -1,0 +1,372 @@
+//! What the API takes and gives.
+
+use crate::config::{NodeConfig, StoreChoice};
+use crate::pool::{Pool, PoolVm};
+use crate::records::{StoredTask, TaskState, now_ms};
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use steadfast_cluster::model::{HostAdmin, HostHealth, Phase, Power, Protection};
+use steadfast_types::{HostId, SiteId, VmId};
+use steadfast_vmm::spec::VmSpec;
+use utoipa::ToSchema;
+
+/// The pool on one screen.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct PoolStatus {
+    /// Name of the pool.
+    pub pool: String,
+    /// Nothing needs attention.
+    pub healthy: bool,
+    /// What does.
+    pub problems: Vec<String>,
+    /// Who decides.
+    #[schema(value_type = Option<String>)]
+    pub leader: Option<HostId>,
+    /// `embedded`, `etcd` (the pool's own) or `external etcd`.
+    pub store: String,
+    /// Hosts.
+    pub hosts: Vec<HostStatus>,
+    /// VMs.
+    pub vms: Vec<VmStatus>,
+    /// Moves under way.
+    pub tasks: Vec<StoredTask>,
+}
+
+/// A host.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct HostStatus {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub host: HostId,
+    /// `up`, `suspect`, `dead` or `dead, fenced`.
+    pub health: String,
+    /// `in use`, `draining` or `maintenance`.
+    pub admin: String,
+    /// Votes in the store and runs no VMs.
+    pub witness: bool,
+    /// CPUs in thousandths: in use, and what it has.
+    pub cpu_milli: (u64, u64),
+    /// Memory in bytes: in use, and what it has.
+    pub memory_bytes: (u64, u64),
+    /// VMs that run there.
+    pub running: usize,
+    /// Standbys there.
+    pub standbys: usize,
+    /// Its API.
+    pub api: String,
+    /// What it runs.
+    pub version: String,
+}
+
+/// A VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmStatus {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub vm: VmId,
+    /// Its class.
+    pub class: String,
+    /// `running`, `starting`, `down`, `off`, `stopping`, or `unknown` when its host is not heard of.
+    pub state: String,
+    /// Whether it could survive the loss of its host right now (I8).
+    pub protection: String,
+    /// Who runs it.
+    #[schema(value_type = Option<String>)]
+    pub host: Option<HostId>,
+    /// Standbys in sync.
+    #[schema(value_type = Vec<String>)]
+    pub in_sync: Vec<HostId>,
+    /// Standbys that are not, or not yet.
+    #[schema(value_type = Vec<String>)]
+    pub filling: Vec<HostId>,
+    /// Its fencing number.
+    pub term: u64,
+    /// Epochs sealed and not yet committed.
+    pub lag_epochs: u64,
+}
+
+fn health(h: HostHealth) -> String {
+    match h {
+        HostHealth::Up => "up",
+        HostHealth::Suspect => "suspect",
+        HostHealth::Dead { fenced: false } => "dead",
+        HostHealth::Dead { fenced: true } => "dead, fenced",
+    }
+    .into()
+}
+
+/// How a VM stands, from what the pool knows.
+#[must_use]
+pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
+    let spec = &vm.stored.record;
+    let owner = vm.owner();
+    let up = |h: &HostId| {
+        pool.hosts
+            .get(h)
+            .is_some_and(|i| i.record.health == HostHealth::Up)
+    };
+    let instance = owner.and_then(|o| pool.reports.get(o)?.instances.get(id));
+    let state = match (owner, instance, spec.power) {
+        (Some(o), _, _) if !up(o) => "unknown",
+        (Some(_), Some(i), _) => match i.phase {
+            Phase::Running => "running",
+            Phase::Starting | Phase::Standby => "starting",
+            Phase::Stopping => "stopping",
+            Phase::Failed(_) => "down",
+        },
+        (_, _, Power::Off) => "off",
+        (Some(_) | None, None, Power::On) | (None, Some(_), Power::On) => "down",
+    };
+    let listed = vm.record.as_ref().filter(|_| owner.is_some());
+    let in_sync: Vec<HostId> = listed.map(|r| r.in_sync.clone()).unwrap_or_default();
+    let filling = vm
+        .memory
+        .standbys
+        .iter()
+        .filter(|h| !in_sync.contains(h) && Some(*h) != owner);
+    // I8: only what would hold right now is called protected.
+    let protection = match (spec.protection, state) {
+        (Protection::None, _) => "none promised".into(),
+        (_, "off") => "off".into(),
+        (_, "unknown") => "unknown: its host is not heard of".into(),
+        (Protection::Restart, "running") => {
+            match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
+                0 => "unprotected: there is no other host".into(),
+                _ => "restart elsewhere".into(),
+            }
+        }
+        (_, "running") if instance.is_some_and(|i| i.protected) && in_sync.iter().any(up) => {
+            "protected".into()
+        }
+        (_, "running") if in_sync.iter().any(up) => {
+            "degraded: the primary does not call itself protected".into()
+        }
+        (_, "running") => "unprotected: no standby is in sync".into(),
+        (_, state) => format!("unprotected: it is {state}"),
+    };
+    VmStatus {
+        vm: id.clone(),
+        class: spec.protection.name().into(),
+        state: state.into(),
+        protection,
+        host: owner.cloned(),
+        filling: filling.cloned().collect(),
+        in_sync,
+        term: vm.term().0,
+        lag_epochs: instance.map_or(0, |i| i.lag_epochs),
+    }
+}
+
+/// The pool on one screen.
+#[must_use]
+pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
+    let vms: Vec<VmStatus> = pool.vms.iter().map(|(id, vm)| vm_status(pool, id, vm)).collect();
+    let hosts: Vec<HostStatus> = pool
+        .hosts
+        .iter()
+        .map(|(id, info)| {
+            let report = pool.reports.get(id);
+            let load = report.map(|r| r.status.load).unwrap_or_default();
+            let of = |f: &dyn Fn(&Phase) -> bool| {
+                report.map_or(0, |r| r.instances.values().filter(|i| f(&i.phase)).count())
+            };
+            let up = info.record.health == HostHealth::Up;
+            HostStatus {
+                host: id.clone(),
+                health: health(info.record.health),
+                admin: match info.record.admin {
+                    HostAdmin::InUse => "in use",
+                    HostAdmin::Draining(_) => "draining",
+                    HostAdmin::Maintenance(_) => "maintenance",
+                }
+                .into(),
+                witness: info.record.witness,
+                cpu_milli: (load.cpu_milli, info.record.capacity.cpu_milli),
+                memory_bytes: (load.memory_bytes, info.record.capacity.memory_bytes),
+                running: if up { of(&|p| *p == Phase::Running) } else { 0 },
+                standbys: if up { of(&|p| *p == Phase::Standby) } else { 0 },
+                api: info.api.to_string(),
+                version: report
+                    .map(|r| r.status.versions.steadfast.clone())
+                    .unwrap_or_default(),
+            }
+        })
+        .collect();
+    let mut problems: Vec<String> = hosts
+        .iter()
+        .filter(|h| h.health != "up")
+        .map(|h| format!("host {} is {}", h.host, h.health))
+        .collect();
+    problems.extend(vms.iter().filter(|v| v.state != "off").filter_map(|v| {
+        let fine = v.state == "running"
+            && !v.protection.starts_with("unprotected")
+            && !v.protection.starts_with("degraded");
+        (!fine).then(|| format!("VM {} is {}, {}", v.vm, v.state, v.protection))
+    }));
+    let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
+    if leader.is_none() {
+        problems.push("no host decides for the pool".into());
+    }
+    PoolStatus {
+        pool: config.pool.clone(),
+        healthy: problems.is_empty(),
+        problems,
+        leader,
+        store: match config.store {
+            StoreChoice::Embedded => "embedded",
+            StoreChoice::Managed { .. } => "etcd",
+            StoreChoice::External(_) => "external etcd",
+        }
+        .into(),
+        hosts,
+        vms,
+        tasks: pool
+            .tasks
+            .iter()
+            .filter(|t| t.state == TaskState::Running)
+            .cloned()
+            .collect(),
+    }
+}
+
+/// A new VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewVm {
+    /// What it is made of; `{host}` and `{data}` in its texts stand for the host's name and the daemon's data folder.
+    #[schema(value_type = Object)]
+    pub machine: VmSpec,
+    /// Its class: `none`, `restart`, `checkpoint` or `ft`.
+    pub class: String,
+    /// Name of the shared storage that its writable disks are on; none: they are local files.
+    #[serde(default)]
+    pub shared: Option<String>,
+    /// Start it at once.
+    #[serde(default)]
+    pub start: bool,
+    /// Higher is served first when room is short.
+    #[serde(default)]
+    pub priority: u16,
+}
+
+/// Reads a class.
+///
+/// # Errors
+/// What would be right.
+pub fn class(text: &str) -> Result<Protection, String> {
+    Ok(match text {
+        "none" => Protection::None,
+        "restart" => Protection::Restart,
+        "checkpoint" => Protection::Checkpoint { interval_ms: 1000 },
+        "ft" => Protection::Ft,
+        other => {
+            return Err(format!(
+                "{other:?} is no class; known: none, restart, checkpoint, ft"
+            ));
+        }
+    })
+}
+
+/// Another class.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewClass {
+    /// `none`, `restart`, `checkpoint` or `ft`.
+    pub class: String,
+}
+
+/// Where to.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MoveTo {
+    /// The host.
+    #[schema(value_type = String)]
+    pub to: HostId,
+}
+
+/// How to stop.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HowToStop {
+    /// At once, as if its power failed.
+    pub now: bool,
+}
+
+/// What was done, or would be.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Done {
+    /// The plan, or what was begun, one line each.
+    pub plan: Vec<String>,
+    /// Nothing was changed: `dry_run` was set.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// The task that carries it out, if it takes longer.
+    #[serde(default)]
+    pub task: Option<String>,
+}
+
+/// A question whether to only say what would be done.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct DryRun {
+    /// Change nothing.
+    pub dry_run: bool,
+}
+
+/// A token for one host.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NewToken {
+    /// The text for `steadfast pool join`.
+    pub token: String,
+    /// Where to join.
+    pub address: String,
+    /// When it ends, wall clock, ms.
+    pub expires_ms: u64,
+}
+
+/// What a joining host sends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    /// The token's id and secret.
+    pub token: (String, String),
+    /// Its name.
+    pub host: HostId,
+    /// Where it stands; none: as the host that lets it in.
+    pub site: Option<SiteId>,
+    /// Its address.
+    pub address: IpAddr,
+    /// Its replication addresses.
+    pub replication: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: crate::config::Ports,
+    /// It votes in the store and runs no VMs.
+    pub witness: bool,
+    /// Request for a certificate, PEM.
+    pub request: String,
+    /// What it has.
+    pub capacity: steadfast_cluster::model::Resources,
+    /// CPU baselines that it can give.
+    pub baselines: std::collections::BTreeSet<String>,
+}
+
+/// What it gets.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JoinAnswer {
+    /// Name of the pool.
+    pub pool: String,
+    /// Where it stands.
+    pub site: SiteId,
+    /// The pool's CA, PEM.
+    pub ca: String,
+    /// Its certificate, PEM.
+    pub certificate: String,
+    /// The store as it reaches it.
+    pub store: StoreChoice,
+}
+
+/// Time from now, wall clock, ms.
+#[must_use]
+pub fn in_ms(ms: u64) -> u64 {
+    now_ms().saturating_add(ms)
+}

@@ -1,0 +1,536 @@
+//! The VM processes of this host: started, found again after a restart of the daemon, asked, stopped.
+//!
+//! A process is a child in a process group of its own that outlives the daemon. What runs here is written down in
+//! `RUN/NAME.meta` before it is started; its control socket is `RUN/NAME.sock`. Its files are in `DATA/vm/NAME/`. The run folder
+//! does not survive a restart of the host, and neither do the processes.
+
+use crate::config::{Folders, NodeConfig, write_file};
+use crate::error::{IoContext, NodeError, Result};
+use crate::guard;
+use crate::pool::PoolVm;
+use crate::records::{HostInfo, InstanceReport, StoredVm, now_ms};
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use steadfast_cluster::model::{FailureClass, Phase, Protection};
+use steadfast_protect::{PeerSpec, ProtectSpec, TlsSpec};
+use steadfast_types::{HostId, Term, VmId};
+use steadfast_vmm::control::{Request, ask, served_by};
+use steadfast_vmm::spec::VmSpec;
+
+/// First port of replication links. A link of VM number v to host number h uses `FIRST + v * LINKS + h`.
+const FIRST_PORT: u32 = 20_000;
+/// Links of one VM on one host, so many at most; and so the most hosts of a pool with protected VMs.
+pub const LINKS: u16 = 16;
+/// Number of VMs beyond which there are no ports for links.
+pub const PROTECTED_MAX: u16 = 798;
+/// How long a status is awaited.
+const STATUS_BOUND: Duration = Duration::from_millis(500);
+/// How long an instance may take to open or close a link.
+const PEER_BOUND: Duration = Duration::from_secs(3);
+/// How long a process may take to end when told to.
+const END_BOUND: Duration = Duration::from_secs(10);
+/// A log longer than this is begun anew at the next start, bytes.
+const LOG_MAX: u64 = 4 << 20;
+
+/// What was started here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    /// Under which term; for protected instances the one when they were started.
+    pub term: Term,
+    /// It has the engine of protection.
+    pub hot: bool,
+    /// Its process may run only while the host has its lease.
+    pub leased: bool,
+    /// It was started as the one that boots the guest.
+    pub start: bool,
+    /// When, wall clock, ms.
+    pub started_ms: u64,
+    /// It shall end, in order or not, since this wall-clock time, ms.
+    pub stopping: Option<(u64, bool)>,
+    /// Its process.
+    pub pid: Option<u32>,
+}
+
+/// How an instance is begun.
+pub enum How {
+    /// Boots without protection, under this term.
+    Plain(Term),
+    /// With the engine of protection: boots the guest if the store lets it.
+    Primary(Term),
+    /// With the engine: stands by.
+    Standby(Term),
+}
+
+/// See the module.
+pub struct Instances {
+    folders: Folders,
+    config: Mutex<NodeConfig>,
+    program: PathBuf,
+    /// How processes ended that were this daemon's children.
+    ended: Arc<Mutex<HashMap<VmId, Exit>>>,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// By itself, its guest shut down.
+    Clean,
+    /// With this code or signal.
+    Failed(Option<i32>, Option<i32>),
+}
+
+impl Instances {
+    /// For this host. `program` is the `steadfast` binary.
+    #[must_use]
+    pub fn new(folders: Folders, config: NodeConfig, program: PathBuf) -> Self {
+        Self {
+            folders,
+            config: Mutex::new(config),
+            program,
+            ended: Arc::default(),
+        }
+    }
+
+    /// Later instances are started with these settings.
+    pub fn set_config(&self, config: NodeConfig) {
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
+    }
+
+    fn config(&self) -> NodeConfig {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A VM's files on this host.
+    #[must_use]
+    pub fn folder(&self, vm: &VmId) -> PathBuf {
+        self.folders.data.join("vm").join(vm.as_str())
+    }
+
+    fn socket(&self, vm: &VmId) -> PathBuf {
+        self.folders.run.join(format!("{vm}.sock"))
+    }
+
+    fn meta_path(&self, vm: &VmId) -> PathBuf {
+        self.folders.run.join(format!("{vm}.meta"))
+    }
+
+    /// What was started here, running or not.
+    #[must_use]
+    pub fn all(&self) -> BTreeMap<VmId, Meta> {
+        let Ok(dir) = fs::read_dir(&self.folders.run) else {
+            return BTreeMap::new();
+        };
+        dir.flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let vm = VmId::new(name.to_str()?.strip_suffix(".meta")?).ok()?;
+                let meta = serde_json::from_slice(&fs::read(entry.path()).ok()?).ok()?;
+                Some((vm, meta))
+            })
+            .collect()
+    }
+
+    /// What was started here under this name.
+    #[must_use]
+    pub fn meta(&self, vm: &VmId) -> Option<Meta> {
+        serde_json::from_slice(&fs::read(self.meta_path(vm)).ok()?).ok()
+    }
+
+    fn write_meta(&self, vm: &VmId, meta: &Meta) -> Result<()> {
+        let text = serde_json::to_vec(meta).map_err(|e| NodeError::Refused(e.to_string()))?;
+        write_file(&self.meta_path(vm), &text)
+    }
+
+    /// The process of an instance, if it lives.
+    #[must_use]
+    pub fn pid(&self, vm: &VmId) -> Option<u32> {
+        served_by(&self.socket(vm))
+            .ok()
+            .or_else(|| self.meta(vm)?.pid.filter(|pid| guard::is_vmm(*pid, vm)))
+    }
+
+    /// Starts an instance. One that runs is left alone.
+    ///
+    /// # Errors
+    /// Files cannot be written, the process cannot be started.
+    pub fn start(
+        &self,
+        id: &VmId,
+        entry: &PoolVm,
+        how: &How,
+        hosts: &BTreeMap<HostId, HostInfo>,
+    ) -> Result<()> {
+        let vm = &entry.stored;
+        if self.pid(id).is_some() {
+            return Ok(());
+        }
+        let (hot, start, term) = match how {
+            How::Plain(term) => (false, true, *term),
+            How::Primary(term) => (true, true, *term),
+            How::Standby(term) => (true, false, *term),
+        };
+        let folder = self.folder(id);
+        fs::create_dir_all(&folder).what(|| format!("make {}", folder.display()))?;
+        let config = self.config();
+        let machine = self.machine(&config, vm)?;
+        if !start {
+            empty_disks(vm, &machine)?;
+        }
+        let spec = folder.join("spec.json");
+        write_json(&spec, &machine)?;
+        let mut command = Command::new(&self.program);
+        command.arg("vmm").arg("--spec").arg(&spec);
+        if hot {
+            let protect = folder.join("protect.json");
+            let mut settings = self.protection(&config, entry, hosts)?;
+            settings.start = start;
+            write_json(&protect, &settings)?;
+            command.arg("--protect").arg(&protect);
+        }
+        command.arg("--console").arg(folder.join("console"));
+        command.arg("--debugcon").arg(folder.join("debugcon"));
+        command.args(&config.vmm_args);
+        command.env("STEADFAST_RUN_DIR", &self.folders.run);
+        let log = open_log(&folder.join("log"))?;
+        let log_too = log.try_clone().what(|| "the instance's log".into())?;
+        command.stdin(Stdio::null()).stdout(log_too).stderr(log);
+        command.process_group(0);
+        let mut meta = Meta {
+            term,
+            hot,
+            leased: vm.record.protection == Protection::Restart,
+            start,
+            started_ms: now_ms(),
+            stopping: None,
+            pid: None,
+        };
+        // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
+        self.write_meta(id, &meta)?;
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(source) => {
+                let what = format!("start {}", self.program.display());
+                return Err(NodeError::Io { what, source });
+            }
+        };
+        meta.pid = Some(child.id());
+        self.write_meta(id, &meta)?;
+        let (ended, name) = (Arc::clone(&self.ended), id.clone());
+        let waiter = move || {
+            if let Ok(status) = child.wait() {
+                let exit = match status.success() {
+                    true => Exit::Clean,
+                    false => Exit::Failed(status.code(), status.signal()),
+                };
+                tracing::info!(vm = %name, ?exit, "an instance ended");
+                ended
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(name, exit);
+            }
+        };
+        let spawned = std::thread::Builder::new().name("vmm-wait".into()).spawn(waiter);
+        spawned
+            .map(|_| ())
+            .what(|| "a thread that waits for the instance".into())
+    }
+
+    /// How an instance that was this daemon's child ended, if it did.
+    #[must_use]
+    pub fn exit(&self, vm: &VmId) -> Option<Exit> {
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(vm)
+            .copied()
+    }
+
+    fn machine(&self, config: &NodeConfig, vm: &StoredVm) -> Result<VmSpec> {
+        let wrong = |e: serde_json::Error| NodeError::Refused(format!("specification: {e}"));
+        let text = serde_json::to_string(&vm.machine).map_err(wrong)?;
+        let data = self.folders.data.display().to_string();
+        let text = text
+            .replace("{host}", config.host.as_str())
+            .replace("{data}", &data);
+        serde_json::from_str(&text).map_err(wrong)
+    }
+
+    /// Links this host's instance with those hosts that have, or shall have, one too, and with no others.
+    ///
+    /// # Errors
+    /// The instance does not answer, or its folder cannot be written. The next round goes on.
+    pub fn update_peers(&self, id: &VmId, entry: &PoolVm, hosts: &BTreeMap<HostId, HostInfo>) -> Result<()> {
+        let wanted = self.protection(&self.config(), entry, hosts)?.peers;
+        let path = self.folder(id).join("protect.json");
+        let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
+        let mut now: ProtectSpec = serde_json::from_slice(&text)
+            .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
+        for peer in &wanted {
+            if now.peers.iter().any(|p| p.host == peer.host) {
+                continue;
+            }
+            let add = Request::AddPeer {
+                host: peer.host.clone(),
+                paths: peer.paths.clone(),
+                standby: true,
+            };
+            self.ask(id, &add, PEER_BOUND)?;
+            now.peers.push(peer.clone());
+            write_json(&path, &now)?;
+        }
+        for gone in now.peers.clone() {
+            if wanted.iter().any(|p| p.host == gone.host) {
+                continue;
+            }
+            let remove = Request::RemovePeer {
+                host: gone.host.clone(),
+            };
+            self.ask(id, &remove, PEER_BOUND)?;
+            now.peers.retain(|p| p.host != gone.host);
+            write_json(&path, &now)?;
+        }
+        Ok(())
+    }
+
+    fn protection(
+        &self,
+        config: &NodeConfig,
+        entry: &PoolVm,
+        hosts: &BTreeMap<HostId, HostInfo>,
+    ) -> Result<ProtectSpec> {
+        let vm = &entry.stored;
+        let involved = entry.copies();
+        let me = hosts
+            .get(&config.host)
+            .ok_or_else(|| NodeError::NotFound(format!("host {} in the pool", config.host)))?;
+        let peers = hosts
+            .iter()
+            .filter(|(id, _)| **id != config.host && involved.contains(id))
+            .map(|(id, info)| PeerSpec {
+                host: id.clone(),
+                paths: link(vm.index, (&config.host, me), (id, info)),
+                standby: true,
+            });
+        let tls = self.folders.tls();
+        Ok(ProtectSpec {
+            host: config.host.clone(),
+            store: config.store_spec(&self.folders),
+            peers: peers.collect(),
+            start: false,
+            hold_outputs: vm.record.protection == Protection::Ft,
+            tls: Some(TlsSpec {
+                ca: tls.ca,
+                certificate: tls.certificate,
+                key: tls.key,
+            }),
+            suspect_ms: SUSPECT_MS,
+            audit: None,
+            max_interval_us: match vm.record.protection {
+                Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
+                _ => None,
+            },
+        })
+    }
+
+    /// Asks an instance.
+    ///
+    /// # Errors
+    /// It does not run here, does not answer, or says why not.
+    pub fn ask(&self, vm: &VmId, request: &Request, bound: Duration) -> Result<Value> {
+        ask(&self.socket(vm), request, bound).what(|| format!("VM {vm}"))
+    }
+
+    /// What all instances here are doing.
+    #[must_use]
+    pub fn report(&self) -> BTreeMap<VmId, InstanceReport> {
+        let all = self.all();
+        all.into_iter()
+            .map(|(vm, meta)| {
+                let report = self.report_one(&vm, &meta);
+                (vm, report)
+            })
+            .collect()
+    }
+
+    fn report_one(&self, vm: &VmId, meta: &Meta) -> InstanceReport {
+        let mut report = InstanceReport {
+            phase: if meta.start {
+                Phase::Starting
+            } else {
+                Phase::Standby
+            },
+            term: meta.term,
+            protected: false,
+            lag_epochs: 0,
+            copying: BTreeMap::new(),
+        };
+        match self.ask(vm, &Request::Status, STATUS_BOUND) {
+            Ok(status) if meta.hot => read_protocol(&status["protocol"], meta, &mut report),
+            Ok(_) => report.phase = Phase::Running,
+            Err(_) if self.pid(vm).is_some() => {}
+            Err(_) => report.phase = Phase::Failed(FailureClass::ProcessDied),
+        }
+        if meta.stopping.is_some() {
+            report.phase = Phase::Stopping;
+        }
+        report
+    }
+
+    /// Marks an instance as one that shall end.
+    ///
+    /// # Errors
+    /// The run folder cannot be written.
+    pub fn mark_stopping(&self, vm: &VmId, in_order: bool) -> Result<()> {
+        match self.meta(vm) {
+            Some(mut meta) if meta.stopping.is_none_or(|(_, order)| order && !in_order) => {
+                meta.stopping = Some((now_ms(), in_order));
+                self.write_meta(vm, &meta)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts an instance under the lease, or takes it out.
+    ///
+    /// # Errors
+    /// The run folder cannot be written.
+    pub fn set_leased(&self, vm: &VmId, leased: bool) -> Result<()> {
+        match self.meta(vm) {
+            Some(mut meta) if meta.leased != leased => {
+                meta.leased = leased;
+                self.write_meta(vm, &meta)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends an instance's process and waits for it; what was written down about it goes too. Blocks for a bounded time.
+    ///
+    /// # Errors
+    /// The process does not end even when killed.
+    pub fn end(&self, vm: &VmId) -> Result<()> {
+        if let Some(pid) = self.pid(vm) {
+            let _ = self.ask(vm, &Request::Stop, Duration::from_secs(3));
+            let until = Instant::now() + END_BOUND;
+            let kill_at = Instant::now() + Duration::from_secs(3);
+            while guard::is_vmm(pid, vm) {
+                if Instant::now() > kill_at
+                    && let Some(pid) = Pid::from_raw(pid.cast_signed())
+                {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
+                if Instant::now() > until {
+                    return Err(NodeError::Refused(format!(
+                        "VM {vm}: process {pid} does not end, even killed; its disk or memory hangs in the kernel"
+                    )));
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        self.forget(vm)
+    }
+
+    /// Forgets an instance that has no process.
+    ///
+    /// # Errors
+    /// The run folder cannot be written.
+    pub fn forget(&self, vm: &VmId) -> Result<()> {
+        match fs::remove_file(self.meta_path(vm)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).what(|| format!("forget VM {vm}")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Silence after which an instance suspects the other, ms. Wide: the pool's hosts may be busy.
+const SUSPECT_MS: u64 = 500;
+
+/// Where the two ends of a link meet: at the host with the smaller name, one port for each VM and other host.
+fn link(vm: u16, one: (&HostId, &HostInfo), two: (&HostId, &HostInfo)) -> Vec<SocketAddr> {
+    let (listens, other) = if one.0 < two.0 {
+        (one.1, two.1)
+    } else {
+        (two.1, one.1)
+    };
+    let port = FIRST_PORT + u32::from(vm) * u32::from(LINKS) + u32::from(other.index % LINKS);
+    let port = u16::try_from(port).unwrap_or(u16::MAX);
+    listens
+        .replication
+        .iter()
+        .map(|ip| SocketAddr::new(*ip, port))
+        .collect()
+}
+
+fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
+    if let Some(term) = protocol["term"].as_u64() {
+        report.term = Term(term);
+    }
+    if protocol["role"] != "primary" {
+        report.phase = if meta.start && report.term == Term::ZERO {
+            Phase::Starting
+        } else {
+            Phase::Standby
+        };
+        return;
+    }
+    report.phase = Phase::Running;
+    report.protected = protocol["protected"] == true;
+    report.lag_epochs = protocol["lag_epochs"].as_u64().unwrap_or(0);
+    for member in protocol["members"].as_array().into_iter().flatten() {
+        let host = member["host"].as_str().and_then(|h| HostId::new(h).ok());
+        if let (Some(host), Some(left)) = (host, member["copying_bytes"].as_u64()) {
+            report.copying.insert(host, left);
+        }
+    }
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(|e| NodeError::Refused(e.to_string()))?;
+    write_file(path, &text)
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    let long = fs::metadata(path).is_ok_and(|m| m.len() > LOG_MAX);
+    let mut options = File::options();
+    options.create(true);
+    // Always in append mode: two processes may write it.
+    options.append(true);
+    let file = options.open(path).what(|| format!("open {}", path.display()))?;
+    if long {
+        file.set_len(0).what(|| format!("empty {}", path.display()))?;
+    }
+    Ok(file)
+}
+
+/// A standby's images: made empty where they are missing; the primary fills them.
+fn empty_disks(vm: &StoredVm, machine: &VmSpec) -> Result<()> {
+    for (wanted, disk) in vm.machine.disks.iter().zip(&machine.disks) {
+        if disk.read_only || disk.path.exists() {
+            continue;
+        }
+        let name = wanted.path.display().to_string();
+        let Some(record) = vm.record.disks.iter().find(|d| d.name == name && d.bytes > 0) else {
+            continue;
+        };
+        if let Some(folder) = disk.path.parent() {
+            fs::create_dir_all(folder).what(|| format!("make {}", folder.display()))?;
+        }
+        let file = File::create(&disk.path).what(|| format!("make {}", disk.path.display()))?;
+        file.set_len(record.bytes)
+            .what(|| format!("make {}", disk.path.display()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,471 @@
+//! The part of the daemon that decides for the pool, on whichever host is elected.
+//!
+//! ```text
+//! election: p/leader, by compare-and-swap     a leader whose counter stands for leader_ms is replaced
+//! round:    load the pool -> observe -> decide (pure) -> carry out
+//! ```
+//! Two leaders at once are harmless: every action names the state that it expects, and what changes who may run a VM is the
+//! arbiter's compare-and-swap. Actions on hosts are sent to their daemons; those that only change records are made here. Each
+//! action that was carried out, and each refusal that is new, is an event.
+
+use crate::error::{NodeError, Result};
+use crate::etcd;
+use crate::http::ask;
+use crate::migrate;
+use crate::node::Node;
+use crate::observe::Observer;
+use crate::pool::{Pool, PoolVm};
+use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
+use hyper::Method;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use steadfast_cluster::model::{AlarmKey, Instance, Phase};
+use steadfast_cluster::{Action, Decision, decide};
+use steadfast_store::Commit;
+use steadfast_types::{HostId, VmId};
+
+/// Least time between two rounds.
+const ROUND: Duration = Duration::from_millis(500);
+/// How long a host may take to begin an action.
+const ACT_BOUND: Duration = Duration::from_secs(60);
+/// How long a host may take to say that it is there.
+const PING_BOUND: Duration = Duration::from_secs(2);
+/// A start that was sent is believed for so long without a report of it.
+const UNREPORTED: Duration = Duration::from_secs(4);
+/// Events kept.
+const EVENTS_MAX: usize = 5000;
+/// Tasks kept after their end, ms.
+const TASK_KEPT_MS: u64 = 3_600_000;
+/// A VM that has run for so long has started well, ms.
+const STARTED_WELL_MS: u64 = 60_000;
+/// Housekeeping every so many rounds.
+const HOUSEKEEPING: u64 = 20;
+
+/// See the module.
+pub struct Decider {
+    node: Arc<Node>,
+    observer: Arc<Mutex<Observer>>,
+    /// Another's claim, and since when it stands.
+    other: Option<(Leader, Instant)>,
+    mine: Option<u64>,
+    /// Actions under way, so that none is sent twice at a time.
+    under_way: Arc<Mutex<HashSet<String>>>,
+    /// Refusals that were told already.
+    told: HashSet<String>,
+    running_since: HashMap<VmId, u64>,
+    /// Starts that were sent lately: their hosts may not have reported them yet.
+    begun: HashMap<(VmId, HostId), Instant>,
+    round: u64,
+}
+
+impl Decider {
+    /// On this host.
+    #[must_use]
+    pub fn new(node: Arc<Node>) -> Self {
+        Self {
+            node,
+            observer: Arc::default(),
+            other: None,
+            mine: None,
+            under_way: Arc::default(),
+            told: HashSet::new(),
+            running_since: HashMap::new(),
+            begun: HashMap::new(),
+            round: 0,
+        }
+    }
+
+    /// Rounds until the daemon ends.
+    pub async fn run(mut self) {
+        loop {
+            if let Err(error) = self.turn().await {
+                tracing::warn!(%error, "a round of the leader failed");
+            }
+            let _ = tokio::time::timeout(ROUND * 2, self.node.wake.notified()).await;
+            tokio::time::sleep(ROUND).await;
+        }
+    }
+
+    async fn turn(&mut self) -> Result<()> {
+        // Before the store is read: what is seen there may be newer, never older.
+        let read_at = Instant::now();
+        let pool = self.node.blocking(|n| Pool::load(&*n.kv())).await?;
+        if !self.elected(&pool).await? {
+            *self.observer.lock().unwrap_or_else(PoisonError::into_inner) = Observer::default();
+            self.told.clear();
+            return Ok(());
+        }
+        self.ping(&pool);
+        let observed = self
+            .observer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .look(&pool, read_at);
+        self.remember_owners(&pool).await?;
+        migrate::progress(&self.node, &pool).await?;
+        let mut snapshot = pool.snapshot(Some(&observed));
+        self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
+        for (vm, host) in self.begun.keys() {
+            let Some(vm) = snapshot.vms.get_mut(vm) else {
+                continue;
+            };
+            if vm.state.owner.as_ref() == Some(host) {
+                let starting = Instance::new(Phase::Starting, vm.state.term);
+                vm.state.instances.entry(host.clone()).or_insert(starting);
+            }
+        }
+        let decisions = decide(&snapshot);
+        for decision in decisions.actions {
+            self.carry_out(&pool, decision).await;
+        }
+        let refused: HashSet<String> = decisions.refusals.iter().map(ToString::to_string).collect();
+        for text in refused.difference(&self.told).cloned().collect::<Vec<_>>() {
+            let node = Arc::clone(&self.node);
+            node.blocking(move |n| {
+                n.event("pool", "", format!("not now: {text}"), None);
+                Ok(())
+            })
+            .await?;
+        }
+        self.told = refused;
+        self.round += 1;
+        if self.round % HOUSEKEEPING == 0 {
+            self.keep_house(&pool).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether this host decides; tries to be elected if nobody does.
+    async fn elected(&mut self, pool: &Pool) -> Result<bool> {
+        let me = self.node.host();
+        let current = pool.leader.clone();
+        let taken_ms = pool.timings.leader_ms;
+        let seq = match &current {
+            Some(leader) if leader.host.as_ref() == Some(&me) && self.mine == Some(leader.seq) => {
+                leader.seq + 1
+            }
+            Some(leader) if leader.host.is_some() => {
+                self.mine = None;
+                let since = match &self.other {
+                    Some((seen, since)) if seen == leader => *since,
+                    _ => {
+                        self.other = Some((leader.clone(), Instant::now()));
+                        return Ok(false);
+                    }
+                };
+                if since.elapsed() < Duration::from_millis(taken_ms) {
+                    return Ok(false);
+                }
+                leader.seq + 1
+            }
+            Some(leader) => leader.seq + 1,
+            None => 1,
+        };
+        let claim = Leader { host: Some(me), seq };
+        let value = json(&claim)?;
+        let won = self
+            .node
+            .blocking(move |n| {
+                let kv = n.kv();
+                let now = kv.read(&[LEADER])?;
+                let entry = now.get(LEADER);
+                let expected = current.as_ref().map(json).transpose()?;
+                if entry.map(|e| &e.value) != expected.as_ref() {
+                    return Ok(false);
+                }
+                let commit = Commit::default().unchanged(LEADER, entry).put(LEADER, value);
+                Ok(kv.commit(&commit)?.is_done())
+            })
+            .await?;
+        if won && self.mine.is_none() {
+            let node = Arc::clone(&self.node);
+            node.blocking(|n| {
+                n.event(
+                    "pool",
+                    n.host().as_str(),
+                    "it decides for the pool from now on",
+                    None,
+                );
+                Ok(())
+            })
+            .await?;
+        }
+        self.mine = won.then_some(seq);
+        Ok(won)
+    }
+
+    /// Asks every host whether it is there; answers count when they come.
+    fn ping(&self, pool: &Pool) {
+        for (id, info) in &pool.hosts {
+            let Ok(target) = self.node.target(id, info) else {
+                continue;
+            };
+            let (id, observer) = (id.clone(), Arc::clone(&self.observer));
+            tokio::spawn(async move {
+                let answer: Result<serde_json::Value> =
+                    ask(&target, Method::GET, "/internal/v1/ping", None::<&()>, PING_BOUND).await;
+                if answer.is_ok() {
+                    let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
+                    observer.answered(&id, Instant::now());
+                }
+            });
+        }
+    }
+
+    /// A VM whose owner changed has the old one as a standby from now on.
+    async fn remember_owners(&mut self, pool: &Pool) -> Result<()> {
+        for (id, vm) in &pool.vms {
+            let owner = vm.owner().cloned();
+            let runs = owner
+                .as_ref()
+                .and_then(|o| pool.reports.get(o)?.instances.get(id));
+            let well = runs.is_some_and(|i| i.phase == Phase::Running);
+            if !well {
+                self.running_since.remove(id);
+            }
+            let since = *self.running_since.entry(id.clone()).or_insert_with(now_ms);
+            let recovered = well
+                && !vm.memory.start_failures.is_empty()
+                && now_ms() > since.saturating_add(STARTED_WELL_MS);
+            if vm.memory.last_owner == owner && !recovered {
+                continue;
+            }
+            let (key, wants) = (vm_state(id), vm.stored.record.standbys_wanted() > 0);
+            let (vm_id, old_owner) = (id.clone(), vm.memory.last_owner.clone());
+            let term = vm.term();
+            self.node
+                .blocking(move |n| {
+                    update(&*n.kv(), &key, |old: Option<VmMemory>| {
+                        let mut memory = old.unwrap_or_default();
+                        remember(&mut memory, owner.as_ref(), wants);
+                        if recovered {
+                            memory.start_failures.clear();
+                        }
+                        Ok(Some(memory))
+                    })?;
+                    if let (Some(new), Some(old)) = (&owner, &old_owner)
+                        && new != old
+                    {
+                        let text = format!("it runs on {new} now (term {term}), before on {old}");
+                        n.event("vm", vm_id.as_str(), text, None);
+                    }
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn carry_out(&mut self, pool: &Pool, decision: Decision) {
+        if let Action::StartVm { vm, host, .. } = &decision.action {
+            self.begun.insert((vm.clone(), host.clone()), Instant::now());
+        }
+        let key = decision.action.to_string();
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        if !under_way.insert(key.clone()) {
+            return;
+        }
+        drop(under_way);
+        let (node, pool, under) = (Arc::clone(&self.node), pool.clone(), Arc::clone(&self.under_way));
+        let work = async move {
+            let began = Instant::now();
+            let done = perform(&node, &pool, &decision.action).await;
+            let took = began.elapsed().as_millis() as u64;
+            let subject = decision.action.vm().map_or_else(String::new, ToString::to_string);
+            let text = match &done {
+                Ok(true) => Some(decision.to_string()),
+                Ok(false) => None,
+                Err(error) => Some(format!("{decision}; it failed: {error}")),
+            };
+            if let Some(text) = text {
+                let told = node.blocking(move |n| {
+                    n.event("action", &subject, text, Some(took));
+                    Ok(())
+                });
+                let _ = told.await;
+            }
+            under.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+            node.wake.notify_one();
+        };
+        // Records are changed in the order of the decisions; what hosts do takes its time beside it.
+        tokio::spawn(work);
+    }
+
+    async fn keep_house(&self, pool: &Pool) -> Result<()> {
+        let spec = self.node.config().store_spec(&self.node.folders);
+        if matches!(
+            self.node.config().store,
+            crate::config::StoreChoice::Managed { .. }
+        ) {
+            etcd::promote_learners(&spec).await?;
+        }
+        let old: Vec<String> = pool
+            .tasks
+            .iter()
+            .filter(|t| t.ended_ms.is_some_and(|at| at + TASK_KEPT_MS < now_ms()))
+            .map(|t| migrate::key(&t.id))
+            .collect();
+        self.node
+            .blocking(move |n| {
+                let kv = n.kv();
+                let events = kv.list("e/")?.entries;
+                let surplus = events.len().saturating_sub(EVENTS_MAX);
+                let mut keys: Vec<String> = events.into_iter().take(surplus).map(|e| e.key).collect();
+                keys.extend(old);
+                for part in keys.chunks(steadfast_store::CHANGES_MAX) {
+                    let delete = part.iter().fold(Commit::default(), |c, k| c.delete(k));
+                    kv.commit(&delete)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+}
+
+/// What a change of owner does to the standbys.
+fn remember(memory: &mut VmMemory, owner: Option<&HostId>, wants_standbys: bool) {
+    if let Some(new) = owner {
+        if let Some(old) = memory.last_owner.replace(new.clone()).filter(|old| old != new)
+            && wants_standbys
+        {
+            memory.standbys.insert(old);
+        }
+        memory.standbys.remove(new);
+        memory.stopped = None;
+    } else {
+        memory.last_owner = None;
+    }
+}
+
+/// Asks a host's daemon to carry out an action.
+///
+/// # Errors
+/// It cannot be reached, or says why not.
+pub async fn send(node: &Arc<Node>, pool: &Pool, host: &HostId, action: &Action) -> Result<()> {
+    if *host == node.host() {
+        let action = action.clone();
+        return node.blocking(move |n| crate::agent::act(n, &action)).await;
+    }
+    let target = node.target(host, pool.host(host)?)?;
+    let _: serde_json::Value =
+        ask(&target, Method::POST, "/internal/v1/act", Some(action), ACT_BOUND).await?;
+    Ok(())
+}
+
+/// Does one action. False: there was nothing (new) to do.
+async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool> {
+    match action {
+        Action::MarkHealth { host, .. } | Action::MarkAdmin { host, .. } => {
+            let (key, action) = (host_info(host), action.clone());
+            node.blocking(move |n| {
+                update(&*n.kv(), &key, |old: Option<HostInfo>| {
+                    Ok(old.map(|mut info| {
+                        match &action {
+                            Action::MarkHealth { health, .. } => info.record.health = *health,
+                            Action::MarkAdmin { admin, .. } => info.record.admin = *admin,
+                            _ => {}
+                        }
+                        info
+                    }))
+                })
+            })
+            .await?;
+            Ok(true)
+        }
+        Action::StartVm { host, .. } | Action::ResetVm { host, .. } => {
+            send(node, pool, host, action).await.map(|()| true)
+        }
+        Action::StopInstance { vm, host, in_order } => {
+            let entry = pool.vms.get(vm);
+            if *in_order && let Some(entry) = entry {
+                stop_standbys(node, pool, vm, entry).await?;
+            }
+            send(node, pool, host, action).await.map(|()| true)
+        }
+        // The standby finds that out by itself, faster than we can; the arbiter lets it.
+        Action::Promote { .. } => Ok(true),
+        Action::AddStandby { vm, host } => change_standbys(node, vm, host, true).await.map(|()| true),
+        Action::RemoveStandby { vm, host } => change_standbys(node, vm, host, false).await.map(|()| true),
+        Action::Migrate {
+            vm, from, to, cause, ..
+        } => migrate::begin(node, pool, vm, from, to, *cause)
+            .await
+            .map(|_| true),
+        Action::CancelMigration { vm, to } => migrate::cancel(node, pool, vm, to).await.map(|()| true),
+        Action::UpgradeHost { .. } => Err(NodeError::Refused(
+            "upgrading a host by itself is not there yet: install the new binary and restart its daemon"
+                .into(),
+        )),
+        Action::RaiseAlarm { alarm } => set_alarm(node, alarm, true).await,
+        Action::ClearAlarm { alarm } => set_alarm(node, alarm, false).await,
+    }
+}
+
+/// A standby must not take over from a primary that is stopped on purpose: it goes first.
+async fn stop_standbys(node: &Arc<Node>, pool: &Pool, vm: &VmId, entry: &PoolVm) -> Result<()> {
+    for host in entry.memory.standbys.clone() {
+        change_standbys(node, vm, &host, false).await?;
+        let there = pool
+            .reports
+            .get(&host)
+            .is_some_and(|r| r.instances.contains_key(vm));
+        if there && pool.hosts.get(&host).is_some_and(|h| h.record.reachable()) {
+            let stop = Action::StopInstance {
+                vm: vm.clone(),
+                host: host.clone(),
+                in_order: false,
+            };
+            send(node, pool, &host, &stop).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Lists a host as a standby, or no more.
+///
+/// # Errors
+/// The store's.
+pub async fn change_standbys(node: &Arc<Node>, vm: &VmId, host: &HostId, add: bool) -> Result<()> {
+    let (key, host) = (vm_state(vm), host.clone());
+    node.blocking(move |n| {
+        update(&*n.kv(), &key, |old: Option<VmMemory>| {
+            let mut memory = old.unwrap_or_default();
+            match add {
+                true => memory.standbys.insert(host.clone()),
+                false => memory.standbys.remove(&host),
+            };
+            Ok(Some(memory))
+        })
+    })
+    .await
+    .map(|_| ())
+}
+
+async fn set_alarm(node: &Arc<Node>, alarm: &AlarmKey, up: bool) -> Result<bool> {
+    let value = json(alarm)?;
+    let key = format!("p/alarm/{}", crate::pki::fingerprint(&value));
+    node.blocking(move |n| {
+        let commit = match up {
+            true => Commit::default().put(key, value),
+            false => Commit::default().delete(key),
+        };
+        Ok(n.kv().commit(&commit)?.is_done())
+    })
+    .await
+}
+
+/// Gives the leadership up, so that another host need not wait for its end.
+///
+/// # Errors
+/// The store's.
+pub fn resign(node: &Node) -> Result<()> {
+    let me = node.host();
+    update(&*node.kv(), LEADER, |old: Option<Leader>| {
+        Ok(old.filter(|l| l.host.as_ref() == Some(&me)).map(|l| Leader {
+            host: None,
+            seq: l.seq + 1,
+        }))
+    })
+    .map(|_| ())
+}

@@ -1,0 +1,46 @@
+//! The daemon of a host: `steadfast node`.
+//!
+//! ```text
+//!            api   <-- command line (unix socket), other hosts (TLS with the pool's certificates)
+//!             |
+//!   store <--+--> leader   on the elected host: pool -> observe -> cluster::decide -> actions
+//!             |      |
+//!             |      v  (the API of each host)
+//!             +--> agent   on every host: report and lease, instances as the store wants them
+//!                    |
+//!                    v
+//!   steadfast vmm (one process a VM)     steadfast guard (ends `restart` VMs without a lease)     etcd
+//! ```
+//! The three below outlive the daemon: it can be restarted and upgraded while VMs go on. What the daemon knows is in the store or
+//! with those processes; it keeps nothing of its own but `node.json` and the certificates.
+//!
+//! Invariants here: I2 (a `restart` VM is started only under the next term, once the old host is fenced by its lease), I8 (status is
+//! computed from what holds now), I9 (requests are bounded), I10 (actions are idempotent; a round carries on what a dead daemon
+//! began).
+
+mod agent;
+pub mod api;
+pub mod config;
+mod daemon;
+mod error;
+mod etcd;
+mod guard;
+pub mod http;
+mod instances;
+mod leader;
+mod measure;
+mod migrate;
+mod node;
+mod observe;
+pub mod pki;
+mod pool;
+pub mod records;
+mod relocate;
+pub mod setup;
+mod tls;
+
+pub use config::Folders;
+pub use daemon::run;
+pub use error::{NodeError, Result};
+pub use guard::run as run_guard;
+pub use steadfast_store::TlsFiles;

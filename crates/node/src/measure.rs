@@ -1,0 +1,115 @@
+//! What a host measures of itself: load, pressure, capacity.
+//!
+//! Sources: `/proc/stat`, `/proc/meminfo`, `/proc/pressure/*` (PSI), `/proc/diskstats` is not read yet. What the kernel does not tell
+//! is left at zero.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+use steadfast_cluster::model::{HostStatus, Resources, Versions};
+
+/// Share of time, in percent over 10 s, that some task waited for CPU, or all waited for memory or I/O, from which on a host is
+/// starved.
+const STARVED_PERCENT: f64 = 60.0;
+
+/// Measures, smoothed over rounds.
+#[derive(Default)]
+pub struct Measure {
+    last: Option<(Instant, u64)>,
+    cpu_milli: u64,
+}
+
+impl Measure {
+    /// Now.
+    pub fn status(&mut self, _data: &Path) -> HostStatus {
+        let mut status = HostStatus::default();
+        if let Some(busy) = busy_ticks() {
+            let now = Instant::now();
+            if let Some((at, before)) = self.last {
+                let ms = now.duration_since(at).as_millis().max(1) as u64;
+                // A tick is 10 ms.
+                let milli = busy.saturating_sub(before).saturating_mul(10_000) / ms;
+                self.cpu_milli = (self.cpu_milli * 3 + milli) / 4;
+            }
+            self.last = Some((now, busy));
+        }
+        status.load.cpu_milli = self.cpu_milli;
+        status.load.memory_bytes = memory().map_or(0, |(total, free)| total.saturating_sub(free));
+        status.starved = starved();
+        status.versions = Versions {
+            steadfast: env!("CARGO_PKG_VERSION").into(),
+            wire_min: 1,
+            wire_max: 1,
+        };
+        status
+    }
+}
+
+fn busy_ticks() -> Option<u64> {
+    let text = fs::read_to_string("/proc/stat").ok()?;
+    let line = text.lines().next()?;
+    let fields: Vec<u64> = line
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|f| f.parse().ok())
+        .collect();
+    let idle: u64 = fields.get(3..5)?.iter().sum();
+    // Guest time is counted in user time already.
+    Some(fields.iter().take(8).sum::<u64>() - idle)
+}
+
+/// Total and available memory, bytes.
+fn memory() -> Option<(u64, u64)> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let value = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+        line.split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()
+            .map(|kib| kib << 10)
+    };
+    Some((value("MemTotal:")?, value("MemAvailable:")?))
+}
+
+fn starved() -> bool {
+    let avg = |what: &str, kind: &str| {
+        let text = fs::read_to_string(format!("/proc/pressure/{what}")).ok()?;
+        let line = text.lines().find_map(|l| l.strip_prefix(kind))?;
+        let field = line.split_whitespace().find_map(|f| f.strip_prefix("avg10="))?;
+        field.parse::<f64>().ok()
+    };
+    let above = |v: Option<f64>| v.is_some_and(|v| v > STARVED_PERCENT);
+    above(avg("memory", "full")) || above(avg("io", "full"))
+}
+
+/// What this host has.
+#[must_use]
+pub fn capacity(data: &Path) -> Resources {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let disk = rustix::fs::statvfs(data).map_or(0, |s| s.f_bavail.saturating_mul(s.f_frsize));
+    Resources {
+        cpu_milli: cpus * 1000,
+        memory_bytes: memory().map_or(0, |(total, _)| total),
+        disk_bytes: disk,
+    }
+}
+
+/// The CPU baselines that this host can give a guest.
+#[must_use]
+pub fn baselines() -> std::collections::BTreeSet<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = text
+        .lines()
+        .find_map(|l| l.strip_prefix("flags"))
+        .unwrap_or_default();
+    let has = |names: &[&str]| names.iter().all(|n| flags.split_whitespace().any(|f| f == *n));
+    let mut found = std::collections::BTreeSet::new();
+    if has(&["cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"]) {
+        found.insert("x86-64-v2".into());
+        if has(&["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"]) {
+            found.insert("x86-64-v3".into());
+        }
+    }
+    found
+}

@@ -1,0 +1,168 @@
+//! What the parts of a daemon share.
+
+use crate::config::{Folders, NodeConfig};
+use crate::error::{NodeError, Result};
+use crate::http::Target;
+use crate::instances::Instances;
+use crate::pool;
+use crate::records::{Event, HostInfo, now_ms};
+use crate::relocate::ReadOnly;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+use steadfast_store::Kv;
+use steadfast_types::HostId;
+use tokio::sync::Notify;
+
+/// See the module.
+pub struct Node {
+    /// Its files.
+    pub folders: Folders,
+    /// The `steadfast` binary.
+    pub program: PathBuf,
+    /// Its VM processes.
+    pub instances: Instances,
+    /// For requests to other hosts.
+    pub client: Arc<ClientConfig>,
+    /// Wakes the leader's loop.
+    pub wake: Notify,
+    /// Names this run of the daemon.
+    pub run: u64,
+    config: RwLock<NodeConfig>,
+    kv: RwLock<Arc<dyn Kv>>,
+}
+
+impl Node {
+    /// Opens the store and all.
+    ///
+    /// # Errors
+    /// Certificates or the store cannot be opened.
+    pub fn new(folders: Folders, config: NodeConfig, program: PathBuf) -> Result<Self> {
+        let kv = steadfast_store::open(&config.store_spec(&folders))?;
+        let run = steadfast_store::random_u64().map_err(|source| NodeError::Io {
+            what: "random numbers".into(),
+            source,
+        })?;
+        Ok(Self {
+            client: crate::tls::client(&folders.tls())?,
+            instances: Instances::new(folders.clone(), config.clone(), program.clone()),
+            wake: Notify::new(),
+            run,
+            kv: RwLock::new(kv),
+            config: RwLock::new(config),
+            program,
+            folders,
+        })
+    }
+
+    /// This host's settings now.
+    #[must_use]
+    pub fn config(&self) -> NodeConfig {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// This host's name.
+    #[must_use]
+    pub fn host(&self) -> HostId {
+        self.config
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .host
+            .clone()
+    }
+
+    /// The store now.
+    #[must_use]
+    pub fn kv(&self) -> Arc<dyn Kv> {
+        Arc::clone(&self.kv.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes this host's settings, on disk first; opens the store that they name.
+    ///
+    /// # Errors
+    /// The settings cannot be written, or the store cannot be opened.
+    pub fn set_config(&self, config: NodeConfig) -> Result<()> {
+        config.save(&self.folders)?;
+        let spec = config.store_spec(&self.folders);
+        let changed = spec != self.config().store_spec(&self.folders);
+        self.instances.set_config(config.clone());
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+        if changed {
+            let kv = steadfast_store::open(&spec)?;
+            *self.kv.write().unwrap_or_else(PoisonError::into_inner) = kv;
+        }
+        Ok(())
+    }
+
+    /// Refuses changes from now on, and waits for those under way.
+    ///
+    /// # Errors
+    /// They did not end within `bound`; changes are taken again.
+    pub fn freeze_store(&self, bound: Duration) -> Result<Arc<dyn Kv>> {
+        let source = self.kv();
+        *self.kv.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ReadOnly(Arc::clone(&source)));
+        let until = Instant::now() + bound;
+        // Ours and the read-only one's; all others belong to changes under way.
+        while Arc::strong_count(&source) > 2 {
+            if Instant::now() > until {
+                self.thaw_store(source);
+                return Err(NodeError::Refused(
+                    "changes to the store do not end; try again".into(),
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(source)
+    }
+
+    /// Takes changes again.
+    pub fn thaw_store(&self, store: Arc<dyn Kv>) {
+        *self.kv.write().unwrap_or_else(PoisonError::into_inner) = store;
+    }
+
+    /// Runs blocking work, on the store say, outside the runtime's own threads.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Node) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let node = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(&node))
+            .await
+            .map_err(|e| NodeError::Refused(format!("a task of the daemon ended: {e}")))?
+    }
+
+    /// How another host's daemon is asked.
+    ///
+    /// # Errors
+    /// A name that cannot stand in a certificate.
+    pub fn target(&self, host: &HostId, info: &HostInfo) -> Result<Target> {
+        let name = ServerName::try_from(host.to_string()).map_err(|_| {
+            NodeError::Certificates(format!("{host} cannot be a host's name in a certificate"))
+        })?;
+        Ok(Target::Tls {
+            at: info.api,
+            name,
+            config: Arc::clone(&self.client),
+        })
+    }
+
+    /// Keeps an event. Blocks.
+    pub fn event(&self, kind: &str, subject: &str, text: impl Into<String>, took_ms: Option<u64>) {
+        let text = text.into();
+        tracing::info!(kind, subject, "{text}");
+        let event = Event {
+            at_ms: now_ms(),
+            host: self.host(),
+            kind: kind.into(),
+            subject: subject.into(),
+            text,
+            took_ms,
+        };
+        pool::event(&*self.kv(), &event);
+    }
+}

@@ -1,0 +1,156 @@
+//! What the leader observes of the other hosts: how long since each was heard of, on which path, by the leader's own monotonic
+//! clock.
+//!
+//! ```text
+//!   report in the store moves, or the host answers     Up
+//!   nothing for suspect_ms                             Suspect   nothing is taken from it
+//!   nothing for dead_ms, on no path                    Dead, not fenced: its `ft` VMs are taken over by the arbiter's word
+//!   its report stands for lease + margin               Dead, fenced: it has ended its `restart` VMs itself
+//! ```
+//! A new leader starts all clocks anew, so it never knows less than it says. A host that answers but cannot reach the store stays
+//! suspect, not dead, until its lease is out: it has then stopped its `restart` VMs, and may not start any.
+//!
+//! Bound on detection: `dead_ms` plus a report and a round of the leader; for `restart` VMs lease, margin and a round.
+
+use crate::pool::Pool;
+use crate::records::Timings;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use steadfast_cluster::model::HostHealth;
+use steadfast_types::HostId;
+
+/// One host.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// Daemon's run and its counter.
+    report: (u64, u64),
+    /// When that was new.
+    reported: Instant,
+    /// When it last answered a question.
+    answered: Instant,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Observer {
+    hosts: BTreeMap<HostId, Seen>,
+    /// When the leader itself last looked: a long pause of its own says nothing about others (I7).
+    looked: Option<Instant>,
+}
+
+/// Longest time between two looks that counts as the others' silence.
+const STEP_MAX: Duration = Duration::from_secs(3);
+
+impl Observer {
+    /// A host answered a question.
+    pub fn answered(&mut self, host: &HostId, now: Instant) {
+        if let Some(seen) = self.hosts.get_mut(host) {
+            seen.answered = now;
+        }
+    }
+
+    /// What is to be thought of each host now.
+    pub fn look(&mut self, pool: &Pool, now: Instant) -> BTreeMap<HostId, HostHealth> {
+        let own_pause = self.looked.map_or(Duration::ZERO, |at| {
+            now.saturating_duration_since(at).saturating_sub(STEP_MAX)
+        });
+        self.looked = Some(now);
+        self.hosts.retain(|h, _| pool.hosts.contains_key(h));
+        let mut health = BTreeMap::new();
+        for id in pool.hosts.keys() {
+            let report = pool.reports.get(id).map_or((0, 0), |r| (r.daemon, r.seq));
+            let seen = self.hosts.entry(id.clone()).or_insert(Seen {
+                report,
+                reported: now,
+                answered: now,
+            });
+            seen.answered += own_pause;
+            if seen.report != report {
+                seen.report = report;
+                seen.reported = now;
+            }
+            let silent = now.saturating_duration_since(seen.reported.max(seen.answered));
+            let stands = now.saturating_duration_since(seen.reported);
+            health.insert(id.clone(), judge(&pool.timings, stands, silent));
+        }
+        health
+    }
+}
+
+/// `stands`: since the report moved; `silent`: since it was heard of on any path.
+fn judge(t: &Timings, stands: Duration, silent: Duration) -> HostHealth {
+    let ms = Duration::from_millis;
+    if stands >= ms(t.lease_ms + t.lease_margin_ms) {
+        // Fencing rests on the lease alone; that no path works is only the reason to look at it.
+        HostHealth::Dead { fenced: true }
+    } else if silent >= ms(t.dead_ms) {
+        HostHealth::Dead { fenced: false }
+    } else if stands >= ms(t.suspect_ms) {
+        HostHealth::Suspect
+    } else {
+        HostHealth::Up
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::{HostInfo, HostReport};
+    use steadfast_cluster::model::{HostRecord, Resources};
+    use steadfast_types::SiteId;
+
+    fn pool(seq: u64) -> Pool {
+        let id = HostId::new("a").unwrap();
+        let record = HostRecord {
+            id: id.clone(),
+            site: SiteId::new("s").unwrap(),
+            rack: None,
+            addresses: BTreeMap::new(),
+            witness: false,
+            capacity: Resources::new(1, 1, 1),
+            reserved: Resources::ZERO,
+            baselines: Default::default(),
+            storages: Default::default(),
+            link_bytes_per_s: 0,
+            admin: Default::default(),
+            health: HostHealth::Up,
+        };
+        let mut pool = Pool::default();
+        let info = HostInfo {
+            record,
+            index: 0,
+            api: ([127, 0, 0, 1], 1).into(),
+            replication: Vec::new(),
+            etcd: None,
+        };
+        pool.hosts.insert(id.clone(), info);
+        let report = HostReport {
+            seq,
+            ..HostReport::default()
+        };
+        pool.reports.insert(id, report);
+        pool
+    }
+
+    #[test]
+    fn silence_is_graded_and_a_pause_of_ones_own_is_no_silence() {
+        let (mut o, t0) = (Observer::default(), Instant::now());
+        let id = HostId::new("a").unwrap();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        let mut look = |o: &mut Observer, seq, ms| o.look(&pool(seq), at(ms))[&id];
+        assert_eq!(look(&mut o, 1, 0), HostHealth::Up);
+        for ms in (1000..=2000).step_by(1000) {
+            assert_eq!(look(&mut o, 1, ms), HostHealth::Up);
+        }
+        assert_eq!(look(&mut o, 1, 3500), HostHealth::Suspect);
+        o.answered(&id, at(4000));
+        assert_eq!(look(&mut o, 1, 6500), HostHealth::Suspect);
+        assert_eq!(look(&mut o, 1, 9000), HostHealth::Suspect);
+        assert_eq!(look(&mut o, 1, 10_500), HostHealth::Dead { fenced: false });
+        assert_eq!(look(&mut o, 1, 13_000), HostHealth::Dead { fenced: false });
+        assert_eq!(look(&mut o, 1, 14_100), HostHealth::Dead { fenced: true });
+        assert_eq!(look(&mut o, 2, 15_000), HostHealth::Up);
+        // The leader stood still for 9 s: 3 of them count.
+        assert_ne!(look(&mut o, 2, 24_000), HostHealth::Dead { fenced: false });
+    }
+}

@@ -1,0 +1,285 @@
+//! The whole pool as the store has it at one instant, and as the decisions want to see it.
+
+use crate::error::Result;
+use crate::records::{
+    self, CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState,
+    Timings, VmMemory, now_ms, parse,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use steadfast_cluster::model::{
+    AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Snapshot, Standby, Vm, VmState,
+};
+use steadfast_epoch::arbiter::VmRecord;
+use steadfast_store::Kv;
+use steadfast_types::{HostId, Term, VmId};
+
+/// A VM, all of it.
+#[derive(Clone)]
+pub struct PoolVm {
+    /// What is wanted.
+    pub stored: StoredVm,
+    /// The arbiter's record; none: never started.
+    pub record: Option<VmRecord>,
+    /// The rest.
+    pub memory: VmMemory,
+}
+
+impl PoolVm {
+    /// Who has the right to run it.
+    #[must_use]
+    pub fn owner(&self) -> Option<&HostId> {
+        let record = self.record.as_ref().filter(|r| r.term > Term::ZERO)?;
+        (self.memory.stopped != Some(record.term)).then_some(&record.owner)
+    }
+
+    /// Hosts that have, or shall have, a copy of it: owner, standbys, and an owner that has just lost it.
+    #[must_use]
+    pub fn copies(&self) -> BTreeSet<HostId> {
+        let mut all = self.memory.standbys.clone();
+        all.extend(self.owner().cloned());
+        if self.stored.record.standbys_wanted() > 0 {
+            all.extend(self.memory.last_owner.clone());
+        }
+        all
+    }
+
+    /// The fencing number.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        self.record.as_ref().map_or(Term::ZERO, |r| r.term)
+    }
+}
+
+/// See the module.
+#[derive(Clone, Default)]
+pub struct Pool {
+    /// Settings.
+    pub settings: PoolSettings,
+    /// Intervals.
+    pub timings: Timings,
+    /// Who decides.
+    pub leader: Option<Leader>,
+    /// Hosts.
+    pub hosts: BTreeMap<HostId, HostInfo>,
+    /// Their last reports.
+    pub reports: BTreeMap<HostId, HostReport>,
+    /// VMs.
+    pub vms: BTreeMap<VmId, PoolVm>,
+    /// Long actions.
+    pub tasks: Vec<StoredTask>,
+    /// Alarms that are up.
+    pub alarms: BTreeSet<AlarmKey>,
+}
+
+impl Pool {
+    /// Reads it. Two reads of the store: what is of hosts and what is of VMs may be of slightly different instants, which
+    /// the terms in both make harmless.
+    ///
+    /// # Errors
+    /// The store's. A value that cannot be read is left out and logged: one bad record must not stop the pool.
+    pub fn load(kv: &dyn Kv) -> Result<Self> {
+        let mut pool = Self::default();
+        for entry in kv.list("p/")?.entries {
+            let (key, value) = (entry.key.as_str(), entry.value.as_slice());
+            let done = match key {
+                SETTINGS => parse(key, value).map(|v| pool.settings = v),
+                TIMINGS => parse(key, value).map(|v| pool.timings = v),
+                LEADER => parse(key, value).map(|v| pool.leader = Some(v)),
+                CA => Ok(()),
+                _ => pool.take(key, value),
+            };
+            if let Err(error) = done {
+                tracing::error!(%error, key, "a value in the store is left out");
+            }
+        }
+        let mut parts: BTreeMap<VmId, (Option<StoredVm>, Option<VmRecord>, VmMemory)> = BTreeMap::new();
+        for entry in kv.list("vm/")?.entries {
+            let mut path = entry.key.split('/').skip(1);
+            let (Some(Ok(id)), Some(part)) = (path.next().map(VmId::new), path.next()) else {
+                continue;
+            };
+            let vm = parts.entry(id).or_default();
+            let done = match part {
+                "spec" => parse(&entry.key, &entry.value).map(|v| vm.0 = Some(v)),
+                "record" => steadfast_protect::store::parse(&entry.value)
+                    .map(|v| vm.1 = Some(v))
+                    .map_err(|e| crate::error::NodeError::Refused(e.to_string())),
+                "state" => parse(&entry.key, &entry.value).map(|v| vm.2 = v),
+                _ => Ok(()),
+            };
+            if let Err(error) = done {
+                tracing::error!(%error, key = entry.key, "a value in the store is left out");
+            }
+        }
+        pool.vms = parts
+            .into_iter()
+            .filter_map(|(id, (stored, record, memory))| {
+                let stored = stored?;
+                Some((
+                    id,
+                    PoolVm {
+                        stored,
+                        record,
+                        memory,
+                    },
+                ))
+            })
+            .collect();
+        Ok(pool)
+    }
+
+    fn take(&mut self, key: &str, value: &[u8]) -> Result<()> {
+        let mut path = key.split('/').skip(1);
+        match (path.next(), path.next(), path.next()) {
+            (Some("host"), Some(id), Some(part)) => {
+                let Ok(id) = HostId::new(id) else { return Ok(()) };
+                if part == "info" {
+                    self.hosts.insert(id, parse(key, value)?);
+                } else {
+                    self.reports.insert(id, parse(key, value)?);
+                }
+            }
+            (Some("task"), ..) => self.tasks.push(parse(key, value)?),
+            (Some("alarm"), ..) => {
+                self.alarms.insert(parse(key, value)?);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What `decide` looks at. `observed` is what the detector says now; without it, what is written down.
+    #[must_use]
+    pub fn snapshot(&self, observed: Option<&BTreeMap<HostId, HostHealth>>) -> Snapshot {
+        let hosts = self.hosts.iter().map(|(id, info)| {
+            let report = self.reports.get(id);
+            let mut status: HostStatus = report.map(|r| r.status.clone()).unwrap_or_default();
+            status.observed = match observed {
+                Some(seen) => seen.get(id).copied().unwrap_or(info.record.health),
+                None => info.record.health,
+            };
+            let record = info.record.clone();
+            (id.clone(), Host { record, status })
+        });
+        let tasks = self.tasks.iter().filter(|t| t.state == TaskState::Running);
+        Snapshot {
+            now_ms: now_ms(),
+            pool: self.settings.clone(),
+            hosts: hosts.collect(),
+            vms: self
+                .vms
+                .iter()
+                .map(|(id, vm)| (id.clone(), self.vm(id, vm)))
+                .collect(),
+            tasks: tasks.map(|t| t.task.clone()).collect(),
+            alarms: self.alarms.clone(),
+        }
+    }
+
+    fn vm(&self, id: &VmId, vm: &PoolVm) -> Vm {
+        let (spec, memory) = (vm.stored.record.clone(), &vm.memory);
+        let owner = vm.owner().cloned();
+        let in_sync = |h: &HostId| {
+            vm.record
+                .as_ref()
+                .is_some_and(|r| owner.is_some() && r.in_sync.contains(h))
+        };
+        let mut standbys: BTreeMap<HostId, Standby> = memory
+            .standbys
+            .iter()
+            .filter(|h| Some(*h) != owner.as_ref())
+            .map(|h| {
+                (
+                    h.clone(),
+                    Standby {
+                        in_sync: in_sync(h),
+                        lag_ms: 0,
+                    },
+                )
+            })
+            .collect();
+        // The leader has not seen the change of owner yet: the old one is a standby from now on.
+        if let (Some(new), Some(old)) = (&owner, &memory.last_owner)
+            && new != old
+            && spec.standbys_wanted() > 0
+        {
+            standbys.entry(old.clone()).or_insert(Standby {
+                in_sync: in_sync(old),
+                lag_ms: 0,
+            });
+        }
+        let mut replicas = BTreeSet::new();
+        if let Some(record) = vm.record.as_ref().filter(|r| r.term > Term::ZERO)
+            && spec.has_local_disk()
+        {
+            replicas.insert(record.owner.clone());
+            replicas.extend(record.in_sync.iter().cloned());
+        }
+        let instances: BTreeMap<HostId, Instance> = self
+            .reports
+            .iter()
+            .filter(|(h, _)| self.hosts.get(*h).is_some_and(|i| !i.record.dead()))
+            .filter_map(|(h, r)| {
+                let i = r.instances.get(id)?;
+                Some((h.clone(), Instance::new(i.phase, i.term)))
+            })
+            .collect();
+        let running = owner
+            .as_ref()
+            .and_then(|o| instances.get(o))
+            .is_some_and(|i| i.phase == Phase::Running);
+        Vm {
+            state: VmState {
+                owner,
+                term: vm.term(),
+                standbys,
+                replicas,
+                instances,
+                ready: running,
+                moved_ms: memory.moved_ms,
+                start_failures: memory.start_failures.clone(),
+                home: memory.home.clone(),
+                ..VmState::default()
+            },
+            spec,
+        }
+    }
+
+    /// A number that no host of the pool, or no VM, has.
+    #[must_use]
+    pub fn free_index(used: impl Iterator<Item = u16>) -> u16 {
+        let used: BTreeSet<u16> = used.collect();
+        (0..u16::MAX).find(|i| !used.contains(i)).unwrap_or(u16::MAX)
+    }
+
+    /// A host's entry.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn host(&self, id: &HostId) -> Result<&HostInfo> {
+        let found = self.hosts.get(id);
+        found.ok_or_else(|| crate::error::NodeError::NotFound(format!("host {id} in this pool")))
+    }
+
+    /// A VM's entry.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn vm_entry(&self, id: &VmId) -> Result<&PoolVm> {
+        let found = self.vms.get(id);
+        found.ok_or_else(|| crate::error::NodeError::NotFound(format!("VM {id} in this pool")))
+    }
+}
+
+/// Writes an event. A failure is only logged: events are for people.
+pub fn event(kv: &dyn Kv, event: &records::Event) {
+    let n = steadfast_store::random_u64().unwrap_or_default() as u32;
+    let key = format!("e/{:015}-{}-{n:08x}", event.at_ms, event.host);
+    let done = records::json(event).and_then(|v| {
+        let commit = steadfast_store::Commit::default().put(key, v);
+        Ok(kv.commit(&commit)?)
+    });
+    if let Err(error) = done {
+        tracing::warn!(%error, text = event.text, "an event could not be kept");
+    }
+}

@@ -1,0 +1,304 @@
+//! What the pool keeps in its store, and under which keys.
+//!
+//! ```text
+//! p/settings  p/timings  p/leader  p/ca  p/token/ID
+//! p/host/ID/info     who the host is; its record for decisions          changed by joining, people, the leader
+//! p/host/ID/report   what it measures and runs, with a counter          written by the host at intervals: its heartbeat
+//! p/task/ID          long actions                                       p/alarm/HASH   alarms that are up
+//! vm/ID/spec         what is wanted                                     changed by people
+//! vm/ID/record       term and owner: the arbiter's, see protect::store  changed by compare-and-swap only
+//! vm/ID/state        standbys, failures, home                           changed by the leader and the hosts
+//! e/TIME-HOST-N      events
+//! ```
+//! All values are JSON. Fields that are added carry a default, so that hosts of the previous version can be read.
+
+use crate::error::{NodeError, Result};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{SystemTime, UNIX_EPOCH};
+use steadfast_cluster::model::{Home, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord};
+use steadfast_store::{Commit, Kv};
+use steadfast_types::{HostId, Term, VmId};
+use steadfast_vmm::spec::VmSpec;
+
+/// Settings of the pool.
+pub const SETTINGS: &str = "p/settings";
+/// Its intervals.
+pub const TIMINGS: &str = "p/timings";
+/// Who decides.
+pub const LEADER: &str = "p/leader";
+/// The CA, with its key.
+pub const CA: &str = "p/ca";
+
+/// Key of a host's info.
+#[must_use]
+pub fn host_info(host: &HostId) -> String {
+    format!("p/host/{host}/info")
+}
+
+/// Key of a host's report.
+#[must_use]
+pub fn host_report(host: &HostId) -> String {
+    format!("p/host/{host}/report")
+}
+
+/// Key of a VM's specification.
+#[must_use]
+pub fn vm_spec(vm: &VmId) -> String {
+    format!("vm/{vm}/spec")
+}
+
+/// Key of a VM's state.
+#[must_use]
+pub fn vm_state(vm: &VmId) -> String {
+    format!("vm/{vm}/state")
+}
+
+/// Intervals, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Timings {
+    /// Between two reports of a host, which renew its lease.
+    pub report_ms: u64,
+    /// A host that was not heard of for so long is suspect.
+    pub suspect_ms: u64,
+    /// A host that was not heard of for so long on any path is dead.
+    pub dead_ms: u64,
+    /// A host that could not renew its lease for so long has stopped its `restart` VMs.
+    pub lease_ms: u64,
+    /// What the observers wait beyond the lease: for clocks that run at different speeds, and the time that killing takes.
+    pub lease_margin_ms: u64,
+    /// A leader that was not heard of for so long is replaced.
+    pub leader_ms: u64,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self {
+            report_ms: 1000,
+            suspect_ms: 3000,
+            dead_ms: 6000,
+            lease_ms: 10_000,
+            lease_margin_ms: 4000,
+            leader_ms: 5000,
+        }
+    }
+}
+
+/// A host as the pool knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// For decisions.
+    pub record: HostRecord,
+    /// Its number: unique in the pool, small.
+    pub index: u16,
+    /// Its API.
+    pub api: SocketAddr,
+    /// Addresses of its replication paths.
+    pub replication: Vec<IpAddr>,
+    /// Its etcd member, for clients.
+    #[serde(default)]
+    pub etcd: Option<String>,
+}
+
+/// What a host measures and runs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// Grows by one with each report of a daemon.
+    pub seq: u64,
+    /// Names the run of the daemon.
+    pub daemon: u64,
+    /// The host's wall clock, ms; for people.
+    pub at_ms: u64,
+    /// Measured.
+    pub status: HostStatus,
+    /// What runs there.
+    #[serde(default)]
+    pub instances: BTreeMap<VmId, InstanceReport>,
+}
+
+/// An instance as its host sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InstanceReport {
+    /// What it does.
+    pub phase: Phase,
+    /// Under which term.
+    pub term: Term,
+    /// Whether its VM could survive the loss of this host right now (primaries of protected VMs).
+    #[serde(default)]
+    pub protected: bool,
+    /// Epochs sealed and not yet committed.
+    #[serde(default)]
+    pub lag_epochs: u64,
+    /// Standbys being filled, and bytes to go.
+    #[serde(default)]
+    pub copying: BTreeMap<HostId, u64>,
+}
+
+/// A VM as people want it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredVm {
+    /// For decisions.
+    pub record: VmSpecRecord,
+    /// For its process. `{host}` and `{data}` in its texts stand for the host's name and the daemon's data folder.
+    pub machine: VmSpec,
+    /// Its number: unique in the pool, small.
+    pub index: u16,
+}
+
+/// What the pool remembers about a VM beside the arbiter's record.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmMemory {
+    /// Hosts that shall stand by, in sync or not.
+    pub standbys: BTreeSet<HostId>,
+    /// The owner when the leader last looked: a change makes the old one a standby.
+    pub last_owner: Option<HostId>,
+    /// Stopped in order under this term: nobody owns it until it is started again.
+    pub stopped: Option<Term>,
+    /// Its guest is not asked when it is stopped.
+    pub stop_now: bool,
+    /// When it last moved on purpose, ms.
+    pub moved_ms: Option<u64>,
+    /// Starts that failed.
+    pub start_failures: BTreeMap<HostId, StartFailures>,
+    /// Where it was before a drain.
+    pub home: Option<Home>,
+}
+
+/// Who decides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leader {
+    /// The host; none: it resigned.
+    pub host: Option<HostId>,
+    /// Grows as long as it lives.
+    pub seq: u64,
+}
+
+/// A token that lets a host in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredToken {
+    /// SHA-256 of its secret.
+    pub hash: String,
+    /// When it ends, wall clock, ms.
+    pub expires_ms: u64,
+    /// How many hosts it may still let in.
+    pub uses: u32,
+}
+
+/// How a task stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskState {
+    /// Under way.
+    Running,
+    /// It succeeded.
+    Done,
+    /// It did not; the text says why.
+    Failed,
+    /// Somebody cancelled it.
+    Cancelled,
+}
+
+/// A long action.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct StoredTask {
+    /// Its name.
+    pub id: String,
+    /// What it does.
+    #[schema(value_type = Object)]
+    pub task: Task,
+    /// How it stands.
+    pub state: TaskState,
+    /// The step it is at, or why it ended.
+    pub text: String,
+    /// When it ended, wall clock, ms.
+    pub ended_ms: Option<u64>,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Event {
+    /// When, wall clock of `host`, ms.
+    pub at_ms: u64,
+    /// Who says so.
+    #[schema(value_type = String)]
+    pub host: HostId,
+    /// What kind of event: `action`, `vm`, `host`, `task`, `pool`.
+    pub kind: String,
+    /// Which VM or host.
+    pub subject: String,
+    /// What, and why.
+    pub text: String,
+    /// How long it took, ms.
+    #[serde(default)]
+    pub took_ms: Option<u64>,
+}
+
+/// Wall clock, ms since 1970.
+#[must_use]
+pub fn now_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64)
+}
+
+/// Reads a JSON value.
+///
+/// # Errors
+/// It is none of this type.
+pub fn parse<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| NodeError::Refused(format!("{key} in the store: {e}")))
+}
+
+/// As JSON.
+///
+/// # Errors
+/// Never, for the types of this module.
+pub fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|e| NodeError::Refused(e.to_string()))
+}
+
+/// Reads one key.
+///
+/// # Errors
+/// The store's, or a value that is none of this type.
+pub fn get<T: DeserializeOwned>(kv: &dyn Kv, key: &str) -> Result<Option<T>> {
+    let now = kv.read(&[key])?;
+    now.get(key).map(|e| parse(key, &e.value)).transpose()
+}
+
+/// How often a change is tried again when others change the same key.
+const TRIES: usize = 16;
+
+/// Changes one key as it is now; `None` from `change` leaves it alone. Returns what is there then.
+///
+/// # Errors
+/// The store's, those of `change`, or too many others change it.
+pub fn update<T: DeserializeOwned + Serialize + Clone>(
+    kv: &dyn Kv,
+    key: &str,
+    mut change: impl FnMut(Option<T>) -> Result<Option<T>>,
+) -> Result<Option<T>> {
+    for _ in 0..TRIES {
+        let now = kv.read(&[key])?;
+        let entry = now.get(key);
+        let old: Option<T> = entry.map(|e| parse(key, &e.value)).transpose()?;
+        let Some(new) = change(old.clone())? else {
+            return Ok(old);
+        };
+        let value = json(&new)?;
+        if entry.is_some_and(|e| e.value == value) {
+            return Ok(Some(new));
+        }
+        if kv
+            .commit(&Commit::default().unchanged(key, entry).put(key, value))?
+            .is_done()
+        {
+            return Ok(Some(new));
+        }
+    }
+    Err(NodeError::Conflict(key.into()))
+}
