@@ -7,8 +7,9 @@
 
 use crate::audit::Audit;
 use crate::codec;
-use crate::config::{PeerSpec, ProtectSpec};
-use crate::disks::{Disks, SLOTS};
+use crate::config::ProtectSpec;
+use crate::disk_engine::Care;
+use crate::disks::Disks;
 use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
@@ -17,7 +18,6 @@ use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::throttle::Throttle;
 use crate::timeline::Timeline;
-use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,16 +25,14 @@ use std::time::{Duration, Instant};
 use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event, Notice};
-use steadfast_epoch::message::{Body, EpochRef, Message};
+use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
-use steadfast_epoch::primary::Phase;
-use steadfast_epoch::{Replica, Settings, Status};
+use steadfast_epoch::{Replica, Settings};
 use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
 use steadfast_types::{Epoch, Gfn, HostId, VmId};
-use steadfast_vmm::control::{Call, Request, failure};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
 use steadfast_wire::record::Staged;
@@ -112,6 +110,9 @@ pub struct Engine {
     pub(crate) vm_hash: u64,
     pub(crate) holds: Holds,
     pub(crate) disks: Disks,
+    pub(crate) care: Care,
+    /// A disk here is dead: what works on it is left behind when the process ends.
+    pub(crate) abandoned: bool,
     pub(crate) peers: BTreeMap<HostId, Peer>,
     pub(crate) capture: Capture,
     pub(crate) sealed: VecDeque<(Epoch, Record)>,
@@ -138,13 +139,13 @@ pub struct Engine {
     pub(crate) throttle: Throttle,
     /// Stopped for good by a cut, unless the protocol lets it run on.
     pub(crate) frozen: bool,
-    name: VmId,
-    spec: ProtectSpec,
-    ram_bytes: u64,
+    pub(crate) name: VmId,
+    pub(crate) spec: ProtectSpec,
+    pub(crate) ram_bytes: u64,
     store: Sender<Ask>,
     pub(crate) inputs: Inputs,
     clock: Instant,
-    log: VecDeque<String>,
+    pub(crate) log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
     pub(crate) cut_failures: u32,
     pub(crate) audit: Option<Audit>,
@@ -188,6 +189,8 @@ impl Engine {
             acks_required: parts.spec.acks.unwrap_or(0),
             speculate: false,
             resend_inherited: false,
+            // A copy is not over before all of it was sent once and again, in the smallest pieces.
+            max_chunks: 100_000 + (parts.disks.capacity() + parts.ram_bytes) / (16 << 10),
             ..Settings::default()
         };
         let replica = Replica::new(
@@ -195,7 +198,7 @@ impl Engine {
             parts.spec.host.clone(),
             Instance(instance),
             settings,
-            EpochRef::ZERO,
+            parts.disks.boot_at(),
         );
         Ok(Self {
             replica,
@@ -203,6 +206,8 @@ impl Engine {
             vm_hash: vm_hash(&parts.name),
             holds: parts.holds,
             disks: parts.disks,
+            care: Care::new(parts.spec.copy_bytes_per_s),
+            abandoned: false,
             peers,
             capture: Capture::new(PageArena::new(4096, 256 << 20)),
             sealed: VecDeque::new(),
@@ -241,6 +246,7 @@ impl Engine {
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
         crate::priority::raise("the engine");
+        crate::ask::this_is_the_engine();
         if self.start {
             self.step(Event::ColdStart)?;
         }
@@ -379,8 +385,8 @@ impl Engine {
                 message,
                 join,
                 seq,
-                have: _,
-            } => self.send_chunk(&to, message, join, seq)?,
+                have,
+            } => self.pace_chunk(to, message, join, seq, have)?,
             Action::BeginJoin { join } => self.begin_join(join),
             Action::StoreChunk { join, seq } => self.store_chunk(join, seq),
             Action::Stage { epoch, flush } => self.stage(epoch, flush),
@@ -407,7 +413,8 @@ impl Engine {
     }
 
     fn disks_moved(&mut self) -> Result<(), ProcessError> {
-        self.disks.moved().into_iter().try_for_each(|e| self.step(e))
+        self.disks.moved().into_iter().try_for_each(|e| self.step(e))?;
+        self.care()
     }
 
     pub(crate) fn note(&mut self, text: String) {
@@ -451,6 +458,13 @@ impl Engine {
                 self.inputs.heard_moved();
                 self.disks_moved()?;
             }
+            Input::DiskAsk {
+                id,
+                volume,
+                offset,
+                len,
+            } => self.disk_ask(id, volume, offset, len),
+            Input::DiskServed(host, id, got) => self.aside(&host, &crate::aside::Aside::Block { id, got }),
             Input::DiskCopied(join, result) => {
                 let events = self.disks.copied(join, result);
                 events.into_iter().try_for_each(|e| self.step(e))?;
@@ -502,6 +516,12 @@ impl Engine {
             return Ok(());
         };
         peer.link.sender().consumed(&frame);
+        if frame.kind == steadfast_wire::Kind::Control
+            && let Some(message) = crate::aside::decode(frame.payload())
+        {
+            self.heard_aside(host, message);
+            return Ok(());
+        }
         let event = if frame.kind == steadfast_wire::Kind::Control {
             match codec::decode(frame.payload()) {
                 Some(m) if matches!(m.body, Body::Epoch(_) | Body::Chunk { .. }) => {
@@ -549,7 +569,12 @@ impl Engine {
         Ok(())
     }
 
-    fn send(&mut self, to: &HostId, message: Message) {
+    fn send(&mut self, to: &HostId, mut message: Message) {
+        if let Body::Welcome(welcome) = &mut message.body
+            && !self.welcome(to, welcome)
+        {
+            return;
+        }
         let Some(peer) = self.peers.get_mut(to) else {
             return;
         };
@@ -597,174 +622,5 @@ impl Engine {
             }
         }
         peer.send(frames);
-    }
-
-    fn control(&mut self, call: Call) -> Result<Option<Ended>, ProcessError> {
-        let mut ended = None;
-        let answer = match &call.request {
-            Request::Status => self.status(),
-            Request::Stop => {
-                ended = self.begin_end(Ended::Stopped)?;
-                json!({"ok": true})
-            }
-            Request::PowerButton => {
-                self.vm
-                    .power
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .press_power_button();
-                json!({"ok": true})
-            }
-            Request::Type { text } => {
-                let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                json!({"ok": true, "taken": serial.enqueue_input(text.as_bytes())})
-            }
-            Request::HandOver { to } => {
-                let to = to.clone();
-                self.step(Event::HandOver(to))?;
-                json!({"ok": true})
-            }
-            Request::AddPeer { host, paths, standby } => {
-                let peer = PeerSpec {
-                    host: host.clone(),
-                    paths: paths.clone(),
-                    standby: *standby,
-                };
-                match self.add_peer(&peer)? {
-                    Ok(()) => json!({"ok": true}),
-                    Err(why) => failure(&why),
-                }
-            }
-            Request::RemovePeer { host } => {
-                let known = self.remove_peer(&host.clone())?;
-                json!({"ok": true, "was_peer": known})
-            }
-            _ => failure(&"a protected VM cannot do this; unprotect it first"),
-        };
-        let _ = call.answer.send(answer);
-        Ok(ended)
-    }
-
-    /// Opens a link to one more host; the inner error is for who asked.
-    fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
-        if let Some(known) = self.peers.get_mut(&peer.host) {
-            let back = std::mem::take(&mut known.leaving);
-            known.wanted = peer.standby;
-            if back && peer.standby && self.replica.primary().is_some() {
-                self.step(Event::AddStandby(peer.host.clone()))?;
-            }
-            return Ok(Ok(()));
-        }
-        if peer.host == self.spec.host {
-            return Ok(Err("a VM cannot be mirrored to its own host".into()));
-        }
-        let Some(slot) = (0..SLOTS).find(|s| self.peers.values().all(|p| p.slot != *s)) else {
-            return Ok(Err(format!(
-                "a VM has at most {SLOTS} other hosts; remove one first"
-            )));
-        };
-        let pages = ram_regions(self.ram_bytes);
-        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
-            Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
-            Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
-        }
-        self.note(format!("{} is a peer from now on", peer.host));
-        if peer.standby && self.replica.primary().is_some() {
-            self.step(Event::AddStandby(peer.host.clone()))?;
-        }
-        Ok(Ok(()))
-    }
-
-    /// Mirrors to a host no more; whether it was a peer. Its link is closed when the record no longer lists it.
-    fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
-        let Some(peer) = self.peers.get_mut(host) else {
-            return Ok(false);
-        };
-        (peer.leaving, peer.wanted) = (true, false);
-        self.step(Event::RemoveStandby(host.clone()))?;
-        self.close_links();
-        Ok(true)
-    }
-
-    /// Closes links to hosts that are no peers any more.
-    fn close_links(&mut self) {
-        let members = match self.replica.status() {
-            Status::Primary(p) => p.members,
-            Status::Standby(_) => Vec::new(),
-        };
-        let gone = |p: &Peer| p.leaving && members.iter().all(|m| m.host != p.host);
-        let hosts: Vec<HostId> = self
-            .peers
-            .values()
-            .filter(|p| gone(p))
-            .map(|p| p.host.clone())
-            .collect();
-        for host in hosts {
-            self.peers.remove(&host);
-            self.note(format!("{host} is no peer any more"));
-        }
-    }
-
-    fn status(&self) -> Value {
-        let c = &self.counters;
-        let us = |d: Duration| d.as_micros() as u64;
-        let [pause_p50, pause_p99] = c.pauses.percentiles([50, 99]);
-        let [commit_p50, commit_p99] = c.commits.percentiles([50, 99]);
-        let paths = self.peers.values().flat_map(|p| p.link.stats().paths);
-        let bytes = paths.fold((0, 0), |(i, o), p| (i + p.bytes_in, o + p.bytes_out));
-        let protocol = match self.replica.status() {
-            Status::Primary(p) => json!({
-                "role": "primary",
-                "phase": format!("{:?}", p.phase),
-                // I8: protected only while it could survive the loss of this host right now.
-                "protected": p.phase == Phase::Protected,
-                "term": p.term,
-                "sealed": p.progress.sealed(), "sent": p.progress.sent(),
-                "committed": p.progress.committed(), "released": p.progress.released(),
-                "lag_epochs": p.progress.sealed().0 - p.progress.committed().0,
-                "lag_bytes": p.bytes_in_flight,
-                "members": p.members.iter().map(|m| json!({
-                    "host": m.host, "in_sync": m.in_sync, "lost": m.lost, "staged": m.staged,
-                    "copying_bytes": m.copying.map(|(_, left)| left),
-                })).collect::<Vec<_>>(),
-            }),
-            Status::Standby(s) => json!({
-                "role": "standby",
-                "mode": format!("{:?}", s.mode),
-                "term": s.term,
-                "owner": s.owner,
-                "staged": s.staged.map(|r| r.epoch),
-                "applied": s.applied.epoch,
-            }),
-        };
-        json!({
-            "ok": true,
-            "name": self.vm.spec.name,
-            "protocol": protocol,
-            "cuts": c.cuts,
-            "pages": c.pages,
-            "pause_mean_us": c.pause_us.0.checked_div(c.cuts).unwrap_or(0),
-            "pause_max_us": c.pause_us.1,
-            "pause_p50_us": pause_p50,
-            "pause_p99_us": pause_p99,
-            "commit_p50_us": commit_p50,
-            "commit_p99_us": commit_p99,
-            "wire_bytes_in": bytes.0,
-            "wire_bytes_out": bytes.1,
-            "arena_bytes": self.capture.arena_bytes(),
-            "last_pause_us": us(c.last.pause),
-            "last_stop_us": us(c.last.stop),
-            "last_harvest_us": us(c.last.harvest),
-            "last_copy_us": us(c.last.copy),
-            "last_state_us": us(c.last.state),
-            "frames_released": c.released,
-            "promote_us": c.promote_us,
-            "guest_resets": c.resets,
-            "throttle_percent": self.throttle.percent(),
-            "timeline": self.timeline.status(self.now()),
-            "audit_stale_pages": self.audited.0,
-            "audit_epochs": self.audited.1,
-            "log": self.log,
-        })
     }
 }

@@ -30,6 +30,19 @@ pub enum Input {
     DiskMoved,
     /// The machine that follows a guest's reset is built, or cannot be.
     Remade(Box<Remade>),
+    /// A thread wants a block of another host's replica: number, disk, offset, length.
+    DiskAsk {
+        /// To be repeated.
+        id: u64,
+        /// Number among the writable disks.
+        volume: u16,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u32,
+    },
+    /// The answer to a question of another host.
+    DiskServed(HostId, u64, crate::ask::Answer),
     /// The end of this full copy of all disks is done, or why not.
     DiskCopied(u64, Result<(), String>),
 }

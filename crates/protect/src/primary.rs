@@ -48,6 +48,11 @@ impl Engine {
             Status::Primary(p) => p.term,
             Status::Standby(_) => return Ok(()),
         };
+        if !self.disks.can_seal() {
+            // The guest's writes wait, and so does the end of their epoch; the disk's trouble is looked at elsewhere.
+            self.care.cut = Some((epoch, bases.to_vec(), freeze));
+            return Ok(());
+        }
         if !self.mirrored() && bases.is_empty() && !freeze {
             // Nobody needs the record: only the boundary of the outputs is marked. Dirty pages stay with KVM, and a
             // standby that comes later is filled from the start.
@@ -191,6 +196,7 @@ impl Engine {
         message: Message,
         join: u64,
         seq: u64,
+        have: EpochRef,
     ) -> Result<(), ProcessError> {
         let mirrored_by_others = match self.replica.status() {
             Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
@@ -205,28 +211,38 @@ impl Engine {
             .map(|r| (r.start, r.len))
             .collect();
         let Some(slot) = self.slot(to) else { return Ok(()) };
+        let (bytes, most) = (self.care.piece_bytes(), self.care.piece_pages());
+        let mut failed = None;
+        if self
+            .peers
+            .get(to)
+            .is_some_and(|p| p.join.as_ref().is_none_or(|j| j.join != join))
+        {
+            let from = self.copy_from(to, join, have);
+            failed = self.disks.begin_resync(slot, from).err();
+            self.note(format!(
+                "disks of {to} stand at {from}: {}",
+                self.disks.copy_status(slot)
+            ));
+        }
         let Some(peer) = self.peers.get_mut(to) else {
             return Ok(());
         };
-        let mut failed = None;
         let state = match &mut peer.join {
             Some(j) if j.join == join => j,
-            other => {
-                failed = self.disks.begin_resync(slot).err();
-                other.insert(Join::new(join, &regions))
-            }
+            other => other.insert(Join::new(join, &regions)),
         };
         for (_, lost) in state.sent_disk.split_off(&seq) {
             self.disks.chunk_lost(slot, lost);
         }
-        let disk = self.disks.next_chunk(slot);
+        let disk = self.disks.next_chunk(slot, bytes);
         if let Ok(Some((number, op))) = &disk {
             let (offset, len) = op.range();
             state.sent_disk.insert(seq, (*number, offset, len));
         }
         failed = failed.or(disk.as_ref().err().cloned());
         let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
-        let pages = state.chunk(seq);
+        let pages = state.chunk(seq, most);
         // Not while a reset is under way: looking lets the guest run on.
         let may_look = !mirrored_by_others && self.make_vm.is_some();
         if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
@@ -262,7 +278,12 @@ impl Engine {
                 .map_err(|e| e.to_string())
         });
         match encoded {
-            Ok(()) => peer.send(frames),
+            Ok(()) => {
+                let bytes = frames.iter().map(|f| f.payload().len() as u64).sum();
+                peer.send(frames);
+                let now = self.now();
+                self.care.sent(now, bytes);
+            }
             Err(error) => self.note(format!("chunk {seq} for {to}: {error}")),
         }
         if let Some(error) = failed {

@@ -47,7 +47,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
-    let disks = Disks::open(&spec, &spec.name, &inputs).map_err(setting)?;
+    let disks = Disks::open(&spec, &protect, &inputs).map_err(setting)?;
     let blocks = disks.blocks();
     if let Some(path) = &options.control {
         serve_control(path, &inputs).map_err(ProcessError::Control)?;
@@ -106,6 +106,11 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         inputs,
     })?;
     let ended = engine.run(&incoming);
+    engine.disks.close();
+    if engine.abandoned || engine.disks.hung() {
+        // Its threads would be waited for; whoever called this ends the process.
+        std::mem::forget(engine);
+    }
     if let Some(path) = control_path {
         let _ = std::fs::remove_file(path);
     }

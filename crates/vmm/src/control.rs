@@ -75,6 +75,11 @@ pub enum Request {
         /// The host.
         host: steadfast_types::HostId,
     },
+    /// Copies to standbys of a protected VM (memory and disks) go at this rate from now on.
+    CopyRate {
+        /// Bytes a second; 0: as fast as the link.
+        bytes_per_s: u64,
+    },
     /// End the VM at once.
     Stop,
     /// Bytes for the serial port.

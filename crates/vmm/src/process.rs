@@ -476,7 +476,10 @@ impl Process<'_> {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
-            Request::HandOver { .. } | Request::AddPeer { .. } | Request::RemovePeer { .. } => (
+            Request::HandOver { .. }
+            | Request::AddPeer { .. }
+            | Request::RemovePeer { .. }
+            | Request::CopyRate { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,
             ),

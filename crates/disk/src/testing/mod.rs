@@ -6,6 +6,8 @@
 //! Everything is decided by the seed and the order of operations.
 
 mod fault;
+mod live;
 pub mod rng;
 
 pub use fault::{Fault, FaultStorage, Kind};
+pub use live::LiveFaults;
