@@ -233,7 +233,7 @@ impl Agent {
     }
 }
 
-fn mark_stopped(kv: &dyn steadfast_store::Kv, id: &VmId, term: Term) -> Result<()> {
+pub(crate) fn mark_stopped(kv: &dyn steadfast_store::Kv, id: &VmId, term: Term) -> Result<()> {
     update(kv, &vm_state(id), |old: Option<VmMemory>| {
         let mut memory = old.unwrap_or_default();
         memory.stopped = Some(term);
@@ -405,12 +405,15 @@ fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
             source,
         });
     };
-    let allowed = record.owner == *me && record.in_sync.is_empty() || record.in_sync.contains(me);
-    if !allowed && vm.stored.record.has_local_disk() && record.owner != *me {
-        return refused(format!("VM {id}: this host has no current copy of its disks"));
-    }
     if record.owner == *me {
         return Ok(());
+    }
+    if vm.stored.record.has_local_disk() {
+        // The engine asks the arbiter whether this copy will do.
+        return match record.in_sync.contains(me) {
+            true => Ok(()),
+            false => refused(format!("VM {id}: this host has no current copy of its disks")),
+        };
     }
     propose(&mut store, id, vm, me).map(|_| ())
 }

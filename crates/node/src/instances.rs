@@ -326,10 +326,7 @@ impl Instances {
             });
         let tls = self.folders.tls();
         Ok(ProtectSpec {
-            host: config.host.clone(),
-            store: config.store_spec(&self.folders),
             peers: peers.collect(),
-            start: false,
             hold_outputs: vm.record.protection == Protection::Ft,
             tls: Some(TlsSpec {
                 ca: tls.ca,
@@ -337,11 +334,11 @@ impl Instances {
                 key: tls.key,
             }),
             suspect_ms: SUSPECT_MS,
-            audit: None,
             max_interval_us: match vm.record.protection {
                 Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
                 _ => None,
             },
+            ..ProtectSpec::new(config.host.clone(), config.store_spec(&self.folders))
         })
     }
 
@@ -374,6 +371,7 @@ impl Instances {
             },
             term: meta.term,
             protected: false,
+            filled: false,
             lag_epochs: 0,
             copying: BTreeMap::new(),
         };
@@ -456,7 +454,7 @@ impl Instances {
 }
 
 /// Silence after which an instance suspects the other, ms. Wide: the pool's hosts may be busy.
-const SUSPECT_MS: u64 = 500;
+const SUSPECT_MS: u64 = 1000;
 
 /// Where the two ends of a link meet: at the host with the smaller name, one port for each VM and other host.
 fn link(vm: u16, one: (&HostId, &HostInfo), two: (&HostId, &HostInfo)) -> Vec<SocketAddr> {
@@ -484,6 +482,7 @@ fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
         } else {
             Phase::Standby
         };
+        report.filled = !protocol["staged"].is_null();
         return;
     }
     report.phase = Phase::Running;

@@ -8,6 +8,7 @@
 //! arbiter's compare-and-swap. Actions on hosts are sent to their daemons; those that only change records are made here. Each
 //! action that was carried out, and each refusal that is new, is an event.
 
+use crate::agent::mark_stopped;
 use crate::error::{NodeError, Result};
 use crate::etcd;
 use crate::http::ask;
@@ -20,7 +21,7 @@ use hyper::Method;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use steadfast_cluster::model::{AlarmKey, Instance, Phase};
+use steadfast_cluster::model::{AlarmKey, HostHealth, Instance, Phase, Power};
 use steadfast_cluster::{Action, Decision, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -103,6 +104,7 @@ impl Decider {
             .unwrap_or_else(PoisonError::into_inner)
             .look(&pool, read_at);
         self.remember_owners(&pool).await?;
+        self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
@@ -253,6 +255,31 @@ impl Decider {
                     Ok(())
                 })
                 .await?;
+        }
+        Ok(())
+    }
+
+    /// A VM that shall be off and has no process left is off, also if it lost its owner on the way there.
+    async fn finish_stops(&self, pool: &Pool) -> Result<()> {
+        for (id, vm) in &pool.vms {
+            let Some(owner) = vm.owner().filter(|_| vm.stored.record.power == Power::Off) else {
+                continue;
+            };
+            let up = pool
+                .hosts
+                .get(owner)
+                .is_some_and(|h| h.record.health == HostHealth::Up);
+            let left = pool.reports.values().any(|r| {
+                r.instances
+                    .get(id)
+                    .is_some_and(|i| !matches!(i.phase, Phase::Failed(_)))
+            });
+            if up && !left {
+                let (id, term) = (id.clone(), vm.term());
+                self.node
+                    .blocking(move |n| mark_stopped(&*n.kv(), &id, term))
+                    .await?;
+            }
         }
         Ok(())
     }

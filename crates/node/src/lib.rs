@@ -37,7 +37,7 @@ mod pool;
 pub mod records;
 mod relocate;
 pub mod setup;
-mod tls;
+pub mod tls;
 
 pub use config::Folders;
 pub use daemon::run;

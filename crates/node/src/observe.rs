@@ -137,7 +137,7 @@ mod tests {
         let (mut o, t0) = (Observer::default(), Instant::now());
         let id = HostId::new("a").unwrap();
         let at = |ms| t0 + Duration::from_millis(ms);
-        let mut look = |o: &mut Observer, seq, ms| o.look(&pool(seq), at(ms))[&id];
+        let look = |o: &mut Observer, seq, ms| o.look(&pool(seq), at(ms))[&id];
         assert_eq!(look(&mut o, 1, 0), HostHealth::Up);
         for ms in (1000..=2000).step_by(1000) {
             assert_eq!(look(&mut o, 1, ms), HostHealth::Up);

@@ -179,11 +179,7 @@ impl Pool {
     fn vm(&self, id: &VmId, vm: &PoolVm) -> Vm {
         let (spec, memory) = (vm.stored.record.clone(), &vm.memory);
         let owner = vm.owner().cloned();
-        let in_sync = |h: &HostId| {
-            vm.record
-                .as_ref()
-                .is_some_and(|r| owner.is_some() && r.in_sync.contains(h))
-        };
+        let in_sync = |h: &HostId| self.can_take_over(id, vm, h);
         let mut standbys: BTreeMap<HostId, Standby> = memory
             .standbys
             .iter()
@@ -243,6 +239,19 @@ impl Pool {
             },
             spec,
         }
+    }
+
+    /// Whether the standby on a host could take over now: the arbiter lists it, and its process holds a complete state (I8). One
+    /// that was started again is listed until the primary drops it, but holds nothing.
+    #[must_use]
+    pub fn can_take_over(&self, id: &VmId, vm: &PoolVm, host: &HostId) -> bool {
+        let listed = vm
+            .record
+            .as_ref()
+            .is_some_and(|r| vm.owner().is_some() && r.in_sync.contains(host));
+        let report = self.reports.get(host).and_then(|r| r.instances.get(id));
+        // A host that has just taken over still reports what it was; its own record says the rest.
+        listed && report.is_some_and(|i| i.filled || i.phase == Phase::Running)
     }
 
     /// A number that no host of the pool, or no VM, has.

@@ -129,6 +129,9 @@ pub struct InstanceReport {
     /// Whether its VM could survive the loss of this host right now (primaries of protected VMs).
     #[serde(default)]
     pub protected: bool,
+    /// A standby that holds a complete state: it can take over if the arbiter lists it.
+    #[serde(default)]
+    pub filled: bool,
     /// Epochs sealed and not yet committed.
     #[serde(default)]
     pub lag_epochs: u64,

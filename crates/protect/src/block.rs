@@ -28,14 +28,6 @@ struct UnderWay {
     list: BTreeMap<u64, (Instant, Option<String>)>,
 }
 
-/// What became of a write.
-enum Tried {
-    Done,
-    /// There is no room now: in the open epoch, or in the journal.
-    Full(Option<VolumeError>),
-    Failed(VolumeError),
-}
-
 /// A request that is under way.
 struct Way<'a>(&'a Mutex<UnderWay>, u64);
 
@@ -161,19 +153,31 @@ impl LateBlock {
         self.volume.get().ok_or(DiskError::Closed)
     }
 
-    fn try_now(&self, volume: &Volume, op: &EpochOp, bytes: u64) -> Tried {
+    /// None: there is no room now; who waits for it (`way`) is told why.
+    fn try_now(
+        &self,
+        volume: &Volume,
+        op: &EpochOp,
+        bytes: u64,
+        way: Option<&Way<'_>>,
+    ) -> Option<Result<(), DiskError>> {
         let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         let before = self.open_bytes.load(Ordering::Acquire);
         if before != 0 && before + bytes > OPEN_BYTES_MAX {
-            return Tried::Full(None);
+            return None;
         }
         match volume.try_submit(op.clone()) {
             Ok(()) => {
                 self.open_bytes.fetch_add(bytes, Ordering::AcqRel);
-                Tried::Done
+                Some(Ok(()))
             }
-            Err(e) if e.is_back_pressure() => Tried::Full(Some(e)),
-            Err(e) => Tried::Failed(e),
+            Err(e) if self.closed() || !e.is_back_pressure() => Some(Err(e.into())),
+            Err(e) => {
+                if let Some(way) = way {
+                    way.held_up(&e);
+                }
+                None
+            }
         }
     }
 
@@ -185,11 +189,8 @@ impl LateBlock {
         };
         let way = Way::new(&self.writes);
         loop {
-            match self.try_now(volume, &op, bytes) {
-                Tried::Done => return Ok(()),
-                Tried::Failed(e) => return Err(e.into()),
-                Tried::Full(Some(e)) => way.held_up(&e),
-                Tried::Full(None) => {}
+            if let Some(done) = self.try_now(volume, &op, bytes, Some(&way)) {
+                return done;
             }
             if self.closed() {
                 return Err(DiskError::Closed);
@@ -249,11 +250,7 @@ impl BlockIo for LateBlock {
     fn write_at_once(&self, offset: u64, buf: &[u8]) -> Option<Result<(), DiskError>> {
         let volume = self.volume.get()?;
         let data = Arc::new(buf.to_vec());
-        match self.try_now(volume, &EpochOp::Write { offset, data }, buf.len() as u64) {
-            Tried::Done => Some(Ok(())),
-            Tried::Failed(e) => Some(Err(e.into())),
-            Tried::Full(_) => None,
-        }
+        self.try_now(volume, &EpochOp::Write { offset, data }, buf.len() as u64, None)
     }
 
     fn flush_at_once(&self) -> Option<Result<(), DiskError>> {

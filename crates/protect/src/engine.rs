@@ -7,9 +7,9 @@
 
 use crate::audit::Audit;
 use crate::codec;
-use crate::config::{PeerSpec, ProtectSpec};
+use crate::config::ProtectSpec;
 use crate::disk_engine::Care;
-use crate::disks::{Disks, SLOTS};
+use crate::disks::Disks;
 use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
@@ -18,7 +18,6 @@ use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::throttle::Throttle;
 use crate::timeline::Timeline;
-use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,14 +27,12 @@ use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event, Notice};
 use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
-use steadfast_epoch::primary::Phase;
-use steadfast_epoch::{Replica, Settings, Status};
+use steadfast_epoch::{Replica, Settings};
 use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
 use steadfast_types::{Epoch, Gfn, HostId, VmId};
-use steadfast_vmm::control::{Call, Request, failure};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
 use steadfast_wire::record::Staged;
@@ -142,13 +139,13 @@ pub struct Engine {
     pub(crate) throttle: Throttle,
     /// Stopped for good by a cut, unless the protocol lets it run on.
     pub(crate) frozen: bool,
-    name: VmId,
-    spec: ProtectSpec,
-    ram_bytes: u64,
+    pub(crate) name: VmId,
+    pub(crate) spec: ProtectSpec,
+    pub(crate) ram_bytes: u64,
     store: Sender<Ask>,
     pub(crate) inputs: Inputs,
     clock: Instant,
-    log: VecDeque<String>,
+    pub(crate) log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
     pub(crate) cut_failures: u32,
     pub(crate) audit: Option<Audit>,
@@ -541,6 +538,7 @@ impl Engine {
                 }
             }
         } else {
+            let term = frame.term;
             match peer.stager.chunk(frame) {
                 Ok(Staged::Complete(record)) => {
                     self.failpoint.at("receive", || self.replica.status());
@@ -550,7 +548,10 @@ impl Engine {
                         message,
                     })
                 }
-                Ok(Staged::Partial | Staged::Duplicate) => None,
+                Ok(Staged::Partial | Staged::Duplicate) => Some(Event::Bulk {
+                    from: host.clone(),
+                    term,
+                }),
                 Err(error) => {
                     let first = peer.pending.take().is_some();
                     // What follows of the same record is of no use either; it is reported once.
@@ -621,179 +622,5 @@ impl Engine {
             }
         }
         peer.send(frames);
-    }
-
-    fn control(&mut self, call: Call) -> Result<Option<Ended>, ProcessError> {
-        let mut ended = None;
-        let answer = match &call.request {
-            Request::Status => self.status(),
-            Request::Stop => {
-                ended = self.begin_end(Ended::Stopped)?;
-                json!({"ok": true})
-            }
-            Request::PowerButton => {
-                self.vm
-                    .power
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .press_power_button();
-                json!({"ok": true})
-            }
-            Request::Type { text } => {
-                let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                json!({"ok": true, "taken": serial.enqueue_input(text.as_bytes())})
-            }
-            Request::HandOver { to } => {
-                let to = to.clone();
-                self.step(Event::HandOver(to))?;
-                json!({"ok": true})
-            }
-            Request::AddPeer { host, paths, standby } => {
-                let peer = PeerSpec {
-                    host: host.clone(),
-                    paths: paths.clone(),
-                    standby: *standby,
-                };
-                match self.add_peer(&peer)? {
-                    Ok(()) => json!({"ok": true}),
-                    Err(why) => failure(&why),
-                }
-            }
-            Request::RemovePeer { host } => {
-                let known = self.remove_peer(&host.clone())?;
-                json!({"ok": true, "was_peer": known})
-            }
-            Request::CopyRate { bytes_per_s } => match self.set_copy_rate(*bytes_per_s) {
-                Ok(()) => json!({"ok": true}),
-                Err(why) => failure(&why),
-            },
-            _ => failure(&"a protected VM cannot do this; unprotect it first"),
-        };
-        let _ = call.answer.send(answer);
-        Ok(ended)
-    }
-
-    /// Opens a link to one more host; the inner error is for who asked.
-    fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
-        if let Some(known) = self.peers.get_mut(&peer.host) {
-            let back = std::mem::take(&mut known.leaving);
-            known.wanted = peer.standby;
-            if back && peer.standby && self.replica.primary().is_some() {
-                self.step(Event::AddStandby(peer.host.clone()))?;
-            }
-            return Ok(Ok(()));
-        }
-        if peer.host == self.spec.host {
-            return Ok(Err("a VM cannot be mirrored to its own host".into()));
-        }
-        let Some(slot) = (0..SLOTS).find(|s| self.peers.values().all(|p| p.slot != *s)) else {
-            return Ok(Err(format!(
-                "a VM has at most {SLOTS} other hosts; remove one first"
-            )));
-        };
-        let pages = ram_regions(self.ram_bytes);
-        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
-            Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
-            Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
-        }
-        self.note(format!("{} is a peer from now on", peer.host));
-        if peer.standby && self.replica.primary().is_some() {
-            self.step(Event::AddStandby(peer.host.clone()))?;
-        }
-        Ok(Ok(()))
-    }
-
-    /// Mirrors to a host no more; whether it was a peer. Its link is closed when the record no longer lists it.
-    fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
-        let Some(peer) = self.peers.get_mut(host) else {
-            return Ok(false);
-        };
-        (peer.leaving, peer.wanted) = (true, false);
-        self.step(Event::RemoveStandby(host.clone()))?;
-        self.close_links();
-        Ok(true)
-    }
-
-    /// Closes links to hosts that are no peers any more.
-    fn close_links(&mut self) {
-        let members = match self.replica.status() {
-            Status::Primary(p) => p.members,
-            Status::Standby(_) => Vec::new(),
-        };
-        let gone = |p: &Peer| p.leaving && members.iter().all(|m| m.host != p.host);
-        let hosts: Vec<HostId> = self
-            .peers
-            .values()
-            .filter(|p| gone(p))
-            .map(|p| p.host.clone())
-            .collect();
-        for host in hosts {
-            self.peers.remove(&host);
-            self.note(format!("{host} is no peer any more"));
-        }
-    }
-
-    fn status(&self) -> Value {
-        let c = &self.counters;
-        let us = |d: Duration| d.as_micros() as u64;
-        let [pause_p50, pause_p99] = c.pauses.percentiles([50, 99]);
-        let [commit_p50, commit_p99] = c.commits.percentiles([50, 99]);
-        let paths = self.peers.values().flat_map(|p| p.link.stats().paths);
-        let bytes = paths.fold((0, 0), |(i, o), p| (i + p.bytes_in, o + p.bytes_out));
-        let protocol = match self.replica.status() {
-            Status::Primary(p) => json!({
-                "role": "primary",
-                "phase": format!("{:?}", p.phase),
-                // I8: protected only while it could survive the loss of this host right now.
-                "protected": p.phase == Phase::Protected,
-                "term": p.term,
-                "sealed": p.progress.sealed(), "sent": p.progress.sent(),
-                "committed": p.progress.committed(), "released": p.progress.released(),
-                "lag_epochs": p.progress.sealed().0 - p.progress.committed().0,
-                "lag_bytes": p.bytes_in_flight,
-                "members": p.members.iter().map(|m| json!({
-                    "host": m.host, "in_sync": m.in_sync, "lost": m.lost, "staged": m.staged,
-                    "copying_bytes": m.copying.map(|(_, left)| left),
-                })).collect::<Vec<_>>(),
-            }),
-            Status::Standby(s) => json!({
-                "role": "standby",
-                "mode": format!("{:?}", s.mode),
-                "term": s.term,
-                "owner": s.owner,
-                "staged": s.staged.map(|r| r.epoch),
-                "applied": s.applied.epoch,
-            }),
-        };
-        json!({
-            "ok": true,
-            "name": self.vm.spec.name,
-            "protocol": protocol,
-            "cuts": c.cuts,
-            "pages": c.pages,
-            "pause_mean_us": c.pause_us.0.checked_div(c.cuts).unwrap_or(0),
-            "pause_max_us": c.pause_us.1,
-            "pause_p50_us": pause_p50,
-            "pause_p99_us": pause_p99,
-            "commit_p50_us": commit_p50,
-            "commit_p99_us": commit_p99,
-            "wire_bytes_in": bytes.0,
-            "wire_bytes_out": bytes.1,
-            "arena_bytes": self.capture.arena_bytes(),
-            "last_pause_us": us(c.last.pause),
-            "last_stop_us": us(c.last.stop),
-            "last_harvest_us": us(c.last.harvest),
-            "last_copy_us": us(c.last.copy),
-            "last_state_us": us(c.last.state),
-            "frames_released": c.released,
-            "promote_us": c.promote_us,
-            "guest_resets": c.resets,
-            "throttle_percent": self.throttle.percent(),
-            "timeline": self.timeline.status(self.now()),
-            "audit_stale_pages": self.audited.0,
-            "audit_epochs": self.audited.1,
-            "disks": self.disk_status(),
-            "log": self.log,
-        })
     }
 }

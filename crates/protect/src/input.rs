@@ -28,6 +28,8 @@ pub enum Input {
     DiskFlush,
     /// A cursor of a volume moved; once until it is heard.
     DiskMoved,
+    /// The machine that follows a guest's reset is built, or cannot be.
+    Remade(Box<Remade>),
     /// A thread wants a block of another host's replica: number, disk, offset, length.
     DiskAsk {
         /// To be repeated.
@@ -41,8 +43,6 @@ pub enum Input {
     },
     /// The answer to a question of another host.
     DiskServed(HostId, u64, crate::ask::Answer),
-    /// The machine that follows a guest's reset is built, or cannot be.
-    Remade(Box<Remade>),
     /// The end of this full copy of all disks is done, or why not.
     DiskCopied(u64, Result<(), String>),
 }

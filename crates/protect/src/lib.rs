@@ -26,6 +26,7 @@ mod life;
 mod peer;
 mod primary;
 mod priority;
+mod requests;
 pub mod run;
 mod samples;
 mod scrubber;

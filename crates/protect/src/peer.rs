@@ -182,7 +182,12 @@ impl Peer {
             }
             to.send(Input::Link(host.clone(), event));
         })?;
-        let encoder = Encoder::new(vm_hash(vm), &EncodeConfig::default(), link.pool().clone());
+        // Small pieces, so that on a slow link too something arrives more often than the detector waits.
+        let encode = EncodeConfig {
+            chunk_bytes: 128 << 10,
+            ..EncodeConfig::default()
+        };
+        let encoder = Encoder::new(vm_hash(vm), &encode, link.pool().clone());
         let valid = move |g: Gfn| pages.iter().any(|&(s, l)| (s..s + l).contains(&g.address()));
         Ok(Self {
             host: peer.host.clone(),

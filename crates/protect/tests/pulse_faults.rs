@@ -9,7 +9,7 @@ use common::proxy::Cable;
 use common::{FENCED, Random, Site, free_port, kvm, wait};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rustix::process::Signal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 #[ignore = "not a test: the process of one instance, started by the tests"]
@@ -176,6 +176,54 @@ fn both_die_and_return_in_either_order() {
     }
 }
 
+/// A guest that dirties all its memory as fast as it can: it is slowed down and never stopped, what is in flight stays within
+/// its bound, clients are answered, and its standby is as good as any (FAULTS 10).
+#[test]
+fn a_guest_that_dirties_everything_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let (mut site, mut random) = site("a_guest_that_dirties_everything_goes_on");
+    let cables = cables(&mut site, &mut random);
+    site.audit = false;
+    // The cables are threads of this test, which a busy machine may keep waiting.
+    site.suspect_ms = 1500;
+    site.cmdline = "pages=24000 loop=dirty udp=1 tcp=1 ip=10.0.0.2".into();
+    let mut duo = Duo::new(site, [None, None]);
+    let pages = |d: &Duo| d.hosts[0].status().unwrap()["pages"].as_u64().unwrap();
+    let before = pages(&duo);
+    // Less than this guest makes, even as deltas.
+    cables.iter().for_each(|c| c.slow(2_000_000));
+    let (mut most, mut slowed) = (0, 0);
+    let until = Instant::now() + LONG;
+    while pages(&duo) - before < 200_000 {
+        assert!(Instant::now() < until, "the guest makes no progress");
+        duo.one();
+        let status = duo.hosts[0].status().unwrap();
+        most = most.max(status["protocol"]["lag_bytes"].as_u64().unwrap());
+        slowed = slowed.max(status["throttle_percent"].as_u64().unwrap());
+        assert_eq!(duo.owner().map(|o| o.0), Some(0), "no failover");
+    }
+    // The window's bound, and one epoch that was under way when it was reached.
+    assert!(most <= (256 << 20) + (128 << 20), "{most} bytes in flight");
+    println!("at most {most} bytes in flight, slowed down by at most {slowed} %");
+    assert!(
+        slowed > 0,
+        "a guest that is faster than its cables is slowed down"
+    );
+    cables.iter().for_each(|c| c.slow(0));
+    let held = duo.hosts[0].resident_bytes();
+    assert!(
+        held < 1 << 30,
+        "the primary holds {held} bytes for a guest of 128 MiB"
+    );
+    duo.protected();
+    duo.hosts[0].kill();
+    for _ in 0..5 {
+        duo.one();
+    }
+}
+
 /// With certificates of one authority the hosts mirror; a host whose certificate is another authority's is no standby, and
 /// the VM runs on.
 #[test]
@@ -199,8 +247,8 @@ fn only_hosts_of_the_pool_mirror() {
     issue(&duo.site, &["a"]);
     std::fs::write(duo.site.path().join("ca.pem"), ca).unwrap();
     duo.again(0, false);
-    let until = std::time::Instant::now() + Duration::from_secs(1);
-    while std::time::Instant::now() < until {
+    let until = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < until {
         duo.one();
         assert_eq!(duo.hosts[1].role(), (true, false), "a stranger is no standby");
     }

@@ -138,6 +138,27 @@ impl<'r> Vm<'r> {
         })
     }
 
+    /// As [`Vm::wait_console`], for a start, whose time depends on how busy this machine is more than on anything else: it may
+    /// last up to `bound`, as long as the guest is never silent for longer than `silence`.
+    pub fn wait_start(&self, text: &str, count: usize, silence: Duration, bound: Duration) -> Result<String> {
+        let begin = Instant::now();
+        let (mut size, mut grew) = (String::new(), Instant::now());
+        loop {
+            match self.wait_console(text, count, Duration::from_secs(10)) {
+                Ok(line) => return Ok(line),
+                Err(e) if !self.is_alive()? || begin.elapsed() > bound => return Err(e),
+                Err(_) => {}
+            }
+            let sized = format!("stat -c %s {}", self.console());
+            let now = self.server.shell(&sized, Duration::from_secs(60))?.text();
+            if now != size {
+                (size, grew) = (now, Instant::now());
+            } else if grew.elapsed() > silence {
+                return Err(self.trouble(&format!("`{text}` (the guest is silent)"), begin.elapsed()));
+            }
+        }
+    }
+
     /// Everything the guest has said on its console.
     pub fn console_bytes(&self) -> Result<Vec<u8>> {
         self.server.get_bytes(&self.console())

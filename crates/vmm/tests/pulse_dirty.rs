@@ -184,11 +184,13 @@ fn compare(load: &Load) {
             let lost = missing(&changed, &dirty);
             assert!(
                 lost.is_empty(),
-                "{:?}, {} vCPUs, round {round}: {} pages changed, {} were reported, lost: {lost:?}",
+                "{:?}, {} vCPUs, round {round}: {} pages changed, {} were reported, {} lost: {:?}...",
                 load.method,
                 load.vcpus,
                 changed.len(),
-                dirty.len()
+                dirty.len(),
+                lost.len(),
+                &lost[..lost.len().min(8)]
             );
             // The comparison itself would find a lost page.
             if let Some(first) = changed.first() {

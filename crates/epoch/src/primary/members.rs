@@ -61,6 +61,8 @@ pub(crate) struct Member {
     /// Next epoch to send.
     pub next: Epoch,
     pub echo: u64,
+    /// Pieces of bulk that it has told of in this session.
+    pub heard: u64,
     pub silence: Micros,
     pub lost: bool,
     /// Time without progress while epochs wait for it; it answers, but does not acknowledge.
@@ -87,6 +89,7 @@ impl Member {
             must_sync: Epoch::ZERO,
             next: Epoch::ZERO,
             echo: 0,
+            heard: 0,
             silence: 0,
             lost: false,
             stall: 0,
@@ -119,6 +122,7 @@ impl Primary {
         self.sessions += 1;
         let m = &mut self.members[i];
         m.session = self.sessions;
+        m.heard = 0;
         m.talk = Talk::Greeting {
             next_hello: now.saturating_add(self.settings.hello_retry_us),
         };
@@ -238,6 +242,14 @@ impl Primary {
                     c.acked = next;
                     c.progress_at = now;
                     m.alive();
+                }
+            }
+            Body::Alive { heard } => {
+                let m = &mut self.members[i];
+                if heard > m.heard {
+                    m.heard = heard;
+                    m.alive();
+                    m.progressed();
                 }
             }
             Body::Resend { after } => {

@@ -259,6 +259,7 @@ impl Primary {
                 )));
             }
             Event::Corrupt { .. }
+            | Event::Bulk { .. }
             | Event::Tick
             | Event::Store(_)
             | Event::Staged { .. }

@@ -117,8 +117,11 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, _, Power::Off) => "off",
         (Some(_) | None, None, Power::On) | (None, Some(_), Power::On) => "down",
     };
-    let listed = vm.record.as_ref().filter(|_| owner.is_some());
-    let in_sync: Vec<HostId> = listed.map(|r| r.in_sync.clone()).unwrap_or_default();
+    let listed = vm.record.as_ref().map(|r| r.in_sync.clone()).unwrap_or_default();
+    let in_sync: Vec<HostId> = listed
+        .into_iter()
+        .filter(|h| pool.can_take_over(id, vm, h))
+        .collect();
     let filling = vm
         .memory
         .standbys

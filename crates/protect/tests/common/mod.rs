@@ -118,6 +118,13 @@ impl Instance {
         }
     }
 
+    /// Memory that its process holds, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
+        let pages: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
+        pages * 4096
+    }
+
     /// Whether the process still runs.
     pub fn runs(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
@@ -160,6 +167,8 @@ pub struct Site {
     pub audit: bool,
     /// The guest has a disk that is replicated.
     pub disk: bool,
+    /// Silence after which a primary is suspected, in milliseconds.
+    pub suspect_ms: u64,
     /// Where the instance that is started next kills itself.
     pub die_at: Option<String>,
     /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
@@ -189,6 +198,7 @@ impl Site {
             cmdline: "pages=100 loop=dirty rate=200 udp=1 tcp=1 ip=10.0.0.2".into(),
             audit: std::env::var_os("STEADFAST_AUDIT").is_some(),
             disk: false,
+            suspect_ms: 160,
             die_at: None,
             tls: false,
             count: 0,
@@ -233,6 +243,7 @@ impl Site {
         let protect = json!({
             "host": host, "store": self.path().join("store"), "start": start,
             "peers": [{"host": peer, "paths": paths}],
+            "suspect_ms": self.suspect_ms,
             "die_at": self.die_at.take(),
             "tls": if self.tls { tls } else { Value::Null },
             "audit": self.audit.then(|| self.path().join("audit")),

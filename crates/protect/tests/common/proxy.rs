@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,8 @@ const LOOK: Duration = Duration::from_millis(2);
 struct State {
     /// Nothing passes towards who listens; towards who connects.
     cut: [AtomicBool; 2],
+    /// Bytes a second that pass; 0: all that come.
+    rate: AtomicU64,
     end: AtomicBool,
     open: Mutex<Vec<TcpStream>>,
 }
@@ -52,6 +54,11 @@ impl Cable {
             flag.store(cut, Ordering::Relaxed);
         }
     }
+
+    /// Lets so many bytes a second pass, each way; 0: all that come.
+    pub fn slow(&self, bytes_per_s: u64) {
+        self.state.rate.store(bytes_per_s, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Cable {
@@ -86,9 +93,15 @@ fn join(state: &Arc<State>, near: &TcpStream, far: &TcpStream) {
                     std::thread::sleep(LOOK);
                     continue;
                 }
-                match from.read(&mut buf) {
+                let rate = state.rate.load(Ordering::Relaxed);
+                // In small pieces, as a slow cable passes them.
+                let most = if rate == 0 { buf.len() } else { 4096 };
+                match from.read(&mut buf[..most]) {
                     Ok(0) => break,
                     Ok(n) => {
+                        if let Some(us) = (n as u64 * 1_000_000).checked_div(rate) {
+                            std::thread::sleep(Duration::from_micros(us));
+                        }
                         if to.write_all(&buf[..n]).is_err() {
                             break;
                         }

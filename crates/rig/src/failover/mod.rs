@@ -102,3 +102,8 @@ pub(crate) fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<
         Err(RigError::Unknown(otherwise()))
     }
 }
+
+/// A time in milliseconds, for people.
+pub fn ms(time: Duration) -> String {
+    format!("{:.0} ms", time.as_secs_f64() * 1e3)
+}

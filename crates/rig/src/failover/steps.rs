@@ -1,7 +1,7 @@
 //! The steps of the play.
 
 use super::measure::{self, Failover, Protection, Stream};
-use super::{Options, Report, Tell, ensure};
+use super::{Options, Report, Tell, ensure, ms};
 use crate::error::{IoContext, Result, RigError};
 use crate::etcd;
 use crate::host::qemu::DiskCache;
@@ -42,7 +42,10 @@ pub(super) fn play(options: &Options, tell: &mut dyn Tell) -> Result<Report> {
         .service_disk(true)
         // Servers are killed, never this machine: what reached its page cache is as durable as it needs to be.
         .data_cache(DiskCache::Unsafe)
-        .start()?;
+        .start_without_waiting()?;
+    for server in rig.servers() {
+        server.wait_ready(BOOT_BOUND)?;
+    }
     let kernel = rig.kernel().release.clone();
     etcd::start(rig.servers())?;
     tell.done(&format!(
@@ -123,8 +126,9 @@ impl Stage<'_, '_> {
         })?;
         self.term = term.unwrap_or(0);
         self.tell.done(&format!(
-            "clients write: {} redis writes, one in {:.0?} (median); its status says: not protected",
-            seen.writes.measured, seen.writes.median
+            "clients write: {} redis writes, one in {} (median); its status says: not protected",
+            seen.writes.measured,
+            ms(seen.writes.median)
         ));
         Ok(())
     }
@@ -169,12 +173,15 @@ impl Stage<'_, '_> {
         let stream = if look { Some(self.stream(primary)?) } else { None };
         if let Some(s) = &stream {
             self.tell.more(&format!(
-                "{from} to {to}: {:.0} epochs/s of {:.0} pages; the guest pauses {:.1?} for each; outputs wait {:.0?} for their commit",
-                s.epochs_per_s, s.pages_per_epoch, s.pause, s.lag
+                "{from} to {to}: {:.0} epochs/s of {:.0} pages; the guest pauses {:.1} ms for each; outputs wait {} for their commit",
+                s.epochs_per_s,
+                s.pages_per_epoch,
+                s.pause.as_secs_f64() * 1e3,
+                ms(s.lag)
             ));
             self.tell.more(&format!(
-                "clients: one redis write in {:.0?} (median), synced on both servers' disks",
-                s.seen.writes.median
+                "clients: one redis write in {} (median), synced on both servers' disks",
+                ms(s.seen.writes.median)
             ));
         }
         Ok(Protection {
@@ -232,17 +239,19 @@ impl Stage<'_, '_> {
             failover.killed, failover.to
         ));
         self.tell.more(&format!(
-            "failover {:.0?} = detect {:.0?} + grant {:.0?} + resume {:.0?} + first packet {:.0?}; the cable was silent for {:.0?}",
-            failover.total(),
-            failover.detect,
-            failover.grant,
-            failover.resume,
-            failover.first_packet,
-            failover.silence
+            "failover {} = detect {} + grant {} + resume {} + first packet {}; the cable was silent for {}",
+            ms(failover.total()),
+            ms(failover.detect),
+            ms(failover.grant),
+            ms(failover.resume),
+            ms(failover.first_packet),
+            ms(failover.silence)
         ));
         self.tell.more(&format!(
-            "the longest wait of a client: redis {:.0?}, web {:.0?}, session {:.0?}",
-            failover.seen.writes.longest, failover.seen.pages.longest, failover.seen.step_longest
+            "the longest wait of a client: redis {}, web {}, session {}",
+            ms(failover.seen.writes.longest),
+            ms(failover.seen.pages.longest),
+            ms(failover.seen.step_longest)
         ));
         Ok(failover)
     }

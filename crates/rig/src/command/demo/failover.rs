@@ -1,9 +1,8 @@
 //! The main demo: two servers die, one after the other, and nobody notices more than a short wait.
 
 use super::story::Story;
-use std::time::Duration;
 use steadfast_rig::Result;
-use steadfast_rig::failover::{self, Options, Report};
+use steadfast_rig::failover::{self, Options, Report, ms};
 
 /// What it shows.
 pub const TITLE: &str = "Steadfast: a Linux with redis goes on when the server under it dies";
@@ -16,10 +15,6 @@ pub fn play(story: &mut Story, options: &Options) -> Result<()> {
     let report = failover::play(options, story)?;
     print(&report);
     Ok(())
-}
-
-fn ms(time: Duration) -> String {
-    format!("{:.0} ms", time.as_secs_f64() * 1e3)
 }
 
 fn print(report: &Report) {
