@@ -182,6 +182,7 @@ impl Engine {
             "promote_us": c.promote_us,
             "guest_resets": c.resets,
             "throttle_percent": self.throttle.percent(),
+            "throttle_most_percent": self.throttle.most(),
             "timeline": self.timeline.status(self.now()),
             "audit_stale_pages": self.audited.0,
             "audit_epochs": self.audited.1,

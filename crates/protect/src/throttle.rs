@@ -18,6 +18,7 @@ const PERCENT_MAX: u8 = 90;
 /// See the module.
 pub struct Throttle {
     percent: u8,
+    most: u8,
     stopped: bool,
     next: Instant,
 }
@@ -27,6 +28,7 @@ impl Throttle {
     pub fn new(now: Instant) -> Self {
         Self {
             percent: 0,
+            most: 0,
             stopped: false,
             next: now,
         }
@@ -37,9 +39,15 @@ impl Throttle {
         self.percent
     }
 
+    /// The strongest that there was.
+    pub fn most(&self) -> u8 {
+        self.most
+    }
+
     /// Sets that share; the guest may have to go on at once.
     pub fn set(&mut self, percent: u8, machine: &Machine, now: Instant) {
         self.percent = percent.min(PERCENT_MAX);
+        self.most = self.most.max(self.percent);
         if self.percent == 0 && self.stopped {
             self.stopped = false;
             machine.resume();

@@ -201,7 +201,7 @@ fn a_guest_that_dirties_everything_goes_on() {
         duo.one();
         let status = duo.hosts[0].status().unwrap();
         most = most.max(status["protocol"]["lag_bytes"].as_u64().unwrap());
-        slowed = slowed.max(status["throttle_percent"].as_u64().unwrap());
+        slowed = slowed.max(status["throttle_most_percent"].as_u64().unwrap());
         assert_eq!(duo.owner().map(|o| o.0), Some(0), "no failover");
     }
     // The window's bound, and one epoch that was under way when it was reached.

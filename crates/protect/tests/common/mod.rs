@@ -189,7 +189,10 @@ pub fn free_port(random: &mut Random) -> SocketAddr {
 impl Site {
     /// A new one, its files in a temporary folder.
     pub fn new(random: &mut Random) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        // In memory where it can be: a shared machine's disk may stand still for seconds, which is another test's matter.
+        let dir = tempfile::tempdir_in("/dev/shm")
+            .or_else(|_| tempfile::tempdir())
+            .unwrap();
         std::fs::write(dir.path().join("pulse.elf"), pulse::elf()).unwrap();
         let ports = [free_port(random), free_port(random)];
         Self {

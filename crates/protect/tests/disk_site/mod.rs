@@ -220,7 +220,10 @@ pub struct Site {
 impl Site {
     /// A new one, with a disk of so many bytes: zeroes on host `a`, something else on host `b`.
     pub fn new(disk_bytes: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        // In memory where it can be: a shared machine's disk may stand still for seconds, which is another test's matter.
+        let dir = tempfile::tempdir_in("/dev/shm")
+            .or_else(|_| tempfile::tempdir())
+            .unwrap();
         std::fs::write(dir.path().join("pulse.elf"), pulse::elf()).unwrap();
         std::fs::write(dir.path().join("a.raw"), vec![0; disk_bytes as usize]).unwrap();
         // What the standby's image holds before must not matter.
