@@ -1,4 +1,5 @@
 //! The decisions case by case: each means for its failure, each with a reason.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod common;
 use common::{check_all_run, check_apart, check_capacity, h, protected, v};
