@@ -28,7 +28,8 @@ pub enum Action {
         admin: HostAdmin,
     },
     /// Get the right to run a VM for `host` (compare-and-swap from `term` to the next) and boot it there.
-    /// Already done when the term has moved.
+    /// Already done when the term has moved. Whoever makes the compare-and-swap lists the instance as starting at the same
+    /// time: an owner that is up and has no instance counts as "does not run it", and is started again.
     StartVm {
         /// The VM.
         vm: VmId,

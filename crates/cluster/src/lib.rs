@@ -29,6 +29,7 @@ pub mod events;
 pub mod health;
 pub mod lease;
 pub mod model;
+pub mod plan;
 pub mod sabotage;
 pub mod smooth;
 pub mod synthetic;

@@ -90,6 +90,49 @@ pub fn pool(hosts: usize, per_rack: usize) -> Result<Snapshot, BadName> {
     Ok(s)
 }
 
+/// A pool of `hosts` hosts in racks of `per_rack`, with ten VMs a host that are wanted and not yet started: half `ft`, three
+/// tenths `restart` with local disks, one tenth `restart` on shared storage, one tenth `none`; every tenth three belong to a
+/// group whose members must be apart.
+///
+/// # Errors
+/// None for fewer than 1,000,000 VMs.
+pub fn large(hosts: usize, per_rack: usize) -> Result<Snapshot, BadName> {
+    let mut s = pool(hosts, per_rack)?;
+    for h in s.hosts.values_mut() {
+        h.record.storages.insert("san".into());
+    }
+    for i in 0..hosts * 10 {
+        let class = match i % 10 {
+            0..=4 => Protection::Ft,
+            5..=8 => Protection::Restart,
+            _ => Protection::None,
+        };
+        let mut x = vm(&format!("v{i:06}"), class)?;
+        x.spec.resources = Resources::new(2, 2 << 10, 0);
+        if i % 10 == 8 {
+            x.spec.disks[0].place = DiskPlace::Shared("san".into());
+        }
+        if i / 3 % 10 == 0 {
+            let group: steadfast_types::GroupId = format!("g{:06}", i / 3).parse()?;
+            s.pool
+                .groups
+                .insert(group.clone(), crate::model::GroupRule::Apart);
+            x.spec.groups.insert(group);
+        }
+        x.spec.priority = u16::try_from(i % 4).unwrap_or(0);
+        add(&mut s, x);
+    }
+    Ok(s)
+}
+
+/// The hosts of the first rack.
+#[must_use]
+pub fn first_rack(s: &Snapshot) -> Vec<HostId> {
+    let rack = s.hosts.values().find_map(|h| h.record.rack.clone());
+    let of = s.hosts.values().filter(|h| h.record.rack == rack);
+    of.map(|h| h.record.id.clone()).collect()
+}
+
 /// Adds a VM.
 pub fn add(s: &mut Snapshot, vm: Vm) {
     s.vms.insert(vm.spec.id.clone(), vm);

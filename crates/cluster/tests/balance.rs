@@ -1,4 +1,5 @@
 //! Balancing over simulated time: relief, its cost model, and no thrash in an hour of changing load.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod common;
 use common::{check_capacity, h, protected, v};

@@ -1,4 +1,5 @@
 //! The decisions case by case: each means for its failure, each with a reason.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod common;
 use common::{check_all_run, check_apart, check_capacity, h, protected, v};
@@ -694,6 +695,29 @@ fn a_lost_memory_is_not_replaced_by_an_old_disk() {
     run(&mut s, 10, |_| {});
     check_all_run(&s).unwrap();
     assert_eq!(owner(&s, "a"), old.to_string());
+}
+
+#[test]
+fn an_upgrade_that_is_called_off_leaves_no_host_empty() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    s.hosts.get_mut(&h(1)).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Upgrade);
+    run(&mut s, 10, |_| {});
+    assert!(s.hosts.values().all(|x| !x.record.leaving()));
+}
+
+#[test]
+fn a_vm_whose_owner_left_the_pool_is_not_started_a_second_time() {
+    let mut s = small(3, &[("a", Protection::Restart)]);
+    let owner = s.vms[&v("a")].state.owner.clone().unwrap();
+    s.hosts.remove(&owner);
+    let d = decide(&s);
+    assert!(
+        !d.actions
+            .iter()
+            .any(|x| matches!(x.action, Action::StartVm { .. } | Action::Promote { .. })),
+        "{d}"
+    );
+    assert!(d.to_string().contains("is not a host of this pool"), "{d}");
 }
 
 #[test]

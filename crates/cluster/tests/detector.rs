@@ -1,4 +1,5 @@
 //! The detector and the lease over simulated time: bounds, no false verdict, and what breaks them.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use proptest::prelude::*;
 use steadfast_cluster::Sabotage;
@@ -109,7 +110,7 @@ fn a_dead_host_is_found_within_the_bound_whatever_the_jitter_was() {
         let s = Settings::default();
         let mut rng = Rng(seed);
         let mut w = World::new(s);
-        w.peer_starved = seed % 3 == 0;
+        w.peer_starved = seed.is_multiple_of(3);
         let jitter = 1 + seed * 10;
         let dies = 20_000 + rng.below(500);
         let (mut health, mut found) = (HostHealth::Up, None);
@@ -348,7 +349,7 @@ fn lease_world(seed: u64, s: lease::Settings, from_answer: bool) -> Option<u64> 
     let mut speed = || (rng.below(2 * drift as u64 + 1) as i64) - drift;
     let (slow, fast) = (speed(), speed());
     // The worst pair is drawn often.
-    let (slow, fast) = if seed % 2 == 0 {
+    let (slow, fast) = if seed.is_multiple_of(2) {
         (-drift, drift)
     } else {
         (slow, fast)

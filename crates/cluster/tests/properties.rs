@@ -1,4 +1,5 @@
 //! Properties of the decisions over made-up pools and histories, and the broken variants that prove the checkers.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod common;
 use common::{check_all_run, check_apart, check_capacity, protected};

@@ -8,6 +8,7 @@ pub mod host;
 mod machine_peers;
 mod machine_state;
 mod markdown;
+mod pool_scale;
 pub mod row;
 pub mod svg;
 
@@ -61,7 +62,12 @@ pub struct Bench {
 
 /// All benchmarks.
 fn all() -> Vec<Bench> {
-    vec![ft::bench(), machine_peers::bench(), machine_state::bench()]
+    vec![
+        ft::bench(),
+        machine_peers::bench(),
+        machine_state::bench(),
+        pool_scale::bench(),
+    ]
 }
 
 /// Runs a benchmark. False when a goal was missed.

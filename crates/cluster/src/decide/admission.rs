@@ -6,9 +6,9 @@
 //! nearly always suffices, else by placing them one by one as the failover would.
 
 use super::fit::{Obstacle, Role};
-use super::world::{Why, World};
+use super::world::World;
 use crate::action::Because;
-use crate::model::{GroupRule, Resources};
+use crate::model::Resources;
 
 /// Of how many hosts sets are formed, when more than one may fail.
 const SETS_OF: usize = 64;
@@ -77,25 +77,17 @@ impl World<'_> {
     }
 
     fn floating_fit(&self) -> Result<(), Because> {
-        let floating: Vec<usize> = (0..self.vms.len()).filter(|&v| self.vms[v].floats()).collect();
-        if floating.is_empty() {
+        if self.floating.is_empty() {
             return Ok(());
         }
+        let floating: Vec<usize> = self.floating.iter().copied().collect();
         let n = usize::from(self.pool.host_failures);
-        let mut count = vec![0u64; self.hosts.len()];
+        let mut count: Vec<u64> = self.hosts.iter().map(|h| h.floating).collect();
         let mut largest = Resources::ZERO;
         let mut plain = true;
         for &v in &floating {
-            let vm = &self.vms[v];
-            largest = largest.max(vm.vm.spec.demand());
-            plain &= !vm.groups.iter().any(|(_, r)| *r == GroupRule::Apart);
-            plain &= vm
-                .admissible
-                .iter()
-                .all(|w| matches!(w, Why::Fits | Why::Witness));
-            if let Some(o) = vm.owner {
-                count[o] += 1;
-            }
+            largest = largest.max(self.vms[v].vm.spec.demand());
+            plain &= self.vms[v].plain;
         }
         if plain {
             let mut slots: Vec<u64> = (0..self.hosts.len())

@@ -83,8 +83,13 @@ impl World<'_> {
             return Some(Obstacle::HasCopy);
         }
         // What is on its way down there must be gone first.
-        let instance = vm.vm.state.instances.get(host.id());
-        if instance.is_some_and(|i| i.phase == Phase::Stopping) {
+        let state = &vm.vm.state;
+        if vm.has_copy(h)
+            && state
+                .instances
+                .get(host.id())
+                .is_some_and(|i| i.phase == Phase::Stopping)
+        {
             return Some(Obstacle::HasCopy);
         }
         if role == Role::Primary {
@@ -170,10 +175,9 @@ impl World<'_> {
         if host.host.status.starved {
             score += STARVED;
         }
-        if let Some(rack) = &host.host.record.rack {
-            let others = vm.owner.iter().chain(&vm.standbys).filter(|&&c| c != h);
-            let same = |c: &&usize| self.hosts[**c].host.record.rack.as_ref() == Some(rack);
-            if role != Role::Primary && others.filter(same).count() > 0 {
+        if host.rack.is_some() && role != Role::Primary {
+            let mut others = vm.owner.iter().chain(&vm.standbys).filter(|&&c| c != h);
+            if others.any(|&c| self.hosts[c].rack == host.rack) {
                 score += SAME_RACK;
             }
         }

@@ -86,6 +86,7 @@ pub(crate) fn drained(w: &mut World) {
 /// The rolling upgrade: one host after the other is emptied, upgraded, and used again; those with the fewest VMs first.
 pub(crate) fn upgrade(w: &mut World) {
     let Some(to) = w.pool.upgrade_to.clone() else {
+        call_off_upgrade(w);
         return;
     };
     let mut under_way = 0;
@@ -133,6 +134,25 @@ pub(crate) fn upgrade(w: &mut World) {
             format!("the rolling upgrade to {to} has come to it: all others are up, all VMs are protected");
         w.act(Action::MarkAdmin { host, admin }, why);
         under_way += 1;
+    }
+}
+
+/// No upgrade is wanted (any more): hosts that were emptied for one are used again.
+fn call_off_upgrade(w: &mut World) {
+    for h in 0..w.hosts.len() {
+        let admin = w.hosts[h].host.record.admin;
+        let for_upgrade = matches!(
+            admin,
+            HostAdmin::Draining(DrainWhy::Upgrade) | HostAdmin::Maintenance(DrainWhy::Upgrade)
+        );
+        let busy = |t: &Task| matches!(t, Task::Upgrade { host, .. } if host == w.hosts[h].id());
+        if for_upgrade && !w.tasks.iter().any(busy) {
+            let (host, admin) = (w.host_id(h), HostAdmin::InUse);
+            w.act(
+                Action::MarkAdmin { host, admin },
+                "the upgrade was called off".into(),
+            );
+        }
     }
 }
 

@@ -82,6 +82,15 @@ pub(crate) fn power_on(w: &mut World) {
         .collect();
     let mut refused: Vec<Refused> = Vec::new();
     for v in w.by_priority(off) {
+        if let Some(owner) = w.vms[v].vm.state.owner.clone() {
+            // It may be running there, and nobody here can tell.
+            let text = format!(
+                "its owner {owner} is not a host of this pool; add it again, or fence it and clear the owner"
+            );
+            w.alarms_wanted.insert(AlarmKey::VmDown(w.vms[v].id().clone()));
+            w.refuse(Some(v), None, Wanted::PowerOn, Because::Other(text));
+            continue;
+        }
         let vm = &w.vms[v];
         let spec = &vm.vm.spec;
         let plain = spec.protection != Protection::None && vm.groups.is_empty();

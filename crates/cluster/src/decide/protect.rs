@@ -158,9 +158,8 @@ fn uselessness(w: &World, v: usize, h: usize) -> u32 {
 impl World<'_> {
     /// Fullness of a host that has the standby already.
     fn score_as_standby(&self, v: usize, h: usize) -> (bool, u64) {
-        let rack = &self.hosts[h].host.record.rack;
-        let owner = self.vms[v].owner;
-        let same = rack.is_some() && owner.is_some_and(|o| self.hosts[o].host.record.rack == *rack);
+        let rack = self.hosts[h].rack;
+        let same = rack.is_some() && self.vms[v].owner.is_some_and(|o| self.hosts[o].rack == rack);
         let part = |used: u64, cap: u64| used.saturating_mul(1000) / cap.max(1);
         let host = &self.hosts[h];
         let Resources { memory_bytes, .. } = host.used;

@@ -27,10 +27,16 @@ impl Reserve {
     pub fn add(&mut self, failed: usize, r: Resources) {
         let e = self.by_failed.entry(failed).or_default();
         *e = e.plus(r);
-        self.sum = self.top(None);
+        self.sum = match self.failures {
+            1 => self.sum.max(*e),
+            _ => self.top(None),
+        };
     }
 
     pub fn remove(&mut self, failed: usize, r: Resources) {
+        if r.is_zero() {
+            return;
+        }
         if let Some(e) = self.by_failed.get_mut(&failed) {
             *e = e.minus(r);
             if e.is_zero() {
@@ -49,6 +55,8 @@ impl Reserve {
     pub fn sum_with(&self, failed: usize, r: Resources) -> Resources {
         if self.failures == 0 || r.is_zero() {
             self.sum
+        } else if self.failures == 1 {
+            self.sum.max(self.of(failed).plus(r))
         } else {
             self.top(Some((failed, r)))
         }

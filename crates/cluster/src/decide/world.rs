@@ -27,6 +27,10 @@ pub(crate) struct HostX<'a> {
     pub reserve: Reserve,
     /// VMs with a copy here (owner, standby, replica, left-over, target of a migration).
     pub copies: BTreeSet<usize>,
+    /// Number of its rack.
+    pub rack: Option<usize>,
+    /// Floating VMs that run here.
+    pub floating: u64,
     /// What floating VMs that wait to be booted will take here.
     pub pending: Resources,
     /// Migrations from or to it.
@@ -61,6 +65,10 @@ pub(crate) struct VmX<'a> {
     pub needs: Vec<Result<usize, VmId>>,
     /// Which hosts pass the rules that do not depend on other VMs.
     pub admissible: Rc<Vec<Why>>,
+    /// All hosts do (witnesses apart), and it must be apart from nobody.
+    pub plain: bool,
+    /// It is counted in its host's `floating`.
+    counted_floating: bool,
     /// What it takes, by host.
     usage: Vec<(usize, Resources)>,
     /// What it would need, by host, if its owner failed.
@@ -74,6 +82,11 @@ impl VmX<'_> {
 
     pub fn on(&self) -> bool {
         self.vm.spec.power == Power::On
+    }
+
+    /// It takes something there, if only disk.
+    pub fn has_copy(&self, h: usize) -> bool {
+        self.usage.iter().any(|(u, _)| *u == h)
     }
 
     /// A VM with local disks that are somewhere already.
@@ -122,6 +135,10 @@ pub(crate) struct World<'a> {
     /// Alarms that hold now.
     pub alarms_wanted: BTreeSet<AlarmKey>,
     pub out: Decisions,
+    /// Members of each group that has a rule.
+    members: Vec<Vec<usize>>,
+    /// VMs that float.
+    pub floating: BTreeSet<usize>,
     host_at: HashMap<HostId, usize>,
     vm_at: HashMap<VmId, usize>,
 }
@@ -129,7 +146,7 @@ pub(crate) struct World<'a> {
 impl<'a> World<'a> {
     pub fn new(snapshot: &'a Snapshot) -> Self {
         let pool = &snapshot.pool;
-        let hosts: Vec<HostX> = snapshot
+        let mut hosts: Vec<HostX> = snapshot
             .hosts
             .values()
             .map(|h| HostX {
@@ -138,11 +155,19 @@ impl<'a> World<'a> {
                 used: Resources::ZERO,
                 reserve: Reserve::new(pool.host_failures),
                 copies: BTreeSet::new(),
+                rack: None,
+                floating: 0,
                 pending: Resources::ZERO,
                 migrations: 0,
                 shift: [0; 3],
             })
             .collect();
+        let mut racks: HashMap<&str, usize> = HashMap::new();
+        for (x, h) in hosts.iter_mut().zip(snapshot.hosts.values()) {
+            let next = racks.len();
+            let number = |r: &'a String| *racks.entry(r.as_str()).or_insert(next);
+            x.rack = h.record.rack.as_ref().map(number);
+        }
         let index = |i: usize, h: &HostX| (h.host.record.id.clone(), i);
         let host_at: HashMap<_, _> = hosts.iter().enumerate().map(|(i, h)| index(i, h)).collect();
         let vm_at: HashMap<_, _> = snapshot
@@ -152,6 +177,15 @@ impl<'a> World<'a> {
             .map(|(i, v)| (v.spec.id.clone(), i))
             .collect();
         let vms = indexed_vms(snapshot, &hosts, &vm_at);
+        let mut members: Vec<Vec<usize>> = Vec::new();
+        for (v, vm) in vms.iter().enumerate() {
+            for (g, _) in &vm.groups {
+                if members.len() <= *g {
+                    members.resize(*g + 1, Vec::new());
+                }
+                members[*g].push(v);
+            }
+        }
         let mut world = Self {
             pool,
             now_ms: snapshot.now_ms,
@@ -161,6 +195,8 @@ impl<'a> World<'a> {
             alarms: snapshot.alarms.clone(),
             alarms_wanted: BTreeSet::new(),
             out: Decisions::default(),
+            members,
+            floating: BTreeSet::new(),
             host_at,
             vm_at,
         };
@@ -298,6 +334,12 @@ impl<'a> World<'a> {
             self.hosts[h].copies.remove(&v);
         }
         let owner = vm.owner;
+        if std::mem::take(&mut vm.counted_floating)
+            && let Some(o) = owner
+        {
+            self.hosts[o].floating -= 1;
+            self.floating.remove(&v);
+        }
         for (h, r) in std::mem::take(&mut vm.failover) {
             if let Some(o) = owner {
                 self.hosts[h].reserve.remove(o, r);
@@ -354,7 +396,14 @@ impl<'a> World<'a> {
             self.hosts[h].used = self.hosts[h].used.plus(r);
             self.hosts[h].copies.insert(v);
         }
-        self.vms[v].usage = usage;
+        vm.usage = usage;
+        if vm.floats()
+            && let Some(o) = vm.owner
+        {
+            vm.counted_floating = true;
+            self.hosts[o].floating += 1;
+            self.floating.insert(v);
+        }
     }
 
     /// Positions of VMs, the most urgent first: by priority, then by name.
@@ -416,14 +465,26 @@ impl<'a> World<'a> {
 
     /// VMs with a copy on `h` that `v` must be apart from.
     pub fn apart_from(&self, v: usize, h: usize) -> impl Iterator<Item = usize> {
-        let mine = &self.vms[v].groups;
-        let hard = move |x: &usize| self.apart(v, *x);
-        let copies = if mine.iter().any(|(_, r)| *r == GroupRule::Apart) {
-            Some(self.hosts[h].copies.iter().copied())
-        } else {
-            None
-        };
-        copies.into_iter().flatten().filter(hard)
+        // Groups are small as a rule, and so are hosts: whichever list is shorter is looked through.
+        let members: usize = self.apart_groups(v).map(|g| self.members[g].len()).sum();
+        let by_host = members > self.hosts[h].copies.len();
+        let here = by_host.then(|| {
+            self.hosts[h]
+                .copies
+                .iter()
+                .copied()
+                .filter(move |&x| self.apart(v, x))
+        });
+        let there = (!by_host).then(|| {
+            let all = self.apart_groups(v).flat_map(|g| self.members[g].iter().copied());
+            all.filter(move |&x| x != v && self.vms[x].has_copy(h))
+        });
+        here.into_iter().flatten().chain(there.into_iter().flatten())
+    }
+
+    fn apart_groups(&self, v: usize) -> impl Iterator<Item = usize> {
+        let groups = self.vms[v].groups.iter();
+        groups.filter(|(_, r)| *r == GroupRule::Apart).map(|(g, _)| *g)
     }
 
     /// Members of a group of `v` with this rule that have a copy on `h`.
@@ -487,6 +548,7 @@ fn indexed_vms<'a>(
         *groups.entry(name).or_insert(next)
     };
     let mut rules: HashMap<RulesKey, Rc<Vec<Why>>> = HashMap::new();
+    let mut uniform = HashMap::new();
     let mut vms: Vec<VmX> = Vec::with_capacity(snapshot.vms.len());
     for vm in snapshot.vms.values() {
         let mut x = VmX {
@@ -497,6 +559,8 @@ fn indexed_vms<'a>(
             groups: Vec::new(),
             needs: Vec::new(),
             admissible: admissible(vm, hosts, &mut rules),
+            plain: false,
+            counted_floating: false,
             usage: Vec::new(),
             failover: Vec::new(),
         };
@@ -527,9 +591,17 @@ fn indexed_vms<'a>(
                 x.vm.to_mut().spec.protection = p;
             }
         }
+        x.plain =
+            !x.groups.iter().any(|(_, r)| *r == GroupRule::Apart) && everywhere(&x.admissible, &mut uniform);
         vms.push(x);
     }
     vms
+}
+
+/// All hosts fit, witnesses apart; looked at once per set of rules.
+fn everywhere(admissible: &Rc<Vec<Why>>, known: &mut HashMap<*const Vec<Why>, bool>) -> bool {
+    let fits = || admissible.iter().all(|w| matches!(w, Why::Fits | Why::Witness));
+    *known.entry(Rc::as_ptr(admissible)).or_insert_with(fits)
 }
 
 /// Which hosts pass the VM's rules that depend on nothing but the host, shared between VMs with equal rules.
