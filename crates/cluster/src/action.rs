@@ -209,7 +209,9 @@ pub enum Because {
     #[error("no host fits: {0}")]
     NoHost(NoHost),
     /// It could run, but no standby could be made.
-    #[error("no host fits for its standby: {0}; with `host_failures` 0, or the class `none`, it may run without")]
+    #[error(
+        "no host fits for its standby: {0}; with `host_failures` 0, or the class `none`, it may run without"
+    )]
     NoStandbyHost(NoHost),
     /// Failures could not be absorbed any more.
     #[error(

@@ -125,7 +125,9 @@ pub(crate) fn on_vm(vm: &mut Vm, action: &Action) -> bool {
             vm.state.replicas.insert(to.clone());
             true
         }
-        Action::ResetVm { host, term, .. } if vm.state.term == *term && vm.state.owner.as_ref() == Some(host) => {
+        Action::ResetVm { host, term, .. }
+            if vm.state.term == *term && vm.state.owner.as_ref() == Some(host) =>
+        {
             set_phase(vm, host, Phase::Starting);
             vm.state.ready = false;
             true
@@ -164,7 +166,11 @@ fn take_over(vm: &mut Vm, host: &HostId) {
     let wants_standbys = vm.spec.standbys_wanted() > 0;
     let s = &mut vm.state;
     s.term = s.term.next();
-    if let Some(old) = s.owner.replace(host.clone()).filter(|old| old != host && wants_standbys) {
+    if let Some(old) = s
+        .owner
+        .replace(host.clone())
+        .filter(|old| old != host && wants_standbys)
+    {
         s.standbys.insert(old, Standby::default());
     }
     s.standbys.remove(host);
@@ -255,19 +261,21 @@ fn finish_migration(snap: &mut Snapshot, id: &VmId, from: &HostId, to: &HostId, 
         return;
     }
     take_over(vm, to);
+    set_phase(vm, to, Phase::Running);
     let wants_standbys = vm.spec.standbys_wanted() > 0;
+    if wants_standbys {
+        set_phase(vm, from, Phase::Standby);
+    }
     let s = &mut vm.state;
     s.ready = true;
     s.moved_ms = Some(now);
     s.replicas.insert(to.clone());
-    s.instances.insert(to.clone(), Instance::new(Phase::Running, s.term));
     if wants_standbys {
         let synced = Standby {
             in_sync: true,
             lag_ms: 0,
         };
         s.standbys.insert(from.clone(), synced);
-        s.instances.insert(from.clone(), Instance::new(Phase::Standby, s.term));
     } else {
         s.replicas.remove(from);
         s.instances.remove(from);

@@ -22,10 +22,16 @@
 
 pub mod action;
 pub mod apply;
+pub mod availability;
 pub mod decide;
 pub mod detector;
+pub mod events;
+pub mod health;
+pub mod lease;
 pub mod model;
 pub mod sabotage;
+pub mod smooth;
+pub mod synthetic;
 
 pub use action::{Action, Because, Decision, Decisions, NoHost, Refusal, Wanted};
 pub use apply::{apply, settle};

@@ -41,6 +41,13 @@ pub enum Event {
         /// Who sent it.
         from: HostId,
     },
+    /// A piece of bulk arrived whose message is not whole yet.
+    Bulk {
+        /// Who sent it.
+        from: HostId,
+        /// Under which term.
+        term: Term,
+    },
     /// A connection to this peer stands: messages can pass.
     Connected(HostId),
     /// All paths to this peer are down. Only a hint: nothing is decided on it but to greet again later.

@@ -185,6 +185,12 @@ pub enum Body {
         /// The last heartbeat seen.
         echo: u64,
     },
+    /// Standby: bulk of yours keeps arriving. On a slow link a record takes longer than the detector waits, and heartbeats
+    /// wait behind it; that is a busy link, not a dead host (I7).
+    Alive {
+        /// Pieces of bulk that arrived in this session. Grows.
+        heard: u64,
+    },
     /// Standby: send again everything after this epoch.
     Resend {
         /// The newest epoch that arrived whole and in order.

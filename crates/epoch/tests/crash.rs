@@ -312,6 +312,7 @@ fn events_that_make_no_sense_are_ignored_in_every_role() {
                 next: u64::MAX,
                 echo: u64::MAX,
             },
+            Body::Alive { heard: u64::MAX },
             Body::Resend { after: e },
             Body::NoSession,
             Body::Poll,

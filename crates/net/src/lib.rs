@@ -3,11 +3,13 @@
 //! A frame on a [`NetBackend`] always starts with the 12-byte virtio-net header (virtio 1.2, 5.1.6, with
 //! `num_buffers`), little-endian, whatever carries it. Backends never block.
 
+pub mod announce;
 pub mod hold;
 pub mod name;
 pub mod socket;
 pub mod tap;
 
+pub use announce::announcement;
 pub use hold::{Hold, HoldBackend, HoldMode};
 pub use name::{SocketKind, SocketName};
 pub use socket::SocketBackend;

@@ -326,10 +326,7 @@ impl Instances {
             });
         let tls = self.folders.tls();
         Ok(ProtectSpec {
-            host: config.host.clone(),
-            store: config.store_spec(&self.folders),
             peers: peers.collect(),
-            start: false,
             hold_outputs: vm.record.protection == Protection::Ft,
             tls: Some(TlsSpec {
                 ca: tls.ca,
@@ -337,11 +334,11 @@ impl Instances {
                 key: tls.key,
             }),
             suspect_ms: SUSPECT_MS,
-            audit: None,
             max_interval_us: match vm.record.protection {
                 Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
                 _ => None,
             },
+            ..ProtectSpec::new(config.host.clone(), config.store_spec(&self.folders))
         })
     }
 

@@ -158,6 +158,10 @@ pub fn encode(message: &Message) -> Vec<u8> {
         }
         Body::NoSession => tag(&mut w, 12),
         Body::Fenced => tag(&mut w, 13),
+        Body::Alive { heard } => {
+            tag(&mut w, 16);
+            w.n(*heard);
+        }
         Body::Poll => tag(&mut w, 14),
         Body::PollReply { staged, promised } => {
             tag(&mut w, 15);
@@ -230,6 +234,7 @@ pub fn decode(bytes: &[u8]) -> Option<Message> {
         11 => Body::Resend { after: r.r()? },
         12 => Body::NoSession,
         13 => Body::Fenced,
+        16 => Body::Alive { heard: r.n()? },
         14 => Body::Poll,
         15 => Body::PollReply {
             staged: r.r()?,
@@ -299,6 +304,7 @@ mod tests {
                 next: 2,
                 echo: 3,
             },
+            Body::Alive { heard: 1 << 60 },
             Body::Resend { after: r },
             Body::NoSession,
             Body::Fenced,

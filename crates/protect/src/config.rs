@@ -28,12 +28,92 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// How many standbys must acknowledge an epoch before it commits (1 to 3); none: all that are in sync.
+    #[serde(default)]
+    pub acks: Option<u8>,
+    /// For tests: the step at which this process kills itself, see [`crate::failpoint`].
+    #[serde(default)]
+    pub die_at: Option<String>,
+    /// A disk that does not come back from one operation for so long counts as dead, in milliseconds. A slow one does not.
+    #[serde(default = "disk_hang_ms")]
+    pub disk_hang_ms: u64,
+    /// Bytes a second at which blocks are checked against their checksums; 0: never.
+    #[serde(default = "scrub_bytes_per_s")]
+    pub scrub_bytes_per_s: u64,
+    /// Pause before each walk over the disks, in seconds.
+    #[serde(default = "scrub_pause_s")]
+    pub scrub_pause_s: u64,
+    /// Bytes a second of a copy to a standby, on the link or of its disks, whichever is more; 0: as fast as the link. At least
+    /// [`COPY_RATE_MIN`]. It can be set while a copy runs.
+    #[serde(default)]
+    pub copy_bytes_per_s: u64,
+    /// Folder for the journals and checksums of this VM's disks; none: beside each image. Needed for block devices.
+    #[serde(default)]
+    pub journals: Option<PathBuf>,
+    /// For tests: a file of rules for faults of this host's disks (`steadfast_disk::testing::LiveFaults`).
+    #[serde(default)]
+    pub disk_faults: Option<PathBuf>,
     /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
     #[serde(default)]
     pub audit: Option<PathBuf>,
     /// Longest interval between cuts in microseconds, also while the VM is idle; none: the policy's own, which backs off.
     #[serde(default)]
     pub max_interval_us: Option<u64>,
+}
+
+impl ProtectSpec {
+    /// With every default: no peers, outputs held, plain connections.
+    #[must_use]
+    pub fn new(host: HostId, store: StoreSpec) -> Self {
+        Self {
+            host,
+            store,
+            peers: Vec::new(),
+            start: false,
+            hold_outputs: true,
+            tls: None,
+            suspect_ms: suspect_ms(),
+            acks: None,
+            die_at: None,
+            disk_hang_ms: disk_hang_ms(),
+            scrub_bytes_per_s: scrub_bytes_per_s(),
+            scrub_pause_s: scrub_pause_s(),
+            copy_bytes_per_s: 0,
+            journals: None,
+            disk_faults: None,
+            audit: None,
+            max_interval_us: None,
+        }
+    }
+
+    /// Interval of signs of life in milliseconds. Whoever waits long before it suspects need not hear often.
+    pub fn heartbeat_ms(&self) -> u64 {
+        (self.suspect_ms / 16).clamp(10, 100)
+    }
+
+    /// How long an answer of the store is awaited before it is asked again, in milliseconds. The store's calls are bounded by
+    /// themselves and made one after the other: to ask again earlier would only throw a late answer away.
+    pub fn store_answer_ms(&self) -> u64 {
+        match &self.store {
+            StoreSpec::Folder(_) => 100,
+            StoreSpec::Etcd { etcd } => etcd.timeout_ms + 50,
+        }
+    }
+}
+
+/// The slowest copy: below this, its pieces would take longer than the patience of the protocol.
+pub const COPY_RATE_MIN: u64 = 1 << 20;
+
+fn disk_hang_ms() -> u64 {
+    5000
+}
+
+fn scrub_bytes_per_s() -> u64 {
+    4 << 20
+}
+
+fn scrub_pause_s() -> u64 {
+    6 * 3600
 }
 
 fn yes() -> bool {

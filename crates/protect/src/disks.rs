@@ -3,25 +3,33 @@
 //! ```text
 //! guest --> LateBlock --> Volume (primary) --seal at the cut--> record --> Replica (standby): stage, sync, commit
 //! ```
-//! Each raw image has a folder `<image>.sfj` with journal and checksums beside it (`docs/disk-format.md`). Every epoch is
+//! Each raw image or block device of a host has a folder with journal and checksums (`docs/disk-format.md`): `<image>.sfj`
+//! beside it, or one in the folder that the protection names. Every epoch is
 //! sealed and staged on every volume, also when nothing was written, so that their numbers never part.
 //! Invariants: I3 (disk and memory are cut at one instant and applied to one epoch), I4, I5 (an epoch with a flush is
 //! reported as synced only when all volumes are). The engine never waits here for a disk that works, but at a cold boot.
 
+use crate::ask::{self, Asks, LinkPeer, Question, Shelf};
 use crate::block::LateBlock;
+use crate::config::ProtectSpec;
+use crate::disk_care::{Copied, stand_equal};
 use crate::input::{Input, Inputs};
+use crate::scrubber::Scrubber;
 use std::collections::VecDeque;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
 use steadfast_disk::journal::State;
 use steadfast_disk::resync::Residue;
-use steadfast_disk::storage::{BlockFile, DirStorage, StorageFile};
+use steadfast_disk::storage::{BlockFile, DirStorage, Storage, StorageFile};
+use steadfast_disk::testing::LiveFaults;
 use steadfast_disk::volume::{self, EpochOp, Notify, Options, Replica, Sealed, Volume, VolumeError};
 use steadfast_epoch::io::Event;
 use steadfast_epoch::message::EpochRef;
-use steadfast_types::{Epoch, Term, VmId};
+use steadfast_types::{Epoch, Term};
 use steadfast_vmm::spec::VmSpec;
 use steadfast_wire::record::{DiskKind, DiskOp};
 use steadfast_wire::{StagedRecord, vm_hash};
@@ -29,9 +37,11 @@ use steadfast_wire::{StagedRecord, vm_hash};
 /// Standbys that a volume can keep apart.
 pub const SLOTS: usize = steadfast_disk::volume::PEERS;
 /// Bytes of a disk in one chunk of a full copy.
-const CHUNK_BYTES: u64 = 4 << 20;
+pub const CHUNK_BYTES: u64 = 4 << 20;
 /// A disk whose journal takes nothing for so long is as good as dead: the standby is better off.
 const STUCK: Duration = Duration::from_secs(5);
+/// Numbers of copies are drawn at random by each process and then count up.
+const SAME_SOURCE: u64 = 1 << 32;
 /// Replaying a journal at a cold boot.
 const REPLAY: Duration = Duration::from_secs(120);
 
@@ -55,46 +65,74 @@ pub fn wire_op((volume, op): &NumberedOp) -> DiskOp<'_> {
     }
 }
 
-struct Disk {
-    path: PathBuf,
+pub(crate) struct Disk {
+    pub(crate) path: PathBuf,
     image: Arc<dyn BlockIo>,
-    storage: DirStorage,
+    file: Arc<dyn StorageFile>,
+    storage: Box<dyn Storage>,
     options: Options,
-    late: Arc<LateBlock>,
+    pub(crate) late: Arc<LateBlock>,
     notify: Notify,
+    peer: Arc<LinkPeer>,
+    /// Where other threads find the volume.
+    shelf: Shelf,
     /// None: what is in the folder cannot be used, and why.
-    replica: Result<Replica, String>,
+    pub(crate) replica: Result<Replica, String>,
+    /// What is in the folder cannot be used because the disk below failed, not because of what it says.
+    pub(crate) unreadable: bool,
 }
 
 impl Disk {
-    fn file(&self) -> Arc<dyn StorageFile> {
-        Arc::new(BlockFile(Arc::clone(&self.image)))
-    }
-
-    fn text(&self) -> impl Fn(VolumeError) -> String + use<> {
+    pub(crate) fn text(&self) -> impl Fn(VolumeError) -> String + use<> {
         let path = self.path.display().to_string();
         move |e| format!("disk {path}: {e}")
     }
 
     fn format(&mut self, at: EpochRef) -> Result<&Replica, String> {
+        self.take_down()?;
         self.replica = Err("being laid out".into());
-        volume::format(&self.storage, &*self.file(), &self.options, at.epoch, at.term)
-            .map_err(self.text())?;
+        volume::format(&*self.storage, &*self.file, &self.options, at.epoch, at.term).map_err(self.text())?;
         self.open();
         self.replica()
     }
 
-    fn open(&mut self) {
+    /// No other thread works on the volume any more.
+    fn take_down(&self) -> Result<(), String> {
+        let until = Instant::now() + STUCK;
+        loop {
+            match self.shelf.try_write() {
+                Ok(mut shelf) => {
+                    *shelf = None;
+                    return Ok(());
+                }
+                Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
+                Err(_) => {
+                    return Err(format!(
+                        "disk {}: something still works on it; is it hung?",
+                        self.path.display()
+                    ));
+                }
+            }
+        }
+    }
+
+    pub(crate) fn open(&mut self) {
         let opened = Replica::open(
-            &self.storage,
-            self.file(),
+            &*self.storage,
+            Arc::clone(&self.file),
             &self.options,
             Some(Arc::clone(&self.notify)),
         );
+        self.unreadable = matches!(opened, Err(VolumeError::Io { .. }));
         self.replica = opened.map(|(r, _)| r).map_err(self.text());
+        if let Ok(replica) = &self.replica {
+            let peer: Arc<LinkPeer> = Arc::clone(&self.peer);
+            replica.set_peer(Some(peer));
+            *self.shelf.write().unwrap_or_else(PoisonError::into_inner) = Some(replica.common());
+        }
     }
 
-    fn replica(&self) -> Result<&Replica, String> {
+    pub(crate) fn replica(&self) -> Result<&Replica, String> {
         self.replica.as_ref().map_err(Clone::clone)
     }
 }
@@ -120,7 +158,15 @@ pub struct Cut {
 
 /// All writable disks of the VM.
 pub struct Disks {
-    list: Vec<Disk>,
+    pub(crate) list: Vec<Disk>,
+    /// Questions to other hosts that wait for their answer, and where those of other hosts are answered.
+    pub(crate) asks: Asks,
+    pub(crate) serve: SyncSender<Question>,
+    pub(crate) scrubber: Scrubber,
+    /// The present or last copy to the standby in each slot.
+    pub(crate) copied: [Copied; SLOTS],
+    pub(crate) hang: Duration,
+    pub(crate) reopened: Option<Instant>,
     inputs: Inputs,
     queue: VecDeque<Waiting>,
     /// Number of the copy whose end is under way on a thread.
@@ -138,14 +184,19 @@ impl Disks {
     ///
     /// # Errors
     /// Which disk cannot be protected, why, and what to do.
-    pub fn open(spec: &VmSpec, name: &VmId, inputs: &Inputs) -> Result<Self, String> {
+    pub fn open(spec: &VmSpec, protect: &ProtectSpec, inputs: &Inputs) -> Result<Self, String> {
         let mut list = Vec::new();
+        let (name, asks) = (&spec.name, Asks::default());
+        let faults = protect.disk_faults.clone().map(LiveFaults::new);
         for (index, disk) in spec.disks.iter().enumerate().filter(|(_, d)| !d.read_only) {
             let path = disk.path.display();
             let meta = std::fs::metadata(&disk.path).map_err(|e| format!("disk {path}: {e}"))?;
-            if !meta.is_file() {
+            if !meta.is_file() && !meta.file_type().is_block_device() {
+                return Err(format!("disk {path} is neither a file nor a block device"));
+            }
+            if !meta.is_file() && protect.journals.is_none() {
                 return Err(format!(
-                    "disk {path} is no file: this version replicates image files; copy it into a raw image"
+                    "disk {path} is a block device: name a folder for the journals of this VM's disks (`journals`)"
                 ));
             }
             let format = disk.format.as_deref().map(str::parse::<ImageFormat>).transpose();
@@ -161,11 +212,25 @@ impl Disks {
                      (qemu-img convert -O raw), or make it read-only (,ro)"
                 ));
             }
-            let mut folder = disk.path.clone().into_os_string();
-            folder.push(".sfj");
-            let folder = PathBuf::from(folder);
-            let storage =
-                DirStorage::new(&folder).map_err(|e| format!("journal {}: {e}", folder.display()))?;
+            let folder = match &protect.journals {
+                Some(folder) => folder.join(format!("{name}-{index}.sfj")),
+                None => {
+                    let mut beside = disk.path.clone().into_os_string();
+                    beside.push(".sfj");
+                    PathBuf::from(beside)
+                }
+            };
+            let plain = DirStorage::new(&folder).map_err(|e| format!("journal {}: {e}", folder.display()))?;
+            let mut storage: Box<dyn Storage> = Box::new(plain);
+            let mut file: Arc<dyn StorageFile> = Arc::new(BlockFile(Arc::clone(&image)));
+            if let Some(faults) = &faults {
+                (storage, file) = (faults.storage(storage), faults.file("image", file));
+            }
+            let peer = Arc::new(LinkPeer {
+                volume: u16::try_from(list.len()).map_err(|_| "too many disks".to_owned())?,
+                inputs: inputs.clone(),
+                asks: asks.clone(),
+            });
             let late = Arc::new(LateBlock::new(index, image.info(), inputs.clone()));
             let notify: Notify = {
                 // Weak: the block holds the volume, which holds this.
@@ -186,11 +251,15 @@ impl Disks {
             let mut disk = Disk {
                 path: disk.path.clone(),
                 image,
+                file,
                 storage,
                 options,
                 late,
                 notify,
+                peer,
+                shelf: Shelf::default(),
                 replica: Err("not opened".into()),
+                unreadable: false,
             };
             if folder.join("journal").exists() {
                 disk.open();
@@ -199,8 +268,18 @@ impl Disks {
             }
             list.push(disk);
         }
+        stand_equal(&list);
+        let shelves = list.iter().map(|d| Arc::clone(&d.shelf)).collect();
+        let pause = Duration::from_secs(protect.scrub_pause_s);
+        let threads = |e: std::io::Error| format!("a thread for disks: {e}");
         Ok(Self {
             list,
+            asks,
+            serve: ask::serve(inputs.clone()).map_err(threads)?,
+            scrubber: Scrubber::start(shelves, protect.scrub_bytes_per_s, pause).map_err(threads)?,
+            copied: std::array::from_fn(|_| Copied::default()),
+            hang: Duration::from_millis(protect.disk_hang_ms.max(100)),
+            reopened: None,
             inputs: inputs.clone(),
             queue: VecDeque::new(),
             finishing: None,
@@ -223,7 +302,12 @@ impl Disks {
             .collect()
     }
 
-    fn volumes(&self) -> impl Iterator<Item = Volume> + '_ {
+    /// Where other threads find volume `number`.
+    pub fn shelf(&self, number: u16) -> Option<Shelf> {
+        self.list.get(usize::from(number)).map(|d| Arc::clone(&d.shelf))
+    }
+
+    pub(crate) fn volumes(&self) -> impl Iterator<Item = Volume> + '_ {
         self.list
             .iter()
             .filter_map(|d| d.replica.as_ref().ok().map(Replica::common))
@@ -246,14 +330,28 @@ impl Disks {
             if let State::Copying { join } = p.state {
                 return Err(text(VolumeError::Copying { join }));
             }
-            if p.tip != at.epoch {
-                replica.wait_synced(p.tip, REPLAY).map_err(&text)?;
-                replica.commit(p.tip).map_err(&text)?;
-                replica.common().wait_applied(p.tip, REPLAY).map_err(&text)?;
+            replica.wait_synced(p.tip, REPLAY).map_err(&text)?;
+            replica.commit(p.tip).map_err(&text)?;
+            replica.common().wait_applied(p.tip, REPLAY).map_err(&text)?;
+            if p.tip > at.epoch {
                 // The last of them ends the volume's threads.
                 drop(replica);
                 d.format(at)?;
+                continue;
             }
+            // Numbers go on from the highest of all disks, and the account of what standbys lack goes on with them. What
+            // fills the gap is empty, and of this term: nobody else has it.
+            for n in p.tip.0 + 1..=at.epoch.0 {
+                let until = Instant::now() + REPLAY;
+                while let Err(e) = replica.stage(Epoch(n), term, false, &[]) {
+                    if !e.is_back_pressure() || Instant::now() >= until {
+                        return Err(text(e));
+                    }
+                    replica.commit(Epoch(n - 1)).map_err(&text)?;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            replica.commit(at.epoch).map_err(&text)?;
         }
         self.go_live(at, term)
     }
@@ -355,11 +453,25 @@ impl Disks {
         Ok(all)
     }
 
-    /// A full copy to the standby in `slot` begins.
-    pub fn begin_resync(&self, slot: usize) -> Result<(), String> {
-        self.volumes()
-            .try_for_each(|v| v.begin_resync(slot, None).map(|_| ()))
-            .map_err(|e| e.to_string())
+    /// A copy to the standby in `slot` begins; its disks stand at `have`. What changed since then is sent, and all of a disk
+    /// whose past does not hold that epoch for certain.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn begin_resync(&mut self, slot: usize, have: EpochRef) -> Result<(), String> {
+        let mut copied = Copied::default();
+        for v in self.volumes() {
+            let known = have.epoch > Epoch::ZERO && v.holds(have.epoch, have.term);
+            let plan = v
+                .begin_resync(slot, known.then_some(have.epoch))
+                .map_err(|e| e.to_string())?;
+            copied.full |= plan.full;
+            copied.planned += plan.bytes;
+        }
+        if let Some(place) = self.copied.get_mut(slot) {
+            *place = copied;
+        }
+        Ok(())
     }
 
     /// Bytes that the standby in `slot` lacks.
@@ -371,10 +483,16 @@ impl Disks {
     ///
     /// # Errors
     /// It could not be read and counts as missing.
-    pub fn next_chunk(&self, slot: usize) -> Result<Option<NumberedOp>, String> {
-        for (number, volume) in (0..).zip(self.volumes()) {
-            let chunk = volume.next_chunk(slot, CHUNK_BYTES).map_err(|e| e.to_string())?;
+    pub fn next_chunk(&mut self, slot: usize, bytes: u64) -> Result<Option<NumberedOp>, String> {
+        for (number, volume) in (0..).zip(self.list.iter().filter_map(|d| d.replica.as_ref().ok())) {
+            let chunk = volume
+                .common()
+                .next_chunk(slot, bytes)
+                .map_err(|e| e.to_string())?;
             if let Some(c) = chunk {
+                if let Some(copied) = self.copied.get_mut(slot) {
+                    copied.sent += c.data.len() as u64;
+                }
                 let data = Arc::new(c.data);
                 return Ok(Some((
                     number,
@@ -410,8 +528,14 @@ impl Disks {
     pub fn begin_copy(&mut self, join: u64) {
         self.forget();
         self.copy_failed = false;
+        // What is here counts until the copy ends, and the source sends what changed since. Not so where that is nothing, or the
+        // mixture that another source left behind.
+        let full = match self.unfinished() {
+            Some((old, _)) => join.wrapping_sub(old) > SAME_SOURCE,
+            None => self.have() == EpochRef::ZERO,
+        };
         for d in &mut self.list {
-            if let Err(error) = begin_copy(d, join) {
+            if let Err(error) = begin_copy(d, join, full) {
                 tracing::error!(%error, "the copy of a disk cannot begin");
                 self.copy_failed = true;
             }
@@ -611,12 +735,12 @@ fn finish_copy(replica: &Replica, join: u64, ops: &[EpochOp], at: EpochRef) -> R
     until_still(|| replica.finish_copy(join, ops, at.epoch, at.term))
 }
 
-fn begin_copy(d: &mut Disk, join: u64) -> Result<(), String> {
+fn begin_copy(d: &mut Disk, join: u64, full: bool) -> Result<(), String> {
     if d.replica.is_err() {
         d.format(EpochRef::ZERO)?;
     }
     let replica = d.replica()?;
-    until_still(|| replica.begin_copy(join, true)).map_err(d.text())
+    until_still(|| replica.begin_copy(join, full)).map_err(d.text())
 }
 
 /// A copy begins and ends between two jobs of the volume's threads.

@@ -7,30 +7,32 @@
 
 use crate::audit::Audit;
 use crate::codec;
-use crate::config::{PeerSpec, ProtectSpec};
-use crate::disks::{Disks, SLOTS};
+use crate::config::ProtectSpec;
+use crate::disk_engine::Care;
+use crate::disks::Disks;
+use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
+use crate::life::{Ending, Remains, WaitingCut};
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
-use serde_json::{Value, json};
+use crate::throttle::Throttle;
+use crate::timeline::Timeline;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_capture::{Capture, PageArena};
 use steadfast_epoch::arbiter::Instance;
-use steadfast_epoch::io::{Action, Event};
-use steadfast_epoch::message::{Body, EpochRef, Message};
+use steadfast_epoch::io::{Action, Event, Notice};
+use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
-use steadfast_epoch::primary::Phase;
-use steadfast_epoch::{Replica, Settings, Status};
+use steadfast_epoch::{Replica, Settings};
 use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
-use steadfast_types::{Epoch, HostId, VmId};
-use steadfast_vmm::control::{Call, Request, failure};
+use steadfast_types::{Epoch, Gfn, HostId, VmId};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
 use steadfast_wire::record::Staged;
@@ -38,8 +40,9 @@ use steadfast_wire::{Frame, StagedRecord, vm_hash};
 
 /// The NICs' queues of the present machine.
 pub type Holds = Arc<Mutex<Vec<Arc<Hold>>>>;
-/// Builds a machine that stands still, its NICs behind [`Holds`].
-pub type MakeVm = Box<dyn FnOnce() -> Result<Vm, AssembleError>>;
+/// Builds a machine that stands still, its NICs behind [`Holds`]: the first, or the one that follows another of the same VM,
+/// which stands still.
+pub type MakeVm = Box<dyn Fn(Option<&Remains>) -> Result<Vm, AssembleError> + Send>;
 
 /// Inputs handled before the clock is looked at again.
 const BATCH: usize = 64;
@@ -59,6 +62,8 @@ pub struct Counters {
     pub last: steadfast_capture::CutTimes,
     /// Frames released.
     pub released: u64,
+    /// Times that the guest was started anew.
+    pub resets: u64,
     /// How long the last promotion took from grant to running, in microseconds.
     pub promote_us: Option<u64>,
     /// The last pauses.
@@ -105,6 +110,9 @@ pub struct Engine {
     pub(crate) vm_hash: u64,
     pub(crate) holds: Holds,
     pub(crate) disks: Disks,
+    pub(crate) care: Care,
+    /// A disk here is dead: what works on it is left behind when the process ends.
+    pub(crate) abandoned: bool,
     pub(crate) peers: BTreeMap<HostId, Peer>,
     pub(crate) capture: Capture,
     pub(crate) sealed: VecDeque<(Epoch, Record)>,
@@ -117,15 +125,27 @@ pub struct Engine {
     /// Machine state of the newest applied epoch.
     pub(crate) state: Vec<u8>,
     pub(crate) counters: Counters,
+    pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
-    name: VmId,
-    spec: ProtectSpec,
-    ram_bytes: u64,
+    /// None while a thread builds the machine that follows a reset.
+    pub(crate) make_vm: Option<MakeVm>,
+    pub(crate) failpoint: Failpoint,
+    /// A cut that was asked for meanwhile.
+    pub(crate) waiting_cut: Option<WaitingCut>,
+    /// Pages that changed with the machine itself; no dirty log knows them.
+    pub(crate) carry: Vec<Gfn>,
+    pub(crate) ending: Option<Ending>,
+    pub(crate) throttle: Throttle,
+    /// Stopped for good by a cut, unless the protocol lets it run on.
+    pub(crate) frozen: bool,
+    pub(crate) name: VmId,
+    pub(crate) spec: ProtectSpec,
+    pub(crate) ram_bytes: u64,
     store: Sender<Ask>,
-    inputs: Inputs,
+    pub(crate) inputs: Inputs,
     clock: Instant,
-    log: VecDeque<String>,
+    pub(crate) log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
     pub(crate) cut_failures: u32,
     pub(crate) audit: Option<Audit>,
@@ -140,7 +160,7 @@ impl Engine {
     /// [`ProcessError`].
     pub fn new(parts: Parts) -> Result<Self, ProcessError> {
         let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
-        let vm = (parts.make_vm)()?;
+        let vm = (parts.make_vm)(None)?;
         let mut peers = BTreeMap::new();
         for (slot, peer) in parts.spec.peers.iter().enumerate() {
             let pages = ram_regions(parts.ram_bytes);
@@ -153,6 +173,7 @@ impl Engine {
             .map_err(|e| setting(format!("store: {e}")))?;
         let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
         let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
+        let failpoint = Failpoint::new(parts.spec.die_at.as_deref()).map_err(setting)?;
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let mut policy = PolicySettings::default();
         if let Some(us) = parts.spec.max_interval_us {
@@ -162,9 +183,14 @@ impl Engine {
             policy,
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
+            heartbeat_us: parts.spec.heartbeat_ms() * 1000,
+            store_timeout_us: parts.spec.store_answer_ms() * 1000,
             hold_outputs: parts.spec.hold_outputs,
+            acks_required: parts.spec.acks.unwrap_or(0),
             speculate: false,
             resend_inherited: false,
+            // A copy is not over before all of it was sent once and again, in the smallest pieces.
+            max_chunks: 100_000 + (parts.disks.capacity() + parts.ram_bytes) / (16 << 10),
             ..Settings::default()
         };
         let replica = Replica::new(
@@ -172,7 +198,7 @@ impl Engine {
             parts.spec.host.clone(),
             Instance(instance),
             settings,
-            EpochRef::ZERO,
+            parts.disks.boot_at(),
         );
         Ok(Self {
             replica,
@@ -180,6 +206,8 @@ impl Engine {
             vm_hash: vm_hash(&parts.name),
             holds: parts.holds,
             disks: parts.disks,
+            care: Care::new(parts.spec.copy_bytes_per_s),
+            abandoned: false,
             peers,
             capture: Capture::new(PageArena::new(4096, 256 << 20)),
             sealed: VecDeque::new(),
@@ -189,9 +217,17 @@ impl Engine {
             base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
+            timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
             name: parts.name,
+            make_vm: Some(parts.make_vm),
+            waiting_cut: None,
+            failpoint,
+            carry: Vec::new(),
+            ending: None,
+            throttle: Throttle::new(Instant::now()),
+            frozen: false,
             spec: parts.spec,
             ram_bytes: parts.ram_bytes,
             store,
@@ -210,13 +246,18 @@ impl Engine {
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
         crate::priority::raise("the engine");
+        crate::ask::this_is_the_engine();
         if self.start {
             self.step(Event::ColdStart)?;
         }
         let mut console = Instant::now();
         loop {
             let now = self.now();
-            let wait = Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            let mut wait =
+                Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            if let Some(turn) = self.turn() {
+                wait = wait.min(turn);
+            }
             match queue.recv_timeout(wait) {
                 Ok(first) => {
                     let mut next = Some(first);
@@ -247,8 +288,20 @@ impl Engine {
                     .flush_output();
                 self.disks_moved()?;
                 console = Instant::now();
+                self.close_links();
+                if let Some(ended) = self.end_step()? {
+                    return Ok(ended);
+                }
             }
         }
+    }
+
+    /// The throttle's turn; not while a frozen cut decides whether the guest runs on at all.
+    fn turn(&mut self) -> Option<Duration> {
+        if self.frozen || self.make_vm.is_none() || self.replica.primary().is_none() {
+            return None;
+        }
+        self.throttle.turn(&self.vm.machine, Instant::now())
     }
 
     pub(crate) fn now(&self) -> u64 {
@@ -267,7 +320,31 @@ impl Engine {
         Ok(())
     }
 
+    /// Tests may kill this process here.
+    pub(crate) fn reached(&mut self, step: &str) {
+        let replica = &self.replica;
+        self.failpoint.at(step, || replica.status());
+    }
+
+    /// The step of an epoch or a promotion that an action belongs to.
+    fn reached_by(&mut self, action: &Action) {
+        let step = match action {
+            Action::Send { message, .. } if matches!(message.body, Body::Ack { .. }) => "ack",
+            Action::Send { message, .. } if matches!(message.body, Body::Epoch(_)) => "send",
+            Action::Stage { .. } => "stage",
+            Action::SyncJournal { .. } => "fsync",
+            Action::Commit { .. } => "commit",
+            Action::Release { .. } => "release",
+            Action::Apply { .. } => "apply",
+            Action::Promote { .. } => "grant",
+            Action::Notice(Notice::Suspected(_)) => "suspect",
+            _ => return,
+        };
+        self.reached(step);
+    }
+
     fn act(&mut self, action: Action) -> Result<(), ProcessError> {
+        self.reached_by(&action);
         match action {
             Action::Send { to, message } => self.send(&to, message),
             Action::StoreRead { id } => {
@@ -277,25 +354,39 @@ impl Engine {
                 let _ = self.store.send(Ask::Cas(id, Box::new(expect), Box::new(record)));
             }
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
-            Action::ResumeGuest => self.vm.machine.resume(),
+            Action::ResumeGuest => {
+                self.frozen = false;
+                if self.make_vm.is_some() {
+                    self.vm.machine.resume();
+                }
+            }
             Action::SyncJournal { through } if self.disks.is_empty() => {
                 self.events.push_back(Event::JournalSynced { through });
             }
             Action::SyncJournal { through } => self.events.extend(self.disks.request_sync(through)),
             Action::Commit { through } => {
+                tracing::debug!(at_us = self.now(), %through, "commit");
                 self.counters.committed(through);
                 self.events.extend(self.disks.commit(through, false));
             }
-            Action::Release { through } => self.release(through),
+            Action::Release { through } => {
+                tracing::debug!(at_us = self.now(), %through, "release");
+                self.release(through);
+            }
             Action::Forget { through } => self.forget(through),
-            Action::Throttle { percent } => self.note(format!("throttle {percent} %")),
+            Action::Throttle { percent } => {
+                self.note(format!("the guest is slowed down by {percent} %"));
+                if !self.frozen && self.make_vm.is_some() {
+                    self.throttle.set(percent, &self.vm.machine, Instant::now());
+                }
+            }
             Action::SendChunk {
                 to,
                 message,
                 join,
                 seq,
-                have: _,
-            } => self.send_chunk(&to, message, join, seq)?,
+                have,
+            } => self.pace_chunk(to, message, join, seq, have)?,
             Action::BeginJoin { join } => self.begin_join(join),
             Action::StoreChunk { join, seq } => self.store_chunk(join, seq),
             Action::Stage { epoch, flush } => self.stage(epoch, flush),
@@ -313,13 +404,17 @@ impl Engine {
             } => self.promote(term, at, released)?,
             Action::ColdBoot { term, at } => self.cold_boot(term, at)?,
             Action::StopGuest { keep } => self.stop_guest(keep)?,
-            Action::Notice(notice) => self.note(format!("{notice:?}")),
+            Action::Notice(notice) => {
+                self.timeline.notice(&notice, self.now());
+                self.note(format!("{notice:?}"));
+            }
         }
         Ok(())
     }
 
     fn disks_moved(&mut self) -> Result<(), ProcessError> {
-        self.disks.moved().into_iter().try_for_each(|e| self.step(e))
+        self.disks.moved().into_iter().try_for_each(|e| self.step(e))?;
+        self.care()
     }
 
     pub(crate) fn note(&mut self, text: String) {
@@ -344,14 +439,15 @@ impl Engine {
             Input::Guest(event) => {
                 self.inputs.heard(event);
                 match event {
-                    GuestEvent::Shutdown => return Ok(Some(Ended::Shutdown)),
-                    GuestEvent::Reset => return Ok(Some(Ended::Reset)),
+                    GuestEvent::Shutdown => return self.begin_end(Ended::Shutdown),
+                    GuestEvent::Reset => self.reset_guest()?,
                     GuestEvent::Panic | GuestEvent::CrashLoaded => {
                         self.note("the guest's kernel panicked".into())
                     }
                 }
             }
-            Input::Vcpu(VcpuEvent::TripleFault(_)) => return Ok(Some(Ended::Reset)),
+            Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
+            Input::Remade(remade) => self.go_on_anew(*remade)?,
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
             Input::DiskFlush => {
@@ -362,6 +458,13 @@ impl Engine {
                 self.inputs.heard_moved();
                 self.disks_moved()?;
             }
+            Input::DiskAsk {
+                id,
+                volume,
+                offset,
+                len,
+            } => self.disk_ask(id, volume, offset, len),
+            Input::DiskServed(host, id, got) => self.aside(&host, &crate::aside::Aside::Block { id, got }),
             Input::DiskCopied(join, result) => {
                 let events = self.disks.copied(join, result);
                 events.into_iter().try_for_each(|e| self.step(e))?;
@@ -408,10 +511,17 @@ impl Engine {
     /// A frame: a message, or a piece of the bulk of the message before it. The protocol hears of a message with bulk
     /// only when all of it is here and valid.
     fn received(&mut self, host: &HostId, frame: Frame) -> Result<(), ProcessError> {
+        self.timeline.heard(host, self.now());
         let Some(peer) = self.peers.get_mut(host) else {
             return Ok(());
         };
         peer.link.sender().consumed(&frame);
+        if frame.kind == steadfast_wire::Kind::Control
+            && let Some(message) = crate::aside::decode(frame.payload())
+        {
+            self.heard_aside(host, message);
+            return Ok(());
+        }
         let event = if frame.kind == steadfast_wire::Kind::Control {
             match codec::decode(frame.payload()) {
                 Some(m) if matches!(m.body, Body::Epoch(_) | Body::Chunk { .. }) => {
@@ -428,15 +538,20 @@ impl Engine {
                 }
             }
         } else {
+            let term = frame.term;
             match peer.stager.chunk(frame) {
                 Ok(Staged::Complete(record)) => {
+                    self.failpoint.at("receive", || self.replica.status());
                     self.arrived = Some(record);
                     peer.pending.take().map(|message| Event::Message {
                         from: host.clone(),
                         message,
                     })
                 }
-                Ok(Staged::Partial | Staged::Duplicate) => None,
+                Ok(Staged::Partial | Staged::Duplicate) => Some(Event::Bulk {
+                    from: host.clone(),
+                    term,
+                }),
                 Err(error) => {
                     let first = peer.pending.take().is_some();
                     // What follows of the same record is of no use either; it is reported once.
@@ -454,7 +569,12 @@ impl Engine {
         Ok(())
     }
 
-    fn send(&mut self, to: &HostId, message: Message) {
+    fn send(&mut self, to: &HostId, mut message: Message) {
+        if let Body::Welcome(welcome) = &mut message.body
+            && !self.welcome(to, welcome)
+        {
+            return;
+        }
         let Some(peer) = self.peers.get_mut(to) else {
             return;
         };
@@ -502,146 +622,5 @@ impl Engine {
             }
         }
         peer.send(frames);
-    }
-
-    fn control(&mut self, call: Call) -> Result<Option<Ended>, ProcessError> {
-        let mut ended = None;
-        let answer = match &call.request {
-            Request::Status => self.status(),
-            Request::Stop => {
-                ended = Some(Ended::Stopped);
-                json!({"ok": true})
-            }
-            Request::PowerButton => {
-                self.vm
-                    .power
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .press_power_button();
-                json!({"ok": true})
-            }
-            Request::Type { text } => {
-                let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                json!({"ok": true, "taken": serial.enqueue_input(text.as_bytes())})
-            }
-            Request::HandOver { to } => {
-                let to = to.clone();
-                self.step(Event::HandOver(to))?;
-                json!({"ok": true})
-            }
-            Request::AddPeer { host, paths, standby } => {
-                let peer = PeerSpec {
-                    host: host.clone(),
-                    paths: paths.clone(),
-                    standby: *standby,
-                };
-                match self.add_peer(&peer)? {
-                    Ok(()) => json!({"ok": true}),
-                    Err(why) => failure(&why),
-                }
-            }
-            Request::RemovePeer { host } => {
-                let known = self.remove_peer(&host.clone())?;
-                json!({"ok": true, "was_peer": known})
-            }
-            _ => failure(&"a protected VM cannot do this; unprotect it first"),
-        };
-        let _ = call.answer.send(answer);
-        Ok(ended)
-    }
-
-    /// Opens a link to one more host; the inner error is for who asked.
-    fn add_peer(&mut self, peer: &PeerSpec) -> Result<Result<(), String>, ProcessError> {
-        if self.peers.contains_key(&peer.host) {
-            return Ok(Ok(()));
-        }
-        if peer.host == self.spec.host {
-            return Ok(Err("a VM cannot be mirrored to its own host".into()));
-        }
-        let Some(slot) = (0..SLOTS).find(|s| self.peers.values().all(|p| p.slot != *s)) else {
-            return Ok(Err(format!(
-                "a VM has at most {SLOTS} other hosts; remove one first"
-            )));
-        };
-        let pages = ram_regions(self.ram_bytes);
-        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
-            Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
-            Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
-        }
-        self.note(format!("{} is a peer from now on", peer.host));
-        if peer.standby && self.replica.primary().is_some() {
-            self.step(Event::AddStandby(peer.host.clone()))?;
-        }
-        Ok(Ok(()))
-    }
-
-    /// Closes the link to a host; whether there was one.
-    fn remove_peer(&mut self, host: &HostId) -> Result<bool, ProcessError> {
-        self.step(Event::RemoveStandby(host.clone()))?;
-        let known = self.peers.remove(host).is_some();
-        if known {
-            self.note(format!("{host} is no peer any more"));
-        }
-        Ok(known)
-    }
-
-    fn status(&self) -> Value {
-        let c = &self.counters;
-        let us = |d: Duration| d.as_micros() as u64;
-        let [pause_p50, pause_p99] = c.pauses.percentiles([50, 99]);
-        let [commit_p50, commit_p99] = c.commits.percentiles([50, 99]);
-        let paths = self.peers.values().flat_map(|p| p.link.stats().paths);
-        let bytes = paths.fold((0, 0), |(i, o), p| (i + p.bytes_in, o + p.bytes_out));
-        let protocol = match self.replica.status() {
-            Status::Primary(p) => json!({
-                "role": "primary",
-                "phase": format!("{:?}", p.phase),
-                // I8: protected only while it could survive the loss of this host right now.
-                "protected": p.phase == Phase::Protected,
-                "term": p.term,
-                "sealed": p.progress.sealed(), "sent": p.progress.sent(),
-                "committed": p.progress.committed(), "released": p.progress.released(),
-                "lag_epochs": p.progress.sealed().0 - p.progress.committed().0,
-                "lag_bytes": p.bytes_in_flight,
-                "members": p.members.iter().map(|m| json!({
-                    "host": m.host, "in_sync": m.in_sync, "lost": m.lost, "staged": m.staged,
-                    "copying_bytes": m.copying.map(|(_, left)| left),
-                })).collect::<Vec<_>>(),
-            }),
-            Status::Standby(s) => json!({
-                "role": "standby",
-                "mode": format!("{:?}", s.mode),
-                "term": s.term,
-                "owner": s.owner,
-                "staged": s.staged.map(|r| r.epoch),
-                "applied": s.applied.epoch,
-            }),
-        };
-        json!({
-            "ok": true,
-            "name": self.vm.spec.name,
-            "protocol": protocol,
-            "cuts": c.cuts,
-            "pages": c.pages,
-            "pause_mean_us": c.pause_us.0.checked_div(c.cuts).unwrap_or(0),
-            "pause_max_us": c.pause_us.1,
-            "pause_p50_us": pause_p50,
-            "pause_p99_us": pause_p99,
-            "commit_p50_us": commit_p50,
-            "commit_p99_us": commit_p99,
-            "wire_bytes_in": bytes.0,
-            "wire_bytes_out": bytes.1,
-            "arena_bytes": self.capture.arena_bytes(),
-            "last_pause_us": us(c.last.pause),
-            "last_stop_us": us(c.last.stop),
-            "last_harvest_us": us(c.last.harvest),
-            "last_copy_us": us(c.last.copy),
-            "last_state_us": us(c.last.state),
-            "frames_released": c.released,
-            "promote_us": c.promote_us,
-            "audit_stale_pages": self.audited.0,
-            "audit_epochs": self.audited.1,
-            "log": self.log,
-        })
     }
 }

@@ -1,5 +1,6 @@
 //! Everything that the engine hears, in one queue.
 
+use crate::life::Remade;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -27,6 +28,21 @@ pub enum Input {
     DiskFlush,
     /// A cursor of a volume moved; once until it is heard.
     DiskMoved,
+    /// The machine that follows a guest's reset is built, or cannot be.
+    Remade(Box<Remade>),
+    /// A thread wants a block of another host's replica: number, disk, offset, length.
+    DiskAsk {
+        /// To be repeated.
+        id: u64,
+        /// Number among the writable disks.
+        volume: u16,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u32,
+    },
+    /// The answer to a question of another host.
+    DiskServed(HostId, u64, crate::ask::Answer),
     /// The end of this full copy of all disks is done, or why not.
     DiskCopied(u64, Result<(), String>),
 }

@@ -4,25 +4,36 @@
 //! codec   messages <-> bytes            engine   the loop: inputs -> Replica -> actions
 //! store   the arbiter's record          primary  cut, copy, release     standby  stage, apply, promote
 //! peer    a link and its streams        run      the process around it
-//! disks   volumes of writable disks     block    what their devices stand on
+//! disks   volumes of writable disks     block    what their devices stand on    timeline   when what happened
+//! ask, aside   blocks of other hosts' replicas      disk_care, disk_engine, scrubber   faults, repair, pace of copies
 //! ```
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
-//! raw image files; others, and writable disks without held outputs, cannot be protected.
+//! raw images or block devices of each host; others, and writable disks without held outputs, cannot be protected.
 
+mod aside;
+mod ask;
 mod audit;
 mod block;
 pub mod codec;
 pub mod config;
+mod disk_care;
+mod disk_engine;
 mod disks;
 mod engine;
+pub mod failpoint;
 mod input;
+mod life;
 mod peer;
 mod primary;
 mod priority;
+mod requests;
 pub mod run;
 mod samples;
+mod scrubber;
 mod standby;
 pub mod store;
+mod throttle;
+mod timeline;
 
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};
 pub use run::run;

@@ -6,7 +6,7 @@ use crate::input::{Input, Inputs};
 use std::collections::{BTreeMap, VecDeque};
 use steadfast_capture::SealedPages;
 use steadfast_disk::volume::EpochOp;
-use steadfast_epoch::message::Message;
+use steadfast_epoch::message::{EpochRef, Message};
 use steadfast_types::{Epoch, Gfn, HostId, PAGE_SIZE, Term, VmId};
 use steadfast_wire::link::{OpenError, PathConfig, Role, Security, SendError, TlsFiles};
 use steadfast_wire::record::{EncodeError, StageConfig, Trailer};
@@ -86,14 +86,14 @@ impl Join {
         pages
     }
 
-    /// Pages of chunk `seq`; chunks from there on that were sent before were lost.
-    pub fn chunk(&mut self, seq: u64) -> Vec<Gfn> {
+    /// Pages of chunk `seq`, at most `most`; chunks from there on that were sent before were lost.
+    pub fn chunk(&mut self, seq: u64, most: usize) -> Vec<Gfn> {
         for (_, lost) in self.sent.split_off(&seq) {
             for gfn in lost {
                 self.add(gfn);
             }
         }
-        let pages = self.take(CHUNK_PAGES);
+        let pages = self.take(most.clamp(1, CHUNK_PAGES));
         self.sent.insert(seq, pages.clone());
         pages
     }
@@ -107,6 +107,8 @@ pub struct Peer {
     pub link: Link,
     /// Under which number volumes keep account of what this host lacks; stays for the life of the peer.
     pub slot: usize,
+    /// To be closed once the record no longer lists the host.
+    pub leaving: bool,
     /// Mirror to it when primary.
     pub wanted: bool,
     /// A session stands.
@@ -118,6 +120,8 @@ pub struct Peer {
     pub fed: bool,
     /// Its process is known to have ended since the last session.
     pub dead: bool,
+    /// What it said of its disks before its last Welcome: an unfinished copy, over which epoch.
+    pub unfinished: Option<(u64, EpochRef)>,
     /// Message whose bulk is still arriving.
     pub pending: Option<Message>,
     /// Collects the bulk.
@@ -165,6 +169,10 @@ impl Peer {
         );
         config.manual_credit = true;
         config.silent_ms = spec.suspect_ms.max(50);
+        // A path is doubted before the peer is, and not on every hiccup of a host that is known to be slow.
+        config.heartbeat_ms = spec.heartbeat_ms();
+        config.suspect_ms = config.suspect_ms.max(spec.suspect_ms / 3);
+        config.path_timeout_ms = config.path_timeout_ms.max(spec.suspect_ms * 2);
         config.backoff_ms = (5, 100);
         let (host, to) = (peer.host.clone(), inputs.clone());
         let mut raised = false;
@@ -174,17 +182,24 @@ impl Peer {
             }
             to.send(Input::Link(host.clone(), event));
         })?;
-        let encoder = Encoder::new(vm_hash(vm), &EncodeConfig::default(), link.pool().clone());
+        // Small pieces, so that on a slow link too something arrives more often than the detector waits.
+        let encode = EncodeConfig {
+            chunk_bytes: 128 << 10,
+            ..EncodeConfig::default()
+        };
+        let encoder = Encoder::new(vm_hash(vm), &encode, link.pool().clone());
         let valid = move |g: Gfn| pages.iter().any(|&(s, l)| (s..s + l).contains(&g.address()));
         Ok(Self {
             host: peer.host.clone(),
             link,
             slot,
+            leaving: false,
             wanted: peer.standby,
             connected: false,
             join: None,
             fed: false,
             dead: false,
+            unfinished: None,
             pending: None,
             stager: Stager::new(StageConfig::default(), valid),
             encoder,
@@ -357,11 +372,11 @@ mod tests {
     fn lost_chunks_are_missing_again() {
         let mut j = Join::new(1, &[(0, 3000 * 4096), (1 << 32, 4096)]);
         assert_eq!(j.remaining(), 3001 * 4096);
-        assert_eq!(j.chunk(0).len(), 1024);
-        assert_eq!(j.chunk(1).len(), 1024);
-        assert_eq!(j.chunk(2).len(), 953);
+        assert_eq!(j.chunk(0, CHUNK_PAGES).len(), 1024);
+        assert_eq!(j.chunk(1, CHUNK_PAGES).len(), 1024);
+        assert_eq!(j.chunk(2, CHUNK_PAGES).len(), 953);
         assert_eq!(j.remaining(), 0);
-        let again = j.chunk(1);
+        let again = j.chunk(1, CHUNK_PAGES);
         assert_eq!(
             (again.len(), again[0], j.remaining()),
             (1024, Gfn(1024), 953 * 4096)

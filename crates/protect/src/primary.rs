@@ -38,12 +38,21 @@ impl Engine {
 
     /// Cuts: seals epoch `epoch`, with all that the hosts in `bases` still miss.
     pub(crate) fn cut(&mut self, epoch: Epoch, bases: &[HostId], freeze: bool) -> Result<(), ProcessError> {
+        if self.make_vm.is_none() {
+            self.waiting_cut = Some((epoch, bases.to_vec(), freeze));
+            return Ok(());
+        }
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let boundary = || holds.iter().map(|h| h.emitted()).sum();
         let term = match self.replica.status() {
             Status::Primary(p) => p.term,
             Status::Standby(_) => return Ok(()),
         };
+        if !self.disks.can_seal() {
+            // The guest's writes wait, and so does the end of their epoch; the disk's trouble is looked at elsewhere.
+            self.care.cut = Some((epoch, bases.to_vec(), freeze));
+            return Ok(());
+        }
         if !self.mirrored() && bases.is_empty() && !freeze {
             // Nobody needs the record: only the boundary of the outputs is marked. Dirty pages stay with KVM, and a
             // standby that comes later is filled from the start.
@@ -52,6 +61,7 @@ impl Engine {
             }
             // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
             let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
+            tracing::debug!(at_us = self.now(), %epoch, flush = disks.flush, "cut, for nobody");
             self.sealed.push_back((
                 epoch,
                 Record {
@@ -77,6 +87,8 @@ impl Engine {
                 extra.extend(join.take_all());
             }
         }
+        let carry = std::mem::take(&mut self.carry);
+        extra.extend_from_slice(&carry);
         extra.sort_unstable();
         extra.dedup();
         let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
@@ -84,7 +96,9 @@ impl Engine {
         let mut disks = None;
         let volumes = &mut self.disks;
         let (audit, ram) = (&mut self.audit, self.vm.machine.ram());
+        let (failpoint, replica) = (&mut self.failpoint, &self.replica);
         let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_, pages| {
+            failpoint.at("pause", || replica.status());
             if let Some(audit) = audit {
                 audit.cut(ram, epoch.0, term.0, pages.gfns());
             }
@@ -98,6 +112,7 @@ impl Engine {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                self.carry = carry;
                 // Pages that were not dirty and yet missing there: nobody else remembers them.
                 for base in bases {
                     if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
@@ -113,7 +128,10 @@ impl Engine {
                 return self.cut(epoch, bases, freeze);
             }
         };
+        self.reached("capture");
         self.cut_failures = 0;
+        self.frozen |= freeze;
+        self.throttle.runs();
         let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {
             match &mut peer.join {
@@ -157,6 +175,8 @@ impl Engine {
             }
         }
         let bytes = record.bytes();
+        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
+        self.reached("seal");
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, record));
         self.events.push_back(Event::Sealed(SealedEpoch {
@@ -176,6 +196,7 @@ impl Engine {
         message: Message,
         join: u64,
         seq: u64,
+        have: EpochRef,
     ) -> Result<(), ProcessError> {
         let mirrored_by_others = match self.replica.status() {
             Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
@@ -190,29 +211,41 @@ impl Engine {
             .map(|r| (r.start, r.len))
             .collect();
         let Some(slot) = self.slot(to) else { return Ok(()) };
+        let (bytes, most) = (self.care.piece_bytes(), self.care.piece_pages());
+        let mut failed = None;
+        if self
+            .peers
+            .get(to)
+            .is_some_and(|p| p.join.as_ref().is_none_or(|j| j.join != join))
+        {
+            let from = self.copy_from(to, join, have);
+            failed = self.disks.begin_resync(slot, from).err();
+            self.note(format!(
+                "disks of {to} stand at {from}: {}",
+                self.disks.copy_status(slot)
+            ));
+        }
         let Some(peer) = self.peers.get_mut(to) else {
             return Ok(());
         };
-        let mut failed = None;
         let state = match &mut peer.join {
             Some(j) if j.join == join => j,
-            other => {
-                failed = self.disks.begin_resync(slot).err();
-                other.insert(Join::new(join, &regions))
-            }
+            other => other.insert(Join::new(join, &regions)),
         };
         for (_, lost) in state.sent_disk.split_off(&seq) {
             self.disks.chunk_lost(slot, lost);
         }
-        let disk = self.disks.next_chunk(slot);
+        let disk = self.disks.next_chunk(slot, bytes);
         if let Ok(Some((number, op))) = &disk {
             let (offset, len) = op.range();
             state.sent_disk.insert(seq, (*number, offset, len));
         }
         failed = failed.or(disk.as_ref().err().cloned());
         let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
-        let pages = state.chunk(seq);
-        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && !mirrored_by_others {
+        let pages = state.chunk(seq, most);
+        // Not while a reset is under way: looking lets the guest run on.
+        let may_look = !mirrored_by_others && self.make_vm.is_some();
+        if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
             state.rounds += 1;
             let mut dirty = Vec::new();
             match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
@@ -245,7 +278,14 @@ impl Engine {
                 .map_err(|e| e.to_string())
         });
         match encoded {
-            Ok(()) => peer.send(frames),
+            Ok(()) => {
+                // The link or the disks, whichever it costs more.
+                let link: u64 = frames.iter().map(|f| f.payload().len() as u64).sum();
+                let bytes = link.max(disk.iter().map(|(_, op)| op.range().1).sum());
+                peer.send(frames);
+                let now = self.now();
+                self.care.sent(now, bytes);
+            }
             Err(error) => self.note(format!("chunk {seq} for {to}: {error}")),
         }
         if let Some(error) = failed {
@@ -263,8 +303,12 @@ impl Engine {
     /// Lets the outputs of committed epochs out.
     pub(crate) fn release(&mut self, through: Epoch) {
         let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let before = self.counters.released;
         for h in holds {
             self.counters.released += h.release(through.0);
+        }
+        if self.counters.released > before {
+            self.timeline.released(self.now());
         }
     }
 
@@ -287,6 +331,7 @@ impl Engine {
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
         self.set_holds(HoldMode::Hold);
         self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.hurry_stops();
         self.vm.machine.resume();
         let wanted: Vec<HostId> = self
             .peers

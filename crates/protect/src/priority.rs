@@ -3,12 +3,16 @@
 
 const NICE: i32 = -15;
 
-/// Gives the calling thread precedence: real-time where the host allows it, else a better nice value. Where it allows
-/// neither, that is said once and the VM is protected all the same, at the mercy of the scheduler.
+/// Gives the calling thread precedence: real-time where the host allows it and has a CPU to spare, else a better nice value.
+/// Where it allows neither, that is said once and the VM is protected all the same, at the mercy of the scheduler.
+///
+/// On a host with one CPU a busy engine at real-time priority is all that runs: neither the guest that it protects nor
+/// whatever else the host needs to stay alive (the store's member, a shell) would get a turn.
 ///
 /// Threads that the calling thread starts later do not inherit it.
 pub fn raise(who: &str) {
-    if realtime().is_ok() {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if cpus > 1 && realtime().is_ok() {
         return;
     }
     if let Err(error) = rustix::process::setpriority_process(None, NICE) {

@@ -1,9 +1,10 @@
 //! The process of a protected VM, on any of its hosts.
 
-use crate::config::ProtectSpec;
+use crate::config::{COPY_RATE_MIN, ProtectSpec};
 use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
+use crate::life::Remains;
 use crate::store::RecordStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
@@ -14,7 +15,7 @@ use steadfast_net::{Hold, HoldBackend, HoldMode};
 use steadfast_vmm::control::{self, Call};
 use steadfast_vmm::process::{Ended, Options, ProcessError};
 use steadfast_vmm::spec::VmSpec;
-use steadfast_vmm::{AssembleError, Surroundings, assemble};
+use steadfast_vmm::{AssembleError, Surroundings, assemble, assemble_from};
 
 /// Bytes of frames that wait for their epoch, per NIC, before the guest is held back.
 const HELD_BYTES_MAX: usize = 32 << 20;
@@ -37,6 +38,11 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             "a VM with writable disks has at most {SLOTS} other hosts; name fewer peers"
         )));
     }
+    if (1..COPY_RATE_MIN).contains(&protect.copy_bytes_per_s) {
+        return Err(setting(format!(
+            "a copy cannot be slower than {COPY_RATE_MIN} bytes a second (0: as fast as the link)"
+        )));
+    }
     let store =
         RecordStore::open(&protect.store, spec.name.clone()).map_err(|e| setting(format!("store: {e}")))?;
     if protect.start {
@@ -46,7 +52,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
-    let disks = Disks::open(&spec, &spec.name, &inputs).map_err(setting)?;
+    let disks = Disks::open(&spec, &protect, &inputs).map_err(setting)?;
     let blocks = disks.blocks();
     if let Some(path) = &options.control {
         serve_control(path, &inputs).map_err(ProcessError::Control)?;
@@ -56,22 +62,25 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
     let make_vm = {
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
-        move || {
+        move |before: Option<&Remains>| {
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
+            let blocks = blocks.clone();
             let around = Surroundings {
                 events: Arc::new(inputs.clone()),
                 serial: (options.serial)() as Box<dyn OutputSink>,
                 debugcon: (options.debugcon)(),
                 hooks: options.hooks.clone(),
-                wrap_net: Some(Arc::new(move |_, backend| {
+                wrap_net: Some(Arc::new(move |index, backend| {
+                    // After a reset the queue stays, with the frames that wait in it.
+                    let mut holds = holds.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(hold) = holds.get(index) {
+                        return Box::new(HoldBackend(Arc::clone(hold)));
+                    }
                     let outputs = outputs.clone();
                     // Silent until the protocol says that this instance may speak.
                     let wake = Box::new(move || outputs.send(Input::Output));
                     let hold = Hold::new(backend, HoldMode::Mute, HELD_BYTES_MAX, wake);
-                    holds
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push(Arc::clone(&hold));
+                    holds.push(Arc::clone(&hold));
                     Box::new(HoldBackend(hold))
                 })),
                 give_disk: Some(Arc::new(move |index| {
@@ -79,10 +88,15 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                     block.map(|(_, block)| Arc::clone(block) as Arc<dyn BlockIo>)
                 })),
             };
-            let vm = assemble(&spec, around)?;
+            let vm = match before {
+                None => assemble(&spec, around)?,
+                Some(r) => assemble_from(r.spec.clone(), Arc::clone(&r.resources), around)?,
+            };
             (options.on_serial)(&vm.serial);
-            // First touch is dear; a standby must not pay for it when it takes over.
-            vm.machine.ram().prefault();
+            if before.is_none() {
+                // First touch is dear; a standby must not pay for it when it takes over.
+                vm.machine.ram().prefault();
+            }
             Ok(vm)
         }
     };
@@ -97,6 +111,11 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         inputs,
     })?;
     let ended = engine.run(&incoming);
+    engine.disks.close();
+    if engine.abandoned || engine.disks.hung() {
+        // Its threads would be waited for; whoever called this ends the process.
+        std::mem::forget(engine);
+    }
     if let Some(path) = control_path {
         let _ = std::fs::remove_file(path);
     }

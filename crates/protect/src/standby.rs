@@ -2,6 +2,7 @@
 
 use crate::engine::Engine;
 use crate::primary::machine_failed;
+use std::sync::PoisonError;
 use std::time::Instant;
 use steadfast_epoch::io::Event;
 use steadfast_epoch::message::EpochRef;
@@ -9,9 +10,10 @@ use steadfast_machine::machine::MachineError;
 use steadfast_machine::memory::Ram;
 use steadfast_machine::quiesce::Quiesced;
 use steadfast_machine::state::{MachineState, StateError};
-use steadfast_net::HoldMode;
+use steadfast_net::{HoldMode, announcement};
 use steadfast_types::{Epoch, Gfn, Term};
 use steadfast_vmm::process::ProcessError;
+use steadfast_vmm::spec::{made_mac, parse_mac};
 use steadfast_wire::PageSink;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -171,6 +173,7 @@ impl Engine {
         self.disks
             .promote(at, term)
             .map_err(crate::primary::disk_failed)?;
+        self.reached("load");
         self.vm.machine.restore(state).map_err(machine_failed)?;
         self.staged.clear();
         for peer in self.peers.values_mut() {
@@ -179,15 +182,35 @@ impl Engine {
             peer.reset_stream();
         }
         self.go_live()?;
+        self.reached("resume");
+        // Switches learn the new place at once, from the monitor; neighbours from the guest, when it gets to it.
+        self.announce();
         for nic in &self.vm.nics {
             nic.announce();
         }
+        self.reached("announce");
+        self.timeline.running(self.now());
         let took = began.elapsed().as_micros() as u64;
         self.counters.promote_us = Some(took);
         self.note(format!(
             "promoted under term {term} at epoch {at}, released {released}, in {took} us"
         ));
         Ok(())
+    }
+
+    fn announce(&self) {
+        let spec = &self.vm.spec;
+        let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, (nic, hold)) in spec.nics.iter().zip(holds.iter()).enumerate() {
+            let mac = nic
+                .mac
+                .as_deref()
+                .map_or_else(|| Ok(made_mac(&spec.name, index)), parse_mac);
+            // A frame that cannot leave is one that the guest's own announcement makes up for.
+            if let Ok(mac) = mac {
+                let _ = hold.inject(&announcement(mac));
+            }
+        }
     }
 
     /// This instance has lost the right to run, or has handed it over: its machine stops here and now, and nothing that

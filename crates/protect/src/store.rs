@@ -6,13 +6,17 @@
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 use steadfast_epoch::arbiter::{
     CasOutcome, Instance, Nonce, StoreId, StoreReply, VmRecord, compare_and_swap,
 };
 use steadfast_epoch::message::EpochRef;
 use steadfast_store::{Check, Commit, Committed, Identity, Kv, StoreSpec};
 use steadfast_types::{Epoch, HostId, Term, VmId};
+
+/// A store that nobody asks is read so often, so that the connection to it stands.
+const WARM_EVERY: Duration = Duration::from_secs(4);
 
 /// Where VM records are.
 pub trait Store: Send {
@@ -222,7 +226,20 @@ pub fn serve(
 ) -> io::Result<Sender<Ask>> {
     let (ask, asked) = channel();
     std::thread::Builder::new().name("store".into()).spawn(move || {
-        while let Ok(first) = asked.recv() {
+        // A takeover waits for its answer.
+        crate::priority::raise("the store");
+        let mut idle = Duration::ZERO;
+        loop {
+            let first = match asked.recv_timeout(std::mem::replace(&mut idle, WARM_EVERY)) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => {
+                    // Nobody asked. A standby asks for the first time when every millisecond counts: its connection stands
+                    // by then.
+                    let _ = store.read();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             // The engine awaits one answer at a time: what waited behind a slow one was given up, but for the last.
             let mut question = first;
             for newer in asked.try_iter() {
@@ -272,6 +289,11 @@ mod tests {
         assert_eq!(two.read().unwrap().1, Some(first.clone()));
         let mine = |owner: &HostId, term| VmRecord {
             term: Term(term),
+            // Each proposal has its own: by it an answer that was lost is told from another's success.
+            nonce: Nonce {
+                instance: Instance(u64::from(owner == &b)),
+                count: term,
+            },
             ..VmRecord::new(owner.clone(), id)
         };
         assert_eq!(one.cas(&first, &mine(&a, 1)), CasOutcome::Done);

@@ -2,7 +2,7 @@
 
 use crate::error::{Result, RigError};
 use crate::host::server::Server;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a cluster may take to answer after its start.
 pub const READY_BOUND: Duration = Duration::from_secs(60);
@@ -59,11 +59,67 @@ pub fn start(members: &[Server]) -> Result<()> {
 }
 
 /// Waits until the cluster, asked through this server's member, answers a linearizable read.
+///
+/// # Errors
+/// [`RigError::Timeout`], at once when the member is gone, with the end of its log and the room on its disk.
 pub fn wait_ready(server: &Server, bound: Duration) -> Result<()> {
-    server
-        .wait_for(
-            "ETCDCTL_API=3 etcdctl --endpoints http://127.0.0.1:2379 --command-timeout=20s endpoint health",
-            bound,
-        )
-        .map(|_| ())
+    const HEALTH: &str =
+        "ETCDCTL_API=3 etcdctl --endpoints http://127.0.0.1:2379 --command-timeout=20s endpoint health 2>&1";
+    let start = Instant::now();
+    loop {
+        let health = server.shell(HEALTH, Duration::from_secs(25))?;
+        if health.success() {
+            return Ok(());
+        }
+        let runs = server.shell("pgrep -x etcd", Duration::from_secs(20))?.success();
+        if runs && start.elapsed() < bound {
+            std::thread::sleep(Duration::from_millis(200));
+            continue;
+        }
+        let more = "tail -n 8 /data/etcd.log | cut -c1-400; df -h /data | tail -n 1";
+        let log = server.shell(more, Duration::from_secs(20))?.text();
+        return Err(RigError::Timeout {
+            what: format!(
+                "etcd on {}, which {},",
+                server.name(),
+                if runs { "runs" } else { "has ended" }
+            ),
+            after_ms: start.elapsed().as_millis() as u64,
+            detail: format!("; it last said: {}\n{log}", health.text()),
+        });
+    }
+}
+
+/// Makes this server's member the leader, and waits until it is.
+///
+/// # Errors
+/// [`RigError::CommandFailed`] with what `etcdctl` said, [`RigError::Unknown`] when no member says that it leads.
+pub fn move_leader(members: &[Server], to: &Server) -> Result<()> {
+    const CTL: &str = "ETCDCTL_API=3 etcdctl --command-timeout=20s --dial-timeout=5s";
+    // One line for each member that answers: endpoint, id, version, size, leader?, ...
+    let status = |server: &Server| -> Result<(String, bool)> {
+        let line = server.exec(&format!(
+            "{CTL} --endpoints http://127.0.0.1:2379 endpoint status"
+        ))?;
+        let fields: Vec<&str> = line.split(", ").collect();
+        match fields[..] {
+            [_, id, _, _, leads, ..] => Ok((id.to_string(), leads == "true")),
+            _ => Err(RigError::malformed("etcdctl endpoint status", line)),
+        }
+    };
+    let (id, leads) = status(to)?;
+    if leads {
+        return Ok(());
+    }
+    for member in members.iter().filter(|m| m.is_ready() && m.name() != to.name()) {
+        if status(member)?.1 {
+            member.exec(&format!(
+                "{CTL} --endpoints http://127.0.0.1:2379 move-leader {id}"
+            ))?;
+            return Ok(());
+        }
+    }
+    Err(RigError::Unknown(
+        "no member of etcd says that it leads".to_string(),
+    ))
 }

@@ -23,10 +23,13 @@
 pub mod artifacts;
 pub mod error;
 pub mod etcd;
+pub mod failover;
 pub mod host;
 pub mod inside;
 pub mod link;
+pub mod load;
 pub mod netif;
+pub mod protected;
 pub mod rig;
 pub mod switch;
 pub mod tools;

@@ -32,7 +32,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
     let ask = match verb {
         Verb::Setup => return setup::run().map(|()| ExitCode::SUCCESS),
         Verb::Artifacts { no_debian } => return local::artifacts(!no_debian).map(|()| ExitCode::SUCCESS),
-        Verb::Demo => return demo::run(),
+        Verb::Demo(options) => return demo::run(&options),
         Verb::Up(options) => return local::up(&options).map(|()| ExitCode::SUCCESS),
         Verb::Supervise { options } => return supervisor::run(&options).map(|()| ExitCode::SUCCESS),
         Verb::Down => return remote::down().map(|()| ExitCode::SUCCESS),

@@ -8,7 +8,7 @@
 
 use crate::artifacts::debian::{self, DebianGuest};
 use crate::artifacts::mini::{self, MiniGuest};
-use crate::artifacts::{Cache, Kernel, cache::lock_file, initramfs, packages, root};
+use crate::artifacts::{Cache, Kernel, cache::lock_file, initramfs, packages, root, service};
 use crate::error::{IoContext, Result, RigError};
 use crate::host::client::Client;
 use crate::host::qemu::{Disk, DiskCache, Hardware, Nic};
@@ -50,6 +50,7 @@ pub struct RigBuilder {
     private_images: Vec<(String, PathBuf)>,
     mini_guest: bool,
     debian_guest: bool,
+    service_disk: bool,
     steadfast: Option<PathBuf>,
     run_folder: Option<PathBuf>,
     kernel_words: String,
@@ -73,6 +74,7 @@ impl Default for RigBuilder {
             private_images: Vec::new(),
             mini_guest: true,
             debian_guest: false,
+            service_disk: false,
             steadfast: None,
             run_folder: None,
             kernel_words: String::new(),
@@ -163,6 +165,13 @@ impl RigBuilder {
         self
     }
 
+    /// Whether the servers have the service disk as `/dev/rig/guests-service` (see [`crate::artifacts::service`]); false when
+    /// not said.
+    pub fn service_disk(mut self, wanted: bool) -> Self {
+        self.service_disk = wanted;
+        self
+    }
+
     /// A disk of its own for every server that begins as a copy of this raw image: `/dev/rig/SERIAL`, written to at will,
     /// kept over the server's restarts. The copy is made as it is written (qcow2 over the image), so it costs nothing.
     pub fn disk_from(mut self, serial: &str, image: impl Into<PathBuf>) -> Self {
@@ -227,6 +236,10 @@ impl RigBuilder {
                 guest.image,
                 Some(debian::MOUNTED_AT.to_string()),
             ));
+        }
+        if self.service_disk {
+            let image = service::image(&cache)?;
+            self.images.push((service::SERIAL.to_string(), image, None));
         }
         let base = Arc::new(initramfs::base(
             &kernel,

@@ -138,6 +138,27 @@ impl<'r> Vm<'r> {
         })
     }
 
+    /// As [`Vm::wait_console`], for a start, whose time depends on how busy this machine is more than on anything else: it may
+    /// last up to `bound`, as long as the guest is never silent for longer than `silence`.
+    pub fn wait_start(&self, text: &str, count: usize, silence: Duration, bound: Duration) -> Result<String> {
+        let begin = Instant::now();
+        let (mut size, mut grew) = (String::new(), Instant::now());
+        loop {
+            match self.wait_console(text, count, Duration::from_secs(10)) {
+                Ok(line) => return Ok(line),
+                Err(e) if !self.is_alive()? || begin.elapsed() > bound => return Err(e),
+                Err(_) => {}
+            }
+            let sized = format!("stat -c %s {}", self.console());
+            let now = self.server.shell(&sized, Duration::from_secs(60))?.text();
+            if now != size {
+                (size, grew) = (now, Instant::now());
+            } else if grew.elapsed() > silence {
+                return Err(self.trouble(&format!("`{text}` (the guest is silent)"), begin.elapsed()));
+            }
+        }
+    }
+
     /// Everything the guest has said on its console.
     pub fn console_bytes(&self) -> Result<Vec<u8>> {
         self.server.get_bytes(&self.console())
@@ -337,6 +358,16 @@ impl Counting {
     /// Steps so far.
     pub fn steps(&self) -> u64 {
         self.shared.steps.load(Ordering::Acquire)
+    }
+
+    /// The longest time a step took since the last [`Counting::take_longest`].
+    pub fn longest(&self) -> Duration {
+        Duration::from_micros(self.shared.gap_max_us.load(Ordering::Acquire))
+    }
+
+    /// It had an error and ended; [`Counting::stop`] says which.
+    pub fn ended(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// The longest time a step took since the last call.

@@ -18,10 +18,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use steadfast_machine::state::PendingFile;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
+use steadfast_machine::state::PendingFile;
 
 /// Longest request line in bytes.
 const LINE_MAX: u64 = 64 << 10;
@@ -74,6 +74,11 @@ pub enum Request {
     RemovePeer {
         /// The host.
         host: steadfast_types::HostId,
+    },
+    /// Copies to standbys of a protected VM (memory and disks) go at this rate from now on.
+    CopyRate {
+        /// Bytes a second; 0: as fast as the link.
+        bytes_per_s: u64,
     },
     /// End the VM at once.
     Stop,
@@ -222,7 +227,10 @@ pub fn serve(listener: UnixListener, calls: mpsc::SyncSender<Call>) -> io::Resul
                     });
                 if let Err(error) = spawned {
                     open.fetch_sub(1, Ordering::AcqRel);
-                    refuse(&stream, &format!("the VM has no thread for this connection: {error}"));
+                    refuse(
+                        &stream,
+                        &format!("the VM has no thread for this connection: {error}"),
+                    );
                 }
             }
         })?;
@@ -323,7 +331,10 @@ fn server_of(stream: &UnixStream) -> io::Result<u32> {
 
 /// Why there was no answer, as far as it can be told from outside.
 fn no_answer(path: &Path, server: Option<u32>) -> io::Error {
-    let who = server.map_or_else(|| "the VM's process".into(), |pid| format!("the VM's process {pid}"));
+    let who = server.map_or_else(
+        || "the VM's process".into(),
+        |pid| format!("the VM's process {pid}"),
+    );
     let text = match served_by(path) {
         Ok(now) if Some(now) == server => {
             format!("{who} ended the connection without an answer; it still runs: try again, or see its log")
@@ -354,7 +365,10 @@ pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Dura
         &mut control,
         SendFlags::NOSIGNAL,
     );
-    match sent.map_err(io::Error::from).and_then(|sent| stream.write_all(&line.as_bytes()[sent..])) {
+    match sent
+        .map_err(io::Error::from)
+        .and_then(|sent| stream.write_all(&line.as_bytes()[sent..]))
+    {
         // Refused before it was read: the answer says why.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
         done => done?,
@@ -410,5 +424,90 @@ pub fn save(socket: &Path, file: &Path, then: Then, bound: Duration) -> io::Resu
             }
             Err(error)
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// A socket, its requests, and what they are still owed.
+    fn served() -> (tempfile::TempDir, PathBuf, mpsc::Receiver<Call>, Answers) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.sock");
+        let (calls, incoming) = mpsc::sync_channel(1);
+        let answers = serve(bind(&path).unwrap(), calls).unwrap();
+        (dir, path, incoming, answers)
+    }
+
+    fn answer_is_there(mut stream: UnixStream) -> String {
+        stream.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 256];
+        let n = stream.read(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..n]).into_owned()
+    }
+
+    #[test]
+    fn who_asks_for_the_end_hears_of_it_before_it_comes() {
+        let (_dir, path, incoming, answers) = served();
+        for _ in 0..300 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(b"{\"verb\":\"stop\"}\n").unwrap();
+            let call = incoming.recv().unwrap();
+            assert_eq!(call.request, Request::Stop);
+            call.answer.send(json!({"ok": true})).unwrap();
+            // The process would end now. Without this the answer is often not there yet.
+            assert_eq!(answers.settle(Duration::from_secs(60)), 0);
+            assert_eq!(answer_is_there(stream), "{\"ok\":true}\n");
+        }
+    }
+
+    #[test]
+    fn requests_that_nobody_takes_are_told_that_the_vm_ends() {
+        let (_dir, path, incoming, answers) = served();
+        let mut streams = Vec::new();
+        for _ in 0..5 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(b"{\"verb\":\"status\"}\n").unwrap();
+            streams.push(stream);
+        }
+        let call = incoming.recv().unwrap();
+        drop((call, incoming));
+        for mut stream in streams {
+            let mut line = String::new();
+            BufReader::new(&mut stream).read_line(&mut line).unwrap();
+            assert!(line.contains("the VM is ending"), "{line:?}");
+        }
+        assert_eq!(answers.settle(Duration::from_secs(60)), 0);
+    }
+
+    #[test]
+    fn one_connection_too_many_is_told_so() {
+        let (_dir, path, _incoming, _answers) = served();
+        let kept: Vec<_> = (0..CONNECTIONS_MAX)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        let refused = ask(&path, &Request::Status, Duration::from_secs(60)).unwrap_err();
+        assert!(
+            refused.to_string().contains("16 connections at a time"),
+            "{refused}"
+        );
+        drop(kept);
+    }
+
+    #[test]
+    fn a_process_that_says_nothing_is_told_from_one_that_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.sock");
+        let listener = bind(&path).unwrap();
+        let silent = std::thread::spawn(move || {
+            drop(listener.accept().unwrap());
+            // The one that looks whether we are still here.
+            drop(listener.accept().unwrap());
+        });
+        let said = ask(&path, &Request::Status, Duration::from_secs(60)).unwrap_err();
+        assert!(said.to_string().contains("it still runs"), "{said}");
+        silent.join().unwrap();
     }
 }

@@ -144,7 +144,7 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
         bytes: [0; 320],
         len: 0,
     };
-    line.text(b"\rsteadfast: ");
+    line.text(b"steadfast: ");
     let request = REQUESTS.contains(&signal);
     // SAFETY: with SA_SIGINFO the kernel gives a siginfo, whose code says which fields are valid.
     let (code, sender) = unsafe { ((*info).si_code, (*info).si_pid()) };

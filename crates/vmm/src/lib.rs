@@ -12,5 +12,5 @@ pub mod process;
 pub mod resources;
 pub mod spec;
 
-pub use assemble::{AssembleError, Surroundings, Vm, assemble};
+pub use assemble::{AssembleError, Surroundings, Vm, assemble, assemble_from};
 pub use spec::VmSpec;

@@ -85,16 +85,16 @@ pub enum Start {
 }
 
 /// Takes a machine's serial port, to feed it input.
-pub type OnSerial = dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>);
+pub type OnSerial = dyn Fn(&Arc<Mutex<steadfast_machine::devices::legacy::SerialPort>>) + Send;
 
 /// What a VM's process is given.
 pub struct Options {
     /// Path of the control socket; none: the VM cannot be reached.
     pub control: Option<PathBuf>,
     /// Makes the sink of the serial port; called again after a guest reset.
-    pub serial: Box<dyn Fn() -> Box<dyn OutputSink>>,
+    pub serial: Box<dyn Fn() -> Box<dyn OutputSink> + Send>,
     /// Makes the sink of the debug console.
-    pub debugcon: Box<dyn Fn() -> Option<Box<dyn OutputSink>>>,
+    pub debugcon: Box<dyn Fn() -> Option<Box<dyn OutputSink>> + Send>,
     /// Takes the serial port whenever there is a new one, to feed it input.
     pub on_serial: Box<OnSerial>,
     /// Stays paused after a boot or restore until `resume`.
@@ -476,7 +476,10 @@ impl Process<'_> {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
-            Request::HandOver { .. } | Request::AddPeer { .. } | Request::RemovePeer { .. } => (
+            Request::HandOver { .. }
+            | Request::AddPeer { .. }
+            | Request::RemovePeer { .. }
+            | Request::CopyRate { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,
             ),

@@ -81,12 +81,16 @@ fn spec(dir: &Path, name: &str, elf: &Path, cmdline: &str) -> VmSpec {
 struct Vm {
     child: Child,
     control: PathBuf,
+    log: PathBuf,
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the VM's process said:\n{}", self.said());
+        }
     }
 }
 
@@ -98,12 +102,19 @@ impl Vm {
             .env("ISOLATION_START", start)
             .envs(more.iter().copied())
             .stdout(Stdio::null())
+            .stderr(std::fs::File::create(dir.join("log")).unwrap())
             .spawn()
             .unwrap();
         Self {
             child,
             control: dir.join("control"),
+            log: dir.join("log"),
         }
+    }
+
+    /// What its process has said.
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     fn ask(&self, request: &Request) -> Value {
@@ -352,11 +363,21 @@ fn forbidden_calls_kill_the_process() {
     if skipped("forbidden_calls_kill_the_process") {
         return;
     }
-    for thread in ["vcpu", "io", "main"] {
+    let calls = [
+        ("vcpu", libc::SYS_openat),
+        ("io", libc::SYS_socket),
+        ("main", libc::SYS_execve),
+    ];
+    for (thread, call) in calls {
         let dir = folder();
         let mut killed = Vm::start(dir.path(), "pulse", &[("ISOLATION_ATTACK", thread)]);
         let status = killed.end();
         assert_eq!(status.signal(), Some(libc::SIGSYS), "{thread}: {status}");
+        // It said so, and the janitor has nothing to add.
+        let said = killed.said();
+        let word =
+            format!("SIGSYS: the VM's process ends; its filter forbids system call {call}, in thread ");
+        assert!(said.contains(&word) && !said.contains("was killed"), "{said:?}");
         // The same without filters: it is the filter that kills.
         let more = [("ISOLATION_ATTACK", thread), ("ISOLATION_SECCOMP", "off")];
         let mut spared = Vm::start(dir.path(), "pulse", &more);

@@ -5,7 +5,7 @@ mod common;
 
 use common::peer::{Peer, VsockHost, client};
 use common::{GUEST, LONG, Saved, World, busy, came, can_run, wait_for};
-use pulse::shared::ECHO_PORT;
+use pulse::shared::{ECHO_PORT, page_gpa};
 use pulse::{Config, kind};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -88,6 +88,38 @@ fn memory_held(process: &common::Process) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
     let line = status.lines().find(|l| l.starts_with("RssShmem:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// RAM on both sides of the hole below 4 GiB: the guest dirties pages all over it, and all of them are saved and restored.
+#[test]
+fn pulse_memory_above_the_hole() {
+    if !can_run() {
+        return;
+    }
+    let mut world = World::new();
+    world.ram = "5GiB";
+    let config = busy().dirty(500).high().ram_stride();
+    let mut process = world.boot(RUN, &config, 2);
+    let peer = Peer::start(&world);
+    for _ in 0..2 {
+        let before = peer.fresh();
+        let saved = saved_and_restored(&world, &mut process);
+        let s = &saved.summary.shared;
+        let pages: Vec<u64> = (0..s.ncpus)
+            .flat_map(|cpu| (0..s.pages).map(move |page| page_gpa(s, cpu, page)))
+            .collect();
+        let (low, high): (Vec<u64>, Vec<u64>) = pages.iter().partition(|gpa| **gpa < 3 << 30);
+        assert!(
+            low.len() > 100 && high.len() > 100 && high.iter().all(|gpa| *gpa >= 4 << 30),
+            "{} pages are below the hole, {} above",
+            low.len(),
+            high.len()
+        );
+        assert!(peer.fresh().loops > before.loops, "the guest does not go on");
+    }
+    peer.finish();
+    let status = world.ask(RUN, &Request::Status).unwrap();
+    assert_eq!(status["memory_bytes"], 5u64 << 30);
 }
 
 #[test]

@@ -390,7 +390,15 @@ fn whole_story(accel: &str) {
     assert!(back == data[..part] && !halt);
     let others: Vec<_> = (0..7).map(|_| c.connect(9, LONG).unwrap()).collect();
     c.wire().harm = 5;
-    c.echo_stream(first, &data[..rough], LONG).unwrap();
+    // Which frames suffer depends on time. A few streams may get by without one that the guest has to send again.
+    let begun = Instant::now();
+    while c.ask(kind::READ, LONG).unwrap().tcp_resent == 0 {
+        assert!(
+            begun.elapsed() < LONG,
+            "on a bad cable the guest never sends again"
+        );
+        c.echo_stream(first, &data[..rough], LONG).unwrap();
+    }
     for (i, conn) in others.iter().enumerate() {
         let r = c
             .ask_stream(*conn, if i % 2 == 0 { kind::INC } else { kind::FLUSH_INC }, LONG)
@@ -450,7 +458,6 @@ fn whole_story_tcg() {
 }
 
 #[test]
-#[ignore = "QEMU with kvm beside a busy machine: failed once in a loaded run (docs/known-problems.md)"]
 fn whole_story_kvm() {
     whole_story("kvm");
 }

@@ -139,7 +139,7 @@ fn run(extent: &super::Extent<'_>) -> Result<Report> {
 
 const NOTES: &str = "Nested in software emulation: ratios count, not numbers. All three run the same kernel, initrd, memory (128 MiB), raw disk \
 (cached by the server) and TAP. QEMU has an iothread, io_uring and no emulated devices that the guest does not need; its \
-network is its own, without vhost. Memory is Pss of the process without the mapping that is guest RAM. Values are medians.";
+network is its own, without vhost. Memory is Pss of the process and its children without the mapping that is guest RAM. Values are medians.";
 
 /// The programs that the rig puts into the server.
 fn build() -> Result<()> {
@@ -206,11 +206,12 @@ fn of_running_guest(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers>
     let to_userspace =
         number(&server.exec("echo $(( ($(cat /run/bench.ready) - $(cat /run/bench.start)) / 1000 ))")?)?
             / 1000.0;
+    // Our monitor has a second process, which tidies up after it; its pages count too.
     // The guest's RAM is the one mapping of its size (QEMU may round it up a little).
     let ram_kib = MEMORY_MIB * 1024;
     let memory = format!(
         "awk '/^Size:/ {{ ram = $2 >= {ram_kib} && $2 <= {ram_kib} + 4096 }} /^Pss:/ {{ if (ram) guest += $2; else own += $2 }} \
-         END {{ print own, guest+0 }}' /proc/$(cat /run/bench.pid)/smaps"
+         END {{ print own, guest+0 }}' $(p=$(cat /run/bench.pid); for i in $p $(pgrep -P $p); do echo /proc/$i/smaps; done)"
     );
     let memory = server.exec(&memory)?;
     let (own, guest) = memory.split_once(' ').unwrap_or((&memory, "0"));

@@ -5,10 +5,30 @@
 //! place of their own; for them the loss of each host is played through: first by counting slots of the largest such VM, which
 //! nearly always suffices, else by placing them one by one as the failover would.
 
-use super::fit::Role;
+use super::fit::{Obstacle, Role};
 use super::world::{Why, World};
 use crate::action::Because;
 use crate::model::{GroupRule, Resources};
+
+/// Of how many hosts sets are formed, when more than one may fail.
+const SETS_OF: usize = 64;
+/// How many sets are played through at most.
+const SETS_MAX: usize = 2_016;
+
+/// The next set of positions below `n`, in order; false after the last.
+fn next_set(set: &mut [usize], n: usize) -> bool {
+    let k = set.len();
+    for i in (0..k).rev() {
+        if set[i] + k - i < n {
+            set[i] += 1;
+            for j in i + 1..k {
+                set[j] = set[j - 1] + 1;
+            }
+            return true;
+        }
+    }
+    false
+}
 
 impl World<'_> {
     /// Whether failures can be absorbed on the hosts given (or, with none, on all).
@@ -38,16 +58,20 @@ impl World<'_> {
         let copies = self.hosts[failed].copies.iter().copied();
         let here = copies.filter(|&v| self.vms[v].owner == Some(failed) && self.vms[v].standbys.contains(&t));
         let largest = here.max_by_key(|&v| self.vms[v].vm.spec.resources.memory_bytes);
-        let any = largest.or_else(|| self.hosts[t].copies.first().copied()).unwrap_or(0);
+        let any = largest
+            .or_else(|| self.hosts[t].copies.first().copied())
+            .unwrap_or(0);
         self.vms[any].id().clone()
     }
 
-    /// What `t` could take of floating VMs after the failure of `failed`.
-    fn slack(&self, t: usize, failed: Option<usize>) -> Resources {
+    /// What `t` could take of floating VMs after the failure of `lost`; of any hosts, if that is empty.
+    fn slack(&self, t: usize, lost: &[usize]) -> Resources {
         let host = &self.hosts[t];
-        let reserve = match failed {
-            Some(f) if self.pool.host_failures == 1 => host.reserve.of(f),
-            _ => host.reserve.sum(),
+        let reserve = if lost.is_empty() {
+            host.reserve.sum()
+        } else {
+            lost.iter()
+                .fold(Resources::ZERO, |sum, &f| sum.plus(host.reserve.of(f)))
         };
         host.free().minus(reserve)
     }
@@ -65,7 +89,10 @@ impl World<'_> {
             let vm = &self.vms[v];
             largest = largest.max(vm.vm.spec.demand());
             plain &= !vm.groups.iter().any(|(_, r)| *r == GroupRule::Apart);
-            plain &= vm.admissible.iter().all(|w| matches!(w, Why::Fits | Why::Witness));
+            plain &= vm
+                .admissible
+                .iter()
+                .all(|w| matches!(w, Why::Fits | Why::Witness));
             if let Some(o) = vm.owner {
                 count[o] += 1;
             }
@@ -73,7 +100,7 @@ impl World<'_> {
         if plain {
             let mut slots: Vec<u64> = (0..self.hosts.len())
                 .filter(|&t| self.hosts[t].usable())
-                .map(|t| slots(self.slack(t, None), largest))
+                .map(|t| slots(self.slack(t, &[]), largest))
                 .collect();
             slots.sort_unstable_by(|a, b| b.cmp(a));
             count.sort_unstable_by(|a, b| b.cmp(a));
@@ -85,7 +112,8 @@ impl World<'_> {
         self.play_failures(&floating)
     }
 
-    /// The exact check for the loss of each one host; for more failures at once, of the hosts with the most floating VMs.
+    /// The exact check: every set of hosts that may fail together, while there are not too many such sets; else the sets of
+    /// the hosts with the most floating VMs.
     fn play_failures(&self, floating: &[usize]) -> Result<(), Because> {
         let n = usize::from(self.pool.host_failures);
         let mut by_host: Vec<Vec<usize>> = vec![Vec::new(); self.hosts.len()];
@@ -94,52 +122,107 @@ impl World<'_> {
                 by_host[o].push(v);
             }
         }
-        let mut hosts: Vec<usize> = (0..self.hosts.len()).filter(|&h| !by_host[h].is_empty()).collect();
         let weight = |h: usize| -> u64 {
-            let memory = by_host[h].iter().map(|&v| self.vms[v].vm.spec.resources.memory_bytes);
+            let memory = by_host[h]
+                .iter()
+                .map(|&v| self.vms[v].vm.spec.resources.memory_bytes);
             memory.fold(0, u64::saturating_add)
         };
+        let mut hosts: Vec<usize> = (0..self.hosts.len())
+            .filter(|&h| self.hosts[h].usable())
+            .collect();
         hosts.sort_by_key(|&h| (std::cmp::Reverse(weight(h)), h));
-        if n > 1 {
-            let lost: Vec<usize> = hosts.iter().copied().take(n).collect();
-            return self.play(&lost, &by_host);
+        if n == 1 {
+            return hosts.iter().try_for_each(|&h| self.play(&[h], &by_host));
         }
-        hosts.iter().try_for_each(|&h| self.play(&[h], &by_host))
-    }
-
-    fn play(&self, lost: &[usize], by_host: &[Vec<usize>]) -> Result<(), Because> {
-        let one = if lost.len() == 1 { lost.first().copied() } else { None };
-        let mut taken: Vec<Option<Resources>> = vec![None; self.hosts.len()];
-        let vms = self.by_priority(lost.iter().flat_map(|&h| by_host[h].iter().copied()).collect());
-        for v in vms {
-            let demand = self.vms[v].vm.spec.demand();
-            let room = |t: usize| self.slack(t, one).minus(taken[t].unwrap_or_default());
-            let fits = |t: usize| {
-                let vm = &self.vms[v];
-                self.hosts[t].usable()
-                    && !lost.contains(&t)
-                    && vm.admissible[t] == Why::Fits
-                    && demand.fits(room(t))
-                    && self.apart_from(v, t).next().is_none()
-            };
-            let open = (0..self.hosts.len()).filter(|&t| fits(t));
-            match open.min_by_key(|&t| (self.score(v, t, Role::Primary), t)) {
-                Some(t) => taken[t] = Some(taken[t].unwrap_or_default().plus(demand)),
-                None => {
-                    let others = (0..self.hosts.len()).filter(|t| !lost.contains(t) && self.hosts[*t].usable());
-                    let short = others
-                        .map(|t| demand.minus(room(t)))
-                        .min_by_key(|s| (s.memory_bytes, s.cpu_milli, s.disk_bytes));
-                    return Err(Because::NoFailoverRoom {
-                        failed: self.host_id(lost[0]),
-                        vm: self.vms[v].id().clone(),
-                        host: None,
-                        short: short.unwrap_or(demand),
-                    });
-                }
+        hosts.truncate(SETS_OF);
+        let mut set: Vec<usize> = (0..n.min(hosts.len())).collect();
+        for _ in 0..SETS_MAX {
+            let lost: Vec<usize> = set.iter().map(|&i| hosts[i]).collect();
+            self.play(&lost, &by_host)?;
+            if !next_set(&mut set, hosts.len()) {
+                return Ok(());
             }
         }
         Ok(())
+    }
+
+    fn play(&self, lost: &[usize], by_host: &[Vec<usize>]) -> Result<(), Because> {
+        let vms: Vec<usize> = lost.iter().flat_map(|&h| by_host[h].iter().copied()).collect();
+        let Err(v) = self.pack(&vms, lost) else {
+            return Ok(());
+        };
+        let demand = self.vms[v].vm.spec.demand();
+        let others = (0..self.hosts.len()).filter(|t| !lost.contains(t) && self.hosts[*t].usable());
+        let short = others
+            .map(|t| demand.minus(self.slack(t, lost)))
+            .min_by_key(|s| (s.memory_bytes, s.cpu_milli, s.disk_bytes));
+        Err(Because::NoFailoverRoom {
+            failed: self.host_id(lost[0]),
+            vm: self.vms[v].id().clone(),
+            host: None,
+            short: short.filter(|s| !s.is_zero()).unwrap_or(demand),
+        })
+    }
+
+    /// Places for VMs that float, off the hosts `lost`: spread by load if that works, else as tightly as possible. The same
+    /// function serves admission and the failover itself, so what was admitted fits.
+    ///
+    /// `Err` names one that has no place.
+    pub fn pack(&self, vms: &[usize], lost: &[usize]) -> Result<Vec<(usize, usize)>, usize> {
+        let spread = self.pack_in_order(&self.by_priority(vms.to_vec()), lost, false);
+        spread.or_else(|_| {
+            let mut by_size = vms.to_vec();
+            by_size.sort_by_key(|&v| (std::cmp::Reverse(self.vms[v].vm.spec.resources.memory_bytes), v));
+            self.pack_in_order(&by_size, lost, true)
+        })
+    }
+
+    fn pack_in_order(
+        &self,
+        vms: &[usize],
+        lost: &[usize],
+        tight: bool,
+    ) -> Result<Vec<(usize, usize)>, usize> {
+        let mut taken: Vec<Resources> = vec![Resources::ZERO; self.hosts.len()];
+        let mut placed: Vec<(usize, usize)> = Vec::new();
+        for &v in vms {
+            let demand = self.vms[v].vm.spec.demand();
+            let room = |t: usize| self.slack(t, lost).minus(taken[t]);
+            let fits = |t: usize| {
+                let mut here = placed.iter().filter(|(_, h)| *h == t);
+                !lost.contains(&t)
+                    && demand.fits(room(t))
+                    && self.may_boot(v, t)
+                    && !here.any(|(other, _)| self.apart(v, *other))
+            };
+            let memory = |r: Resources, t: usize| {
+                r.memory_bytes.saturating_mul(1000) / self.hosts[t].cap.memory_bytes.max(1)
+            };
+            let key = |t: usize| {
+                if tight {
+                    (memory(room(t), t), t)
+                } else {
+                    (
+                        self.score(v, t, Role::Primary)
+                            .saturating_add(memory(taken[t], t)),
+                        t,
+                    )
+                }
+            };
+            let best = (0..self.hosts.len())
+                .filter(|&t| fits(t))
+                .min_by_key(|&t| key(t))
+                .ok_or(v)?;
+            taken[best] = taken[best].plus(demand);
+            placed.push((v, best));
+        }
+        Ok(placed)
+    }
+
+    /// The rules for a boot, room apart.
+    fn may_boot(&self, v: usize, t: usize) -> bool {
+        matches!(self.obstacle(v, t, Role::Primary), None | Some(Obstacle::Room(_)))
     }
 }
 
@@ -148,4 +231,27 @@ fn slots(room: Resources, one: Resources) -> u64 {
     part(room.cpu_milli, one.cpu_milli)
         .min(part(room.memory_bytes, one.memory_bytes))
         .min(part(room.disk_bytes, one.disk_bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_set_once() {
+        let mut set = vec![0, 1];
+        let mut all = vec![set.clone()];
+        while next_set(&mut set, 4) {
+            all.push(set.clone());
+        }
+        assert_eq!(all, [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]);
+        assert!(!next_set(&mut [], 4) && !next_set(&mut [0], 1));
+    }
+
+    #[test]
+    fn slots_are_of_the_scarcest_part() {
+        let one = Resources::new(1, 512, 0);
+        assert_eq!(slots(Resources::new(10, 1024, 0), one), 2);
+        assert_eq!(slots(Resources::new(1, 9000, 0), one), 1);
+    }
 }

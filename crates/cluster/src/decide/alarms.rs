@@ -44,7 +44,9 @@ fn room(w: &World) -> Result<(), Because> {
 /// The reason that the refusals give.
 fn refusal_text(w: &World, alarm: &AlarmKey) -> String {
     let found = w.out.refusals.iter().find(|r| match alarm {
-        AlarmKey::VmDown(vm) | AlarmKey::VmDegraded(vm) | AlarmKey::VmNotApart(vm) => r.vm.as_ref() == Some(vm),
+        AlarmKey::VmDown(vm) | AlarmKey::VmDegraded(vm) | AlarmKey::VmNotApart(vm) => {
+            r.vm.as_ref() == Some(vm)
+        }
         AlarmKey::DrainStuck(h) => r.host.as_ref() == Some(h),
         AlarmKey::UpgradeWaits => r.wanted == crate::action::Wanted::Upgrade,
         _ => false,

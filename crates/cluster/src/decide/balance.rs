@@ -44,10 +44,20 @@ pub(crate) fn balance(w: &mut World) {
         return;
     }
     let damped = !w.broken(Sabotage::BalanceWithoutDamping);
-    let mut hot: Vec<usize> = (0..w.hosts.len()).filter(|&h| is_hot(w, h, &set, damped)).collect();
+    let mut hot: Vec<usize> = (0..w.hosts.len())
+        .filter(|&h| is_hot(w, h, &set, damped))
+        .collect();
     hot.sort_by_key(|&h| (std::cmp::Reverse(load(w, h).0), h));
     for h in hot {
-        let moving = |t: &&Task| matches!(t, Task::Migrate { cause: MoveCause::Balance, .. });
+        let moving = |t: &&Task| {
+            matches!(
+                t,
+                Task::Migrate {
+                    cause: MoveCause::Balance,
+                    ..
+                }
+            )
+        };
         let under_way = w.tasks.iter().filter(moving).count();
         if under_way >= set.moves_max as usize || w.migrations() >= w.pool.limits.migrations_in_pool {
             return;
@@ -165,7 +175,9 @@ fn units(w: &World, h: usize, set: &BalanceSettings, damped: bool) -> Vec<Vec<us
 fn movable(w: &World, v: usize, set: &BalanceSettings, damped: bool) -> bool {
     let vm = &w.vms[v];
     let s = &vm.vm.state;
-    let resident = s.moved_ms.is_none_or(|t| elapsed(w.now_ms, t) >= set.residence_ms);
+    let resident = s
+        .moved_ms
+        .is_none_or(|t| elapsed(w.now_ms, t) >= set.residence_ms);
     vm.on()
         && !vm.vm.spec.pinned
         && vm.migrating.is_none()
@@ -175,7 +187,14 @@ fn movable(w: &World, v: usize, set: &BalanceSettings, damped: bool) -> bool {
         && w.good_standbys(v) >= vm.vm.spec.standbys_wanted()
 }
 
-fn offer(w: &World, h: usize, to: usize, unit: &[usize], set: &BalanceSettings, damped: bool) -> Option<Offer> {
+fn offer(
+    w: &World,
+    h: usize,
+    to: usize,
+    unit: &[usize],
+    set: &BalanceSettings,
+    damped: bool,
+) -> Option<Offer> {
     let mut o = Offer {
         vms: unit.to_vec(),
         to,
@@ -186,7 +205,12 @@ fn offer(w: &World, h: usize, to: usize, unit: &[usize], set: &BalanceSettings, 
         delta_from: [0; 3],
         delta_to: [0; 3],
     };
-    let link = w.hosts[h].host.record.link().min(w.hosts[to].host.record.link()).max(1);
+    let link = w.hosts[h]
+        .host
+        .record
+        .link()
+        .min(w.hosts[to].host.record.link())
+        .max(1);
     for &v in unit {
         let vm = &w.vms[v];
         let (spec, l) = (&vm.vm.spec, &vm.vm.state.load);

@@ -6,7 +6,7 @@
 
 use super::world::{Why, World};
 use crate::action::NoHost;
-use crate::model::{GroupRule, Resources};
+use crate::model::{GroupRule, Phase, Resources};
 use crate::sabotage::Sabotage;
 use std::cmp::Reverse;
 
@@ -82,6 +82,11 @@ impl World<'_> {
         if is_copy && role == Role::Standby || vm.owner == Some(h) && role == Role::Move {
             return Some(Obstacle::HasCopy);
         }
+        // What is on its way down there must be gone first.
+        let instance = vm.vm.state.instances.get(host.id());
+        if instance.is_some_and(|i| i.phase == Phase::Stopping) {
+            return Some(Obstacle::HasCopy);
+        }
         if role == Role::Primary {
             let failed = vm.vm.state.start_failures.get(host.id()).map_or(0, |f| f.count);
             if failed >= self.pool.limits.start_failures_per_host {
@@ -143,13 +148,16 @@ impl World<'_> {
     /// What hosts that are down now still ask `h` for, `v` itself apart. That room is not anybody else's.
     pub fn owed(&self, v: usize, h: usize, dead: &[usize]) -> Resources {
         let vm = &self.vms[v];
-        dead.iter().fold(Resources::ZERO, |sum, &d| {
-            let mut of = self.hosts[h].reserve.of(d);
-            if vm.owner == Some(d) && vm.standbys.contains(&h) {
-                of = of.minus(vm.vm.spec.promotion_demand());
-            }
-            sum.plus(of)
-        })
+        let host_pending = self.hosts[h].pending;
+        dead.iter()
+            .fold(Resources::ZERO, |sum, &d| {
+                let mut of = self.hosts[h].reserve.of(d);
+                if vm.owner == Some(d) && vm.standbys.contains(&h) {
+                    of = of.minus(vm.vm.spec.promotion_demand());
+                }
+                sum.plus(of)
+            })
+            .plus(host_pending)
     }
 
     /// How well `h` suits; lower is better.

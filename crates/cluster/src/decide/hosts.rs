@@ -22,7 +22,11 @@ pub(crate) fn mark(w: &mut World) {
             w.act(Action::MarkHealth { host, health }, why);
         }
         let host = &w.hosts[h].host;
-        if let Some(p) = host.status.prediction.as_ref().filter(|_| w.pool.evacuate_on_prediction)
+        if let Some(p) = host
+            .status
+            .prediction
+            .as_ref()
+            .filter(|_| w.pool.evacuate_on_prediction)
             && host.record.admin == HostAdmin::InUse
             && host.record.reachable()
             && !host.record.witness
@@ -71,7 +75,10 @@ pub(crate) fn drained(w: &mut World) {
         {
             let admin = HostAdmin::Maintenance(why);
             let host = w.host_id(h);
-            w.act(Action::MarkAdmin { host, admin }, "nothing is on it any more".into());
+            w.act(
+                Action::MarkAdmin { host, admin },
+                "nothing is on it any more".into(),
+            );
         }
     }
 }
@@ -122,7 +129,8 @@ pub(crate) fn upgrade(w: &mut World) {
         }
         let host = w.host_id(h);
         let admin = HostAdmin::Draining(DrainWhy::Upgrade);
-        let why = format!("the rolling upgrade to {to} has come to it: all others are up, all VMs are protected");
+        let why =
+            format!("the rolling upgrade to {to} has come to it: all others are up, all VMs are protected");
         w.act(Action::MarkAdmin { host, admin }, why);
         under_way += 1;
     }

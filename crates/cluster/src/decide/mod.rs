@@ -93,15 +93,16 @@ pub struct Placement {
 /// The refusal, with its reason and the shortfall in numbers.
 pub fn admit(snapshot: &Snapshot, spec: &VmSpecRecord) -> Result<Placement, Box<Refusal>> {
     let mut with = snapshot.clone();
-    let state = snapshot.vms.get(&spec.id).map(|v| v.state.clone()).unwrap_or_default();
+    let state = snapshot
+        .vms
+        .get(&spec.id)
+        .map(|v| v.state.clone())
+        .unwrap_or_default();
     let mut spec = spec.clone();
     spec.power = Power::On;
     let id = spec.id.clone();
     let running = state.owner.clone();
-    let state = VmState {
-        owner: None,
-        ..state
-    };
+    let state = VmState { owner: None, ..state };
     with.vms.insert(id.clone(), Vm { spec, state });
     let mut w = World::new(&with);
     let refusal = |because: Because| {

@@ -74,7 +74,10 @@ pub(crate) fn drain(w: &mut World) {
 pub(crate) fn relieve(w: &mut World) {
     for v in 0..w.vms.len() {
         let vm = &w.vms[v];
-        let Some(owner) = vm.owner.filter(|_| vm.on() && vm.vm.state.running() && vm.migrating.is_none()) else {
+        let Some(owner) = vm
+            .owner
+            .filter(|_| vm.on() && vm.vm.state.running() && vm.migrating.is_none())
+        else {
             continue;
         };
         let host = w.hosts[owner].id();
@@ -90,7 +93,8 @@ pub(crate) fn relieve(w: &mut World) {
             _ => continue,
         };
         if misplaced {
-            w.alarms_wanted.insert(AlarmKey::VmNotApart(w.vms[v].id().clone()));
+            w.alarms_wanted
+                .insert(AlarmKey::VmNotApart(w.vms[v].id().clone()));
         }
         if let Err(NoTarget::Wait(because) | NoTarget::Stuck(because)) = go(w, v, MoveCause::Relief, why) {
             w.refuse(Some(v), Some(owner), Wanted::Recover, because);
@@ -123,7 +127,10 @@ pub(crate) fn bring_back(w: &mut World) {
         {
             continue;
         }
-        let why = format!("{} is in use again, and it was there before the drain", w.hosts[h].id());
+        let why = format!(
+            "{} is in use again, and it was there before the drain",
+            w.hosts[h].id()
+        );
         let _ = migrate(w, v, h, MoveCause::BringBack, why);
     }
 }
@@ -175,12 +182,19 @@ fn migrate(w: &mut World, v: usize, to: usize, cause: MoveCause, why: String) ->
 fn target(w: &World, v: usize) -> Result<usize, NoTarget> {
     let vm = &w.vms[v];
     if vm.vm.spec.standbys_wanted() > 0 {
-        let counts: Vec<usize> = vm.standbys.iter().copied().filter(|&h| w.standby_counts(v, h)).collect();
+        let counts: Vec<usize> = vm
+            .standbys
+            .iter()
+            .copied()
+            .filter(|&h| w.standby_counts(v, h))
+            .collect();
         let not_yet = |h: usize| (!w.in_sync(v, h)).then_some(Obstacle::HasCopy);
         if let Ok(h) = w.best_of(v, Role::Move, counts.iter().copied(), not_yet) {
             return Ok(h);
         }
-        let filling = counts.iter().find(|&&h| !w.in_sync(v, h) && w.obstacle(v, h, Role::Move).is_none());
+        let filling = counts
+            .iter()
+            .find(|&&h| !w.in_sync(v, h) && w.obstacle(v, h, Role::Move).is_none());
         if let Some(&h) = filling {
             let text = format!("its standby on {} is being filled", w.hosts[h].id());
             return Err(NoTarget::Wait(Because::Other(text)));

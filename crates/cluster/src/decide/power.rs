@@ -23,7 +23,10 @@ pub(crate) fn end_leftovers(w: &mut World) {
         }
         for (h, term) in stop {
             let vm = &w.vms[v];
-            let why = format!("left over from term {term}; the VM is in term {}", vm.vm.state.term);
+            let why = format!(
+                "left over from term {term}; the VM is in term {}",
+                vm.vm.state.term
+            );
             let (vm, host) = (vm.id().clone(), w.host_id(h));
             let in_order = false;
             w.act(Action::StopInstance { vm, host, in_order }, why);
@@ -74,7 +77,9 @@ struct Refused {
 
 /// Starts VMs that should be on and were never started, or were stopped in order.
 pub(crate) fn power_on(w: &mut World) {
-    let off: Vec<usize> = (0..w.vms.len()).filter(|&v| w.vms[v].on() && w.vms[v].owner.is_none()).collect();
+    let off: Vec<usize> = (0..w.vms.len())
+        .filter(|&v| w.vms[v].on() && w.vms[v].owner.is_none())
+        .collect();
     let mut refused: Vec<Refused> = Vec::new();
     for v in w.by_priority(off) {
         let vm = &w.vms[v];
@@ -82,9 +87,9 @@ pub(crate) fn power_on(w: &mut World) {
         let plain = spec.protection != Protection::None && vm.groups.is_empty();
         let demand = spec.demand();
         let standbys = spec.standbys_wanted();
-        let known = refused.iter().find(|r| {
-            plain && r.demand.fits(demand) && r.standbys <= standbys && spec.baseline.is_empty()
-        });
+        let known = refused
+            .iter()
+            .find(|r| plain && r.demand.fits(demand) && r.standbys <= standbys && spec.baseline.is_empty());
         let result = match known {
             Some(r) => Err(r.because.clone()),
             None => power_on_one(w, v),
@@ -130,7 +135,10 @@ fn power_on_one(w: &mut World, v: usize) -> Result<(), Because> {
     for s in &standbys {
         let (vm, host) = (id.clone(), w.host_id(*s));
         let action = Action::AddStandby { vm, host };
-        w.act(action, "its class wants a standby, and this host suits best".into());
+        w.act(
+            action,
+            "its class wants a standby, and this host suits best".into(),
+        );
     }
     debug_assert!(w.out.actions.len() > mark);
     Ok(())
@@ -180,7 +188,11 @@ fn play(w: &mut World, v: usize, start: usize) -> Result<Vec<usize>, Because> {
     let mut touched = vec![start];
     let mut standbys = Vec::new();
     let wanted = w.vms[v].vm.spec.standbys_wanted();
-    let have = w.vms[v].standbys.iter().filter(|&&h| w.standby_counts(v, h)).count();
+    let have = w.vms[v]
+        .standbys
+        .iter()
+        .filter(|&&h| w.standby_counts(v, h))
+        .count();
     let admit = w.pool.host_failures > 0;
     for _ in have..wanted {
         match w.best(v, Role::Standby) {

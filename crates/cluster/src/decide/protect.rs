@@ -11,7 +11,9 @@ use crate::sabotage::Sabotage;
 
 /// Decides for all VMs, the most urgent first.
 pub(crate) fn protect(w: &mut World) {
-    let dead: Vec<usize> = (0..w.hosts.len()).filter(|&h| w.hosts[h].host.record.dead()).collect();
+    let dead: Vec<usize> = (0..w.hosts.len())
+        .filter(|&h| w.hosts[h].host.record.dead())
+        .collect();
     let all: Vec<usize> = (0..w.vms.len())
         .filter(|&v| {
             let vm = &w.vms[v];
@@ -38,7 +40,11 @@ fn add(w: &mut World, v: usize, dead: &[usize]) {
     if w.broken(Sabotage::NoReprotection) && !w.vms[v].standbys.is_empty() {
         return;
     }
-    let mut have = w.vms[v].standbys.iter().filter(|&&h| w.standby_counts(v, h)).count();
+    let mut have = w.vms[v]
+        .standbys
+        .iter()
+        .filter(|&&h| w.standby_counts(v, h))
+        .count();
     // During a move to a host without a standby, that host will be one of the copies.
     if let Some(m) = w.vms[v].migrating
         && !w.vms[v].standbys.contains(&m.to)
@@ -63,7 +69,8 @@ fn add(w: &mut World, v: usize, dead: &[usize]) {
                 have += 1;
             }
             Err(none) => {
-                w.alarms_wanted.insert(AlarmKey::VmDegraded(w.vms[v].id().clone()));
+                w.alarms_wanted
+                    .insert(AlarmKey::VmDegraded(w.vms[v].id().clone()));
                 w.refuse(Some(v), None, Wanted::Standby, Because::NoHost(*none));
                 return;
             }
@@ -132,7 +139,12 @@ fn remove_surplus(w: &mut World, v: usize) {
 
 /// Higher is less useful.
 fn uselessness(w: &World, v: usize, h: usize) -> u32 {
-    let home = w.vms[v].vm.state.home.as_ref().is_some_and(|home| home.host == *w.hosts[h].id());
+    let home = w.vms[v]
+        .vm
+        .state
+        .home
+        .as_ref()
+        .is_some_and(|home| home.host == *w.hosts[h].id());
     match (w.standby_counts(v, h), w.in_sync(v, h)) {
         _ if w.hosts[h].host.record.dead() => 6,
         (false, false) => 5,

@@ -11,8 +11,9 @@
 use super::fit::{Obstacle, Role};
 use super::world::{World, elapsed};
 use crate::action::{Action, Because, Wanted};
-use crate::model::{AlarmKey, FailureClass, HostHealth, Phase, Protection};
+use crate::model::{AlarmKey, FailureClass, HostHealth, Phase, Protection, Resources};
 use crate::sabotage::Sabotage;
+use std::collections::BTreeMap;
 use steadfast_types::HostId;
 
 /// How a VM that should run is lost.
@@ -43,13 +44,37 @@ pub(crate) fn recover(w: &mut World) {
             boots.push((v, l));
         }
     }
+    let places = places_for_floating(w, &boots);
     for (v, l) in boots {
         if let Lost::Guest(class) = l {
             reset(w, v, class);
         } else {
-            boot(w, v, l);
+            boot(w, v, l, &places);
         }
     }
+}
+
+/// Floating VMs are placed together, so that what was admitted fits. Those that have to wait keep their room meanwhile.
+fn places_for_floating(w: &mut World, boots: &[(usize, Lost)]) -> BTreeMap<usize, usize> {
+    for h in &mut w.hosts {
+        h.pending = Resources::ZERO;
+    }
+    let floating: Vec<usize> = boots
+        .iter()
+        .filter(|(v, l)| *l == Lost::HostDead && w.vms[*v].floats())
+        .map(|(v, _)| *v)
+        .collect();
+    let dead: Vec<usize> = (0..w.hosts.len())
+        .filter(|&h| w.hosts[h].host.record.dead())
+        .collect();
+    let places: BTreeMap<usize, usize> = w.pack(&floating, &dead).unwrap_or_default().into_iter().collect();
+    for (&v, &h) in &places {
+        let waits = place_for_boot(w, v, Lost::HostDead, &places).is_err();
+        if waits {
+            w.hosts[h].pending = w.hosts[h].pending.plus(w.vms[v].vm.spec.demand());
+        }
+    }
+    places
 }
 
 fn lost(w: &World, v: usize) -> Option<Lost> {
@@ -74,7 +99,10 @@ fn lost(w: &World, v: usize) -> Option<Lost> {
 fn cancel_migration(w: &mut World, v: usize) {
     if let Some(m) = w.vms[v].migrating {
         let (vm, to) = (w.vms[v].id().clone(), w.host_id(m.to));
-        w.act(Action::CancelMigration { vm, to }, "the VM is lost on its way".into());
+        w.act(
+            Action::CancelMigration { vm, to },
+            "the VM is lost on its way".into(),
+        );
     }
 }
 
@@ -108,7 +136,9 @@ fn promote(w: &mut World, v: usize, lost: Lost) -> bool {
 }
 
 fn what(w: &World, v: usize, lost: Lost) -> String {
-    let host = w.vms[v].owner.map_or_else(String::new, |o| w.host_id(o).to_string());
+    let host = w.vms[v]
+        .owner
+        .map_or_else(String::new, |o| w.host_id(o).to_string());
     match lost {
         Lost::HostDead => format!("its host {host} is dead"),
         Lost::Process(FailureClass::DiskFault) => format!("its disk on {host} failed"),
@@ -139,8 +169,8 @@ fn reset(w: &mut World, v: usize, class: FailureClass) {
 }
 
 /// Boots it: on its own host if that is up, else elsewhere.
-fn boot(w: &mut World, v: usize, lost: Lost) {
-    match place_for_boot(w, v, lost) {
+fn boot(w: &mut World, v: usize, lost: Lost, places: &BTreeMap<usize, usize>) {
+    match place_for_boot(w, v, lost, places) {
         Ok(h) => {
             let vm = &w.vms[v];
             let same = vm.owner == Some(h);
@@ -161,7 +191,12 @@ fn boot(w: &mut World, v: usize, lost: Lost) {
     }
 }
 
-fn place_for_boot(w: &World, v: usize, lost: Lost) -> Result<usize, Because> {
+fn place_for_boot(
+    w: &World,
+    v: usize,
+    lost: Lost,
+    places: &BTreeMap<usize, usize>,
+) -> Result<usize, Because> {
     let vm = &w.vms[v];
     let class = vm.vm.spec.protection;
     let Some(owner) = vm.owner else {
@@ -186,21 +221,36 @@ fn place_for_boot(w: &World, v: usize, lost: Lost) -> Result<usize, Because> {
             _ => Because::NotFenced(own),
         });
     }
-    let dead: Vec<usize> = (0..w.hosts.len()).filter(|&h| w.hosts[h].host.record.dead()).collect();
+    let dead: Vec<usize> = (0..w.hosts.len())
+        .filter(|&h| w.hosts[h].host.record.dead())
+        .collect();
     // Where a standby waits for the room that its own host's failure asks for, that room is not free.
     let owed = |h: usize| {
         let room = w.hosts[h].free().minus(w.owed(v, h, &dead));
         let extra = w.extra(v, h, Role::Primary);
         (!extra.fits(room)).then(|| Obstacle::Room(extra.minus(room)))
     };
-    let found = if vm.bound_to_disks() {
+    let found = if let Some(&h) = places.get(&v) {
+        Ok(h)
+    } else if vm.bound_to_disks() {
         let replicas: Vec<usize> = vm.vm.state.replicas.iter().filter_map(|h| w.host(h)).collect();
         if !replicas.iter().any(|&h| w.hosts[h].usable()) {
             return Err(Because::DisksUnreachable(
                 replicas.iter().map(|&h| w.host_id(h)).collect(),
             ));
         }
-        w.best_of(v, Role::Primary, 0..w.hosts.len(), |_| None)
+        // Not on the disk that has just failed, if there is another.
+        let failing = |h: usize| {
+            (h == owner && lost == Lost::Process(FailureClass::DiskFault)).then_some(Obstacle::Disks)
+        };
+        w.best_of(v, Role::Primary, 0..w.hosts.len(), failing)
+            .or_else(|none| {
+                if failing(owner).is_some() {
+                    w.best(v, Role::Primary)
+                } else {
+                    Err(none)
+                }
+            })
     } else {
         w.best_of(v, Role::Primary, 0..w.hosts.len(), owed)
             .or_else(|_| w.best(v, Role::Primary))

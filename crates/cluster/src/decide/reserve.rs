@@ -91,7 +91,9 @@ impl Reserve {
                 Some((e, more)) if e == h => get(r).saturating_add(get(&more)),
                 _ => get(r),
             };
-            let new = extra.filter(|(e, _)| !self.by_failed.contains_key(e)).map(|(_, r)| get(&r));
+            let new = extra
+                .filter(|(e, _)| !self.by_failed.contains_key(e))
+                .map(|(_, r)| get(&r));
             let values = self.by_failed.iter().map(|(h, r)| with(*h, r)).chain(new);
             if n == 1 {
                 return values.max().unwrap_or(0);

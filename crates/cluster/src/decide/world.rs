@@ -27,6 +27,8 @@ pub(crate) struct HostX<'a> {
     pub reserve: Reserve,
     /// VMs with a copy here (owner, standby, replica, left-over, target of a migration).
     pub copies: BTreeSet<usize>,
+    /// What floating VMs that wait to be booted will take here.
+    pub pending: Resources,
     /// Migrations from or to it.
     pub migrations: u32,
     /// Load that moves under way or just decided will add or take: CPU, memory, network.
@@ -136,6 +138,7 @@ impl<'a> World<'a> {
                 used: Resources::ZERO,
                 reserve: Reserve::new(pool.host_failures),
                 copies: BTreeSet::new(),
+                pending: Resources::ZERO,
                 migrations: 0,
                 shift: [0; 3],
             })
@@ -394,20 +397,27 @@ impl<'a> World<'a> {
         let rank = |x: usize| {
             let vm = &self.vms[x];
             let primary = vm.owner == Some(h);
-            (std::cmp::Reverse(primary), std::cmp::Reverse(vm.vm.spec.priority), x)
+            (
+                std::cmp::Reverse(primary),
+                std::cmp::Reverse(vm.vm.spec.priority),
+                x,
+            )
         };
         self.apart_from(v, h).any(|other| rank(other) < rank(v))
+    }
+
+    /// The two must be apart.
+    pub fn apart(&self, v: usize, x: usize) -> bool {
+        let mine = &self.vms[v].groups;
+        let shared =
+            |(g, rule): &(usize, GroupRule)| *rule == GroupRule::Apart && mine.iter().any(|(m, _)| m == g);
+        v != x && self.vms[x].groups.iter().any(shared)
     }
 
     /// VMs with a copy on `h` that `v` must be apart from.
     pub fn apart_from(&self, v: usize, h: usize) -> impl Iterator<Item = usize> {
         let mine = &self.vms[v].groups;
-        let hard = move |x: &usize| {
-            *x != v
-                && self.vms[*x].groups.iter().any(|(g, rule)| {
-                    *rule == GroupRule::Apart && mine.iter().any(|(m, _)| m == g)
-                })
-        };
+        let hard = move |x: &usize| self.apart(v, *x);
         let copies = if mine.iter().any(|(_, r)| *r == GroupRule::Apart) {
             Some(self.hosts[h].copies.iter().copied())
         } else {
@@ -423,14 +433,22 @@ impl<'a> World<'a> {
             return 0;
         }
         let member = |x: &&usize| {
-            **x != v && self.vms[**x].groups.iter().any(|g| g.1 == rule && mine.contains(g))
+            **x != v
+                && self.vms[**x]
+                    .groups
+                    .iter()
+                    .any(|g| g.1 == rule && mine.contains(g))
         };
         self.hosts[h].copies.iter().filter(member).count()
     }
 
     /// Migrations under way in the pool.
     pub fn migrations(&self) -> u32 {
-        let count = self.tasks.iter().filter(|t| matches!(t, Task::Migrate { .. })).count();
+        let count = self
+            .tasks
+            .iter()
+            .filter(|t| matches!(t, Task::Migrate { .. }))
+            .count();
         u32::try_from(count).unwrap_or(u32::MAX)
     }
 

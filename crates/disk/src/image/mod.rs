@@ -139,6 +139,17 @@ pub trait BlockIo: Send + Sync {
     /// As [`BlockIo::write_at`].
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError>;
 
+    /// Does a write without waiting for anything, if that is possible now; `None`: it is not, and nothing was done. The
+    /// caller then uses [`BlockIo::write_at`] from a thread that may wait.
+    fn write_at_once(&self, _offset: u64, _buf: &[u8]) -> Option<Result<(), DiskError>> {
+        None
+    }
+
+    /// As [`BlockIo::write_at_once`], for [`BlockIo::flush`].
+    fn flush_at_once(&self) -> Option<Result<(), DiskError>> {
+        None
+    }
+
     /// The file whose byte N is the disk's byte N, where there is one: a device model may then drive it with
     /// io_uring directly. It lives as long as the image.
     fn raw_fd(&self) -> Option<RawFd>;

@@ -22,10 +22,12 @@ pub mod record;
 pub mod ring;
 pub mod scan;
 pub mod superblock;
+pub mod terms;
 
 pub use record::{ALIGN, HEADER_BYTES, Header, Kind, PAYLOAD_MAX};
 pub use ring::{Batch, Position, Ring};
 pub use superblock::{State, Superblock};
+pub use terms::Terms;
 
 /// Where the ring begins in the file, in bytes: behind four superblock slots.
 pub const RING_START: u64 = 4 * superblock::SLOT_BYTES as u64;

@@ -140,6 +140,12 @@ impl Ring {
         head - self.trim + RESERVE <= self.size
     }
 
+    /// Whether the end of an epoch would fit now.
+    #[must_use]
+    pub fn fits_end(&self) -> bool {
+        self.head - self.trim + self.step(self.head, 0) + RESERVE / 2 <= self.size
+    }
+
     /// Gives a record its place. Ends of epochs may use half of the reserve, commits and rollbacks all of it.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! rotten copy is healed by its twin.
 
 use super::record::{u32_at, u64_at};
+use super::terms::Terms;
 use crate::storage::StorageFile;
 use crate::volume::VolumeError;
 use steadfast_types::{Epoch, Term};
@@ -12,7 +13,7 @@ use steadfast_types::{Epoch, Term};
 /// Size of one copy in bytes.
 pub const SLOT_BYTES: usize = 4096;
 const MAGIC: u64 = 0x4c4f_5646_4441_5453; // "STADFVOL"
-/// History: 1 = first.
+/// History: 1 = first. Bytes 136 on (terms) came later; a state without them is read as knowing none.
 const VERSION: u32 = 1;
 const USED: usize = 136;
 
@@ -56,6 +57,8 @@ pub struct Superblock {
     pub applied_term: Term,
     /// What the replica is.
     pub state: State,
+    /// The past up to the applied epoch.
+    pub terms: Terms,
 }
 
 impl Superblock {
@@ -88,6 +91,7 @@ impl Superblock {
         }
         let crc = crc32fast::hash(&b[..USED - 4]);
         b[USED - 4..USED].copy_from_slice(&crc.to_le_bytes());
+        self.terms.encode(&mut b);
         b
     }
 
@@ -120,6 +124,7 @@ impl Superblock {
             applied: Epoch(n(6)),
             applied_term: Term(n(7)),
             state,
+            terms: Terms::decode(b),
         }))
     }
 
@@ -213,7 +218,9 @@ mod tests {
             applied: Epoch(4),
             applied_term: Term(1),
             state: State::Copying { join: 9 },
+            terms: Terms::default(),
         };
+        s.terms.note(Term(1), Epoch(4));
         s.write(&*file).unwrap();
         assert_eq!(Superblock::read(&*file).unwrap(), Some(s));
         let first = s;

@@ -1,7 +1,7 @@
 //! The primary's half of a copy to a standby, and the word that a standby holds an epoch.
 
 use super::map::REGION;
-use crate::scrub::Repaired;
+use crate::checksum::BLOCK;
 use crate::volume::{Core, EpochOp, PEERS, ReadFault, Sealed, Volume, VolumeError};
 use std::sync::Arc;
 use steadfast_types::Epoch;
@@ -145,18 +145,25 @@ impl Volume {
         let mut ops = Vec::with_capacity(residue.ranges.len());
         for &(offset, len) in &residue.ranges {
             let mut data = vec![0; len as usize];
+            let mut tries = len / BLOCK + 2;
             loop {
+                tries -= 1;
+                if tries == 0 {
+                    return Err(VolumeError::Damaged {
+                        what: "image",
+                        at: offset,
+                    });
+                }
                 match crate::volume::read_view(shared, Some(residue.epoch), offset, &mut data)? {
                     Ok(_) => break,
-                    Err(ReadFault::Block(at)) => match crate::scrub::repair(shared, at)? {
-                        Repaired::Written => {}
-                        Repaired::Served(_) => {
+                    Err(ReadFault::Block(at)) => {
+                        if !crate::scrub::repair(shared, at)?.written {
                             return Err(VolumeError::Damaged {
                                 what: "image block",
                                 at,
                             });
                         }
-                    },
+                    }
                     Err(ReadFault::Other(e)) => return Err(e),
                 }
             }

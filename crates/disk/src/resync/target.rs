@@ -2,7 +2,7 @@
 
 use super::DirtyMap;
 use crate::checksum::BLOCK;
-use crate::journal::{State, Superblock};
+use crate::journal::{State, Superblock, Terms};
 use crate::volume::{Core, EpochOp, Replica, VolumeError};
 use steadfast_types::{Epoch, Term};
 
@@ -102,6 +102,12 @@ impl Core {
     fn restart_at(&mut self, state: State, epoch: Epoch, term: Term) -> Result<(), VolumeError> {
         let (trim, trim_sequence) = self.ring_head();
         let now = self.superblock();
+        // What the source knows of its past is not known here: of the copy only the epoch that it stands at.
+        let mut terms = match state {
+            State::Copying { .. } => now.terms.up_to(epoch, term),
+            _ => Terms::default(),
+        };
+        terms.note(term, epoch);
         let next = Superblock {
             number: now.number + 1,
             trim: trim.0,
@@ -109,6 +115,7 @@ impl Core {
             applied: epoch,
             applied_term: term,
             state,
+            terms,
             ..now
         };
         next.write(&*self.files().super_file)?;

@@ -11,6 +11,7 @@ use crate::journal::State;
 use crate::resync::RateLimit;
 use crate::volume::{Replica, Volume, VolumeError};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use steadfast_types::Epoch;
 
@@ -63,16 +64,19 @@ const TRIES: u32 = 20;
 const TRY_WAIT: Duration = Duration::from_millis(50);
 
 /// How a repair went.
-pub(crate) enum Repaired {
-    /// The block is good again.
-    Written,
-    /// The disk does not take it: these are its bytes.
-    Served(Vec<u8>),
+pub(crate) struct Repaired {
+    /// The block was written anew; otherwise the disk does not take it.
+    pub written: bool,
+    /// The epoch of the content.
+    pub epoch: Epoch,
+    /// The block's bytes as of that epoch.
+    pub bytes: Vec<u8>,
 }
 
 /// Repairs the block at byte `at` from the peer.
 pub(crate) fn repair(shared: &Shared, at: u64) -> Result<Repaired, VolumeError> {
     let at = at / BLOCK * BLOCK;
+    shared.watch.bad.fetch_add(1, Ordering::Relaxed);
     let no_copy = |why| VolumeError::NoGoodCopy { offset: at, why };
     let Some(peer) = shared.peer() else {
         mark_bad(shared, at)?;
@@ -100,15 +104,21 @@ pub(crate) fn repair(shared: &Shared, at: u64) -> Result<Repaired, VolumeError> 
         let still = shared.files.lock_image();
         let holds = shared.core().image_holds();
         if holds <= theirs {
-            return Ok(match shared.files.write_blocks(at, &buf) {
+            let written = match shared.files.write_blocks(at, &buf) {
                 Ok(()) => {
+                    shared.watch.repaired.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(offset = at, epoch = theirs.0, "bad block repaired from the peer");
-                    Repaired::Written
+                    true
                 }
                 Err(e) => {
                     tracing::error!(offset = at, error = %e, "bad block cannot be rewritten, served from the peer");
-                    Repaired::Served(buf)
+                    false
                 }
+            };
+            return Ok(Repaired {
+                written,
+                epoch: theirs,
+                bytes: buf,
             });
         }
         drop(still);
@@ -129,14 +139,15 @@ fn mark_bad(shared: &Shared, at: u64) -> Result<(), VolumeError> {
         .first()
         .copied()
         .unwrap_or(UNKNOWN);
-    let good = shared
+    let wrong = shared
         .files
         .read_block(block)
-        .is_ok_and(|d| known == UNKNOWN || known == checksum::block_sum(block, &d));
-    if good {
-        Ok(())
-    } else {
+        .is_ok_and(|d| known != UNKNOWN && known != checksum::block_sum(block, &d));
+    if wrong {
         shared.files.sums.write(block, &[BAD])
+    } else {
+        // A block that cannot be read now may be read later, and its sum is still right.
+        Ok(())
     }
 }
 
@@ -192,6 +203,15 @@ impl Scrub {
             next: 0,
             compare: false,
             report: Report::default(),
+        }
+    }
+
+    /// The same from byte `next` (a multiple of a MiB) on, without a limit of its own: the caller holds the pace.
+    #[must_use]
+    pub fn at(volume: &Volume, next: u64) -> Self {
+        Self {
+            next,
+            ..Self::new(volume, 0)
         }
     }
 
@@ -257,8 +277,8 @@ impl Scrub {
         for at in bad {
             self.report.bad += 1;
             match repair(&shared, at) {
-                Ok(Repaired::Written) => self.report.repaired += 1,
-                Ok(Repaired::Served(_)) => Report::keep(&mut self.report.unrepaired, at),
+                Ok(good) if good.written => self.report.repaired += 1,
+                Ok(_) => Report::keep(&mut self.report.unrepaired, at),
                 Err(e) => {
                     tracing::error!(offset = at, error = %e, "bad block not repaired");
                     Report::keep(&mut self.report.unrepaired, at);

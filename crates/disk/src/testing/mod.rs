@@ -1,4 +1,5 @@
-//! A disk in memory that fails on demand, for tests and for the simulation. Not part of the product.
+//! A disk in memory that fails on demand, for tests and for the simulation. Not part of the product, but for
+//! [`LiveFaults`], which a running process obeys if its specification names a file of rules.
 //!
 //! Model: a write goes to a cache; a sync makes what was written before durable; cutting the power loses every write
 //! that was not synced, or keeps it, or keeps a random subset of its 512-byte sectors, each decided by the seed. It can
@@ -6,6 +7,8 @@
 //! Everything is decided by the seed and the order of operations.
 
 mod fault;
+mod live;
 pub mod rng;
 
 pub use fault::{Fault, FaultStorage, Kind};
+pub use live::LiveFaults;

@@ -10,7 +10,7 @@ use super::overlay::Overlay;
 use super::{Options, Progress, VolumeError};
 use crate::journal::record::check_range;
 use crate::journal::ring::{Entry, Payload};
-use crate::journal::{Kind, PAYLOAD_MAX, Position, Ring, State, Superblock};
+use crate::journal::{Kind, PAYLOAD_MAX, Position, Ring, State, Superblock, Terms};
 use crate::resync::DirtyMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -55,6 +55,8 @@ pub struct Core {
     pub(super) state_unsaved: bool,
     pub(super) checkpointing: bool,
     pub(crate) maps: [DirtyMap; PEERS],
+    /// The past up to the tip.
+    pub(super) terms: Terms,
     /// Jobs that failed so far.
     pub(super) faults: u32,
 }
@@ -68,6 +70,8 @@ impl Core {
         superblock: Superblock,
         maps: [DirtyMap; PEERS],
     ) -> Self {
+        let mut terms = superblock.terms;
+        terms.note(superblock.applied_term, superblock.applied);
         Self {
             files,
             options,
@@ -96,6 +100,7 @@ impl Core {
             state_unsaved: false,
             checkpointing: false,
             maps,
+            terms,
             faults: 0,
         }
     }
@@ -168,6 +173,7 @@ impl Core {
         self.commits.clear();
         self.rollback = None;
         (self.memory, self.ops) = (0, 0);
+        self.terms = superblock.terms;
         let at = superblock.applied;
         (
             self.tip,
@@ -180,6 +186,27 @@ impl Core {
         (self.commit_recorded, self.redo_until, self.applying_through) = (at, Epoch::ZERO, Epoch::ZERO);
         self.want_sync = Position(0);
         self.state_unsaved = false;
+    }
+
+    /// Whether that epoch, made in that term, is part of what this replica stands on for certain.
+    #[must_use]
+    pub fn holds(&self, epoch: Epoch, term: Term) -> bool {
+        epoch <= self.tip && self.terms.contains(epoch, term)
+    }
+
+    /// The term in which `epoch` (applied, or not trimmed yet) was made.
+    pub(super) fn term_of(&self, epoch: Epoch) -> Term {
+        if epoch == self.applied {
+            return self.applied_term;
+        }
+        let found = self.epochs.iter().find(|e| e.epoch == epoch);
+        found.map_or(self.applied_term, |e| e.term)
+    }
+
+    /// Whether the epoch could be sealed now: there is room for its end in the journal.
+    #[must_use]
+    pub fn can_seal(&self) -> bool {
+        self.epochs.len() < self.options.epochs_max && self.ring.fits_end()
     }
 
     // ---- primary -------------------------------------------------------------------------------------------------
@@ -443,6 +470,7 @@ impl Core {
         );
         self.tip = writes.epoch;
         self.tip_term = writes.term;
+        self.terms.note(writes.term, writes.epoch);
         for map in &mut self.maps {
             map.epoch_ended(writes.epoch);
         }
@@ -549,6 +577,7 @@ impl Core {
         self.ops -= dropped.len();
         self.tip = self.tip.min(after);
         self.tip_term = self.epochs.back().map_or(self.applied_term, |e| e.term);
+        self.terms = self.terms.up_to(self.tip, self.tip_term);
         self.synced = self.synced.min(self.tip);
         self.rebuild_overlay();
         Ok(())

@@ -253,6 +253,7 @@ impl Core {
             trim_sequence: to.1,
             applied: self.applied,
             applied_term: self.applied_term,
+            terms: self.terms.up_to(self.applied, self.applied_term),
             ..self.superblock
         };
         Some(Checkpoint {

@@ -11,6 +11,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use steadfast_types::Epoch;
 
+/// Blocks (by offset) that came from the peer, with the epoch of their content.
+pub(crate) type Served = BTreeMap<u64, (Epoch, Vec<u8>)>;
+
 /// Where the bytes of a range are, as of one instant.
 pub struct ReadPlan {
     start: u64,
@@ -76,7 +79,7 @@ impl ReadPlan {
         files: &Files,
         buf: &mut [u8],
         verify: bool,
-        served: &BTreeMap<u64, Vec<u8>>,
+        served: &Served,
     ) -> Result<(), ReadFault> {
         for p in &self.pieces {
             let part = &mut buf[(p.start - self.start) as usize..(p.end - self.start) as usize];
@@ -100,7 +103,7 @@ fn read_around(
     start: u64,
     part: &mut [u8],
     verify: bool,
-    served: &BTreeMap<u64, Vec<u8>>,
+    served: &Served,
 ) -> Result<(), ReadFault> {
     let end = start + part.len() as u64;
     let mut at = start;
@@ -109,7 +112,7 @@ fn read_around(
         let to = (block + BLOCK).min(end);
         let bytes = &mut part[(at - start) as usize..(to - start) as usize];
         match served.get(&block) {
-            Some(good) => bytes.copy_from_slice(&good[(at - block) as usize..(to - block) as usize]),
+            Some((_, good)) => bytes.copy_from_slice(&good[(at - block) as usize..(to - block) as usize]),
             None => read_image(files, at, bytes, verify)?,
         }
         at = to;

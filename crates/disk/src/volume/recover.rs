@@ -10,7 +10,7 @@ use super::op::{EpochWrites, JournaledOp};
 use super::{Options, Recovered, Sabotage, VolumeError};
 use crate::checksum::Sums;
 use crate::journal::ring::Entry;
-use crate::journal::{Header, Kind, Position, RING_MIN, RING_START, Ring, State, Superblock, scan};
+use crate::journal::{Header, Kind, Position, RING_MIN, RING_START, Ring, State, Superblock, Terms, scan};
 use crate::resync::DirtyMap;
 use crate::storage::{Storage, StorageFile};
 use std::sync::{Arc, Mutex};
@@ -68,6 +68,8 @@ pub fn format(
     storage
         .sync_names()
         .map_err(VolumeError::io("sync", "volume directory", 0))?;
+    let mut terms = Terms::default();
+    terms.note(term, at);
     let superblock = Superblock {
         number: 1,
         volume: options.volume_id,
@@ -79,6 +81,7 @@ pub fn format(
         applied: at,
         applied_term: term,
         state: State::Consistent,
+        terms,
     };
     superblock.write(&*journal)
 }
@@ -296,6 +299,7 @@ impl Core {
         self.durable_commit = applied;
         self.recorded(applied);
         for e in epochs {
+            self.terms.note(e.term, e.epoch);
             self.ops += e.ops.len();
             if e.epoch > applied {
                 e.ops.iter().for_each(|op| self.overlay.insert(op));

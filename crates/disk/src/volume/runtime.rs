@@ -5,15 +5,16 @@
 
 use super::apply::Files;
 use super::core::Core;
+use super::health::{Health, Part, Watch};
 use super::op::{EpochOp, Sealed};
 use super::read::ReadFault;
 use super::{Mode, Options, Progress, Recovered, Replica, VolumeError};
 use crate::checksum::BLOCK;
 use crate::journal::Position;
-use crate::scrub::{self, PeerSource, Repaired};
+use crate::scrub::{self, PeerSource};
 use crate::storage::{Storage, StorageFile};
 use rustix::event::{EventfdFlags, eventfd};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -23,11 +24,6 @@ use steadfast_types::{Epoch, Term};
 
 /// Called from a thread of the volume, without a lock, whenever a cursor moved. It must not block for long.
 pub type Notify = Arc<dyn Fn(Progress) + Send + Sync>;
-
-/// Failures in a row after which a disk counts as failed. Jobs are still tried again, once a second.
-const FAULTS_MAX: u32 = 5;
-const RETRY_FIRST: Duration = Duration::from_millis(10);
-const RETRY_LATER: Duration = Duration::from_secs(1);
 
 /// What both threads and all callers share.
 pub(crate) struct Shared {
@@ -43,7 +39,7 @@ pub(crate) struct Shared {
     changed: Condvar,
     stop: AtomicBool,
     mode: AtomicU8,
-    fault: Mutex<Option<String>>,
+    pub(crate) watch: Watch,
     notify: Option<Notify>,
     event: OwnedFd,
     peer: Mutex<Option<Arc<dyn PeerSource>>>,
@@ -130,7 +126,7 @@ impl Shared {
     }
 
     fn fault(&self) -> Option<String> {
-        self.fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.watch.fault()
     }
 
     fn tell(&self, core: MutexGuard<'_, Core>) {
@@ -141,30 +137,6 @@ impl Shared {
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         if let Some(notify) = &self.notify {
             notify(progress);
-        }
-    }
-
-    /// Notes how a job went; how long to wait before the next.
-    fn judge(&self, row: &mut u32, result: &Result<(), VolumeError>) -> Option<Duration> {
-        let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
-        match result {
-            Ok(()) => {
-                *row = 0;
-                *fault = None;
-                None
-            }
-            Err(e) => {
-                *row += 1;
-                tracing::error!(error = %e, row, "volume job failed, to be tried again");
-                if *row >= FAULTS_MAX {
-                    *fault = Some(e.to_string());
-                }
-                Some(if *row < FAULTS_MAX {
-                    RETRY_FIRST
-                } else {
-                    RETRY_LATER
-                })
-            }
         }
     }
 
@@ -183,7 +155,6 @@ impl Shared {
     }
 
     fn journal_thread(&self) {
-        let mut row = 0;
         loop {
             let mut core = self.core();
             let batch = loop {
@@ -196,8 +167,9 @@ impl Shared {
                 core = self.wait(&self.journal_work, core, Duration::from_secs(5));
             };
             drop(core);
+            self.watch.begin(Part::Journal);
             let result = self.files.run(&batch);
-            let delay = self.judge(&mut row, &result);
+            let delay = self.watch.end(Part::Journal, &result);
             let mut core = self.core();
             core.complete_journal(&batch, result.is_ok());
             if result.is_ok() && !batch.syncs() {
@@ -214,7 +186,6 @@ impl Shared {
     fn apply_thread(&self) {
         let delay = Duration::from_millis(self.options.apply_delay_ms);
         let checkpoint_after = Duration::from_millis(self.options.checkpoint_ms);
-        let mut row = 0;
         // Since when something waits to be applied, to be checkpointed.
         let (mut waiting, mut applied): (Option<Instant>, Option<Instant>) = (None, None);
         loop {
@@ -230,8 +201,9 @@ impl Shared {
                 if pressed || now >= since + delay {
                     if let Some(job) = core.take_apply() {
                         drop(core);
+                        self.watch.begin(Part::Image);
                         let result = job.run(&self.files);
-                        let again = self.judge(&mut row, &result);
+                        let again = self.watch.end(Part::Image, &result);
                         let mut core = self.core();
                         core.complete_apply(&job, result.is_ok());
                         if !core.wants_apply() {
@@ -253,8 +225,9 @@ impl Shared {
                     && let Some(job) = core.take_checkpoint()
                 {
                     drop(core);
+                    self.watch.begin(Part::Image);
                     let result = job.run(&self.files);
-                    let again = self.judge(&mut row, &result);
+                    let again = self.watch.end(Part::Image, &result);
                     let no_reads = self.trims.write().unwrap_or_else(PoisonError::into_inner);
                     let mut core = self.core();
                     core.complete_checkpoint(&job, result.is_ok());
@@ -319,7 +292,7 @@ impl Handle {
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
             mode: AtomicU8::new(0),
-            fault: Mutex::new(None),
+            watch: Watch::default(),
             notify,
             event,
             peer: Mutex::new(None),
@@ -396,6 +369,33 @@ impl Volume {
         self.shared().fault()
     }
 
+    /// How the disk below does.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.shared().watch.health()
+    }
+
+    /// Whether that epoch, made in that term, is part of what this replica stands on for certain: only then can a copy of
+    /// changes begin from it.
+    #[must_use]
+    pub fn holds(&self, epoch: Epoch, term: Term) -> bool {
+        self.shared().core().holds(epoch, term)
+    }
+
+    /// The last committed epoch, and the last that this host will know as committed after power loss; with their terms.
+    #[must_use]
+    pub fn committed(&self) -> [(Epoch, Term); 2] {
+        let core = self.shared().core();
+        let p = core.progress();
+        [p.committed, p.durable_commit].map(|e| (e, core.term_of(e)))
+    }
+
+    /// Whether [`Volume::seal`] has room now.
+    #[must_use]
+    pub fn can_seal(&self) -> bool {
+        self.shared().core().can_seal()
+    }
+
     /// Readable (8 bytes, a counter) when a cursor moved since it was last read.
     #[must_use]
     pub fn event_fd(&self) -> BorrowedFd<'_> {
@@ -450,12 +450,17 @@ impl Volume {
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
         let shared = self.shared();
         let blocks = buf.len() as u64 / BLOCK + 2;
-        // Blocks that the disk neither gives nor takes any more.
-        let mut served = BTreeMap::new();
-        for _ in 0..=blocks {
+        // Blocks that the disk does not give, or no more, with the epoch of their content; and what was repaired once.
+        let (mut served, mut repaired) = (BTreeMap::new(), BTreeSet::new());
+        for _ in 0..=2 * blocks {
             let fault = {
                 let _no_trims = shared.hold_trims();
-                let plan = shared.core().plan_read(offset, buf.len() as u64)?;
+                let core = shared.core();
+                let plan = core.plan_read(offset, buf.len() as u64)?;
+                let holds = core.image_holds();
+                drop(core);
+                // What was applied since is not in them, and not in the plan.
+                served.retain(|_, (epoch, _): &mut (Epoch, Vec<u8>)| *epoch >= holds);
                 match plan.run_with(&shared.files, buf, shared.options.verify_reads, &served) {
                     Ok(()) => return Ok(()),
                     Err(fault) => fault,
@@ -464,8 +469,12 @@ impl Volume {
             match fault {
                 ReadFault::Other(e) => return Err(e),
                 ReadFault::Block(at) => {
-                    if let Repaired::Served(block) = scrub::repair(shared, at)? {
-                        served.insert(at / BLOCK * BLOCK, block);
+                    let at = at / BLOCK * BLOCK;
+                    let good = scrub::repair(shared, at)?;
+                    // Written, and still not to be read: the disk lies.
+                    if !good.written || !repaired.insert(at) {
+                        shared.watch.served.fetch_add(1, Ordering::Relaxed);
+                        served.insert(at, (good.epoch, good.bytes));
                     }
                 }
             }

@@ -10,6 +10,8 @@ use steadfast_types::{Epoch, HostId};
 
 /// Bytes below which a cut without output and flush counts as idle.
 const IDLE_BYTES: u64 = 64 << 10;
+/// What a cut is believed to cost at most while nothing is known.
+const COST_FIRST_US: Micros = 500;
 
 /// A cut that was asked for and is not yet sealed.
 #[derive(Clone, Debug)]
@@ -138,7 +140,10 @@ impl Primary {
         };
         let c = &mut self.cutting;
         c.last_cut = now;
-        c.cut_cost_us = policy::ewma(c.cut_cost_us, s.pause_us);
+        // A pause that contains a time slice of somebody else says nothing of what cuts cost: one that is far longer
+        // than usual counts as a part of itself. If cuts have become dear, a few of them tell.
+        let usual = c.cut_cost_us.saturating_mul(4).saturating_add(COST_FIRST_US);
+        c.cut_cost_us = policy::ewma(c.cut_cost_us, s.pause_us.min(usual));
         let idle = !asked.urgent && !s.flush && s.bytes < IDLE_BYTES;
         c.idle_cuts = if idle { c.idle_cuts.saturating_add(1) } else { 0 };
 

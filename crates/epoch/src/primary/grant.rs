@@ -19,7 +19,7 @@ impl Primary {
         let mut set: Vec<HostId> = self
             .members
             .iter()
-            .filter(|m| !m.lost && !m.stalled)
+            .filter(|m| !m.lost && !m.stalled && !m.leaving)
             .filter(|m| {
                 if self.record.in_sync.contains(&m.host) {
                     m.talk != Talk::Empty

@@ -61,6 +61,8 @@ pub(crate) struct Member {
     /// Next epoch to send.
     pub next: Epoch,
     pub echo: u64,
+    /// Pieces of bulk that it has told of in this session.
+    pub heard: u64,
     pub silence: Micros,
     pub lost: bool,
     /// Time without progress while epochs wait for it; it answers, but does not acknowledge.
@@ -69,6 +71,9 @@ pub(crate) struct Member {
     /// The process that answers; and the one that was there when it was listed as in sync under this primary.
     pub instance: Option<Instance>,
     pub known: Option<Instance>,
+    /// To be removed as soon as the record no longer lists it. Until then it must be talked to: a standby that is
+    /// listed and hears nothing would take over.
+    pub leaving: bool,
 }
 
 impl Member {
@@ -84,12 +89,14 @@ impl Member {
             must_sync: Epoch::ZERO,
             next: Epoch::ZERO,
             echo: 0,
+            heard: 0,
             silence: 0,
             lost: false,
             stall: 0,
             stalled: false,
             instance: None,
             known: None,
+            leaving: false,
         }
     }
 
@@ -115,6 +122,7 @@ impl Primary {
         self.sessions += 1;
         let m = &mut self.members[i];
         m.session = self.sessions;
+        m.heard = 0;
         m.talk = Talk::Greeting {
             next_hello: now.saturating_add(self.settings.hello_retry_us),
         };
@@ -236,6 +244,14 @@ impl Primary {
                     m.alive();
                 }
             }
+            Body::Alive { heard } => {
+                let m = &mut self.members[i];
+                if heard > m.heard {
+                    m.heard = heard;
+                    m.alive();
+                    m.progressed();
+                }
+            }
             Body::Resend { after } => {
                 let m = &mut self.members[i];
                 let broken = self.settings.broken(Sabotage::NeverResend);
@@ -315,6 +331,24 @@ impl Primary {
         self.begin_copy(i, out);
     }
 
+    /// The record in force, or one that may be in force, names it as in sync.
+    pub(super) fn listed(&self, host: &HostId) -> bool {
+        let proposed = self.proposal.as_ref().map(|p| &p.record);
+        [Some(&self.record), proposed]
+            .into_iter()
+            .flatten()
+            .any(|r| r.in_sync.contains(host))
+    }
+
+    /// Removes who is to be removed and is listed no longer.
+    pub(super) fn let_go(&mut self) {
+        for i in (0..self.members.len()).rev() {
+            if self.members[i].leaving && !self.listed(&self.members[i].host) {
+                self.members.remove(i);
+            }
+        }
+    }
+
     /// Starts the copy to an empty standby once neither the record nor a proposal lists it as in sync: its state is
     /// gone, so from here on it must not be promoted.
     pub(super) fn begin_copy(&mut self, i: usize, out: &mut Vec<Action>) {
@@ -322,12 +356,7 @@ impl Primary {
         let (Talk::Empty, Some(c)) = (m.talk, m.copy) else {
             return;
         };
-        let listed = self.record.in_sync.contains(&m.host)
-            || self
-                .proposal
-                .as_ref()
-                .is_some_and(|p| p.record.in_sync.contains(&m.host));
-        if !listed {
+        if !self.listed(&m.host) && !m.leaving {
             self.members[i].talk = Talk::Copying;
             self.tell(
                 i,
@@ -496,12 +525,7 @@ impl Primary {
         let held = self.window.base().epoch;
         for i in 0..self.members.len() {
             let m = &self.members[i];
-            let listed = self.record.in_sync.contains(&m.host)
-                || self
-                    .proposal
-                    .as_ref()
-                    .is_some_and(|p| p.record.in_sync.contains(&m.host));
-            if !listed && m.talk == Talk::Streaming && m.needs_after() <= held {
+            if !self.listed(&m.host) && m.talk == Talk::Streaming && m.needs_after() <= held {
                 self.greet(now, i, out);
             }
         }

@@ -204,6 +204,7 @@ impl Primary {
         self.advance(out);
         self.handover_step(now, out);
         self.shed_laggards(now, out);
+        self.let_go();
         self.store_step(now, out);
         self.cut_if_due(now, out);
     }
@@ -225,7 +226,12 @@ impl Primary {
                 }
             }
             Event::AddStandby(host) => self.add_standby(now, host, out),
-            Event::RemoveStandby(host) => self.members.retain(|m| m.host != host),
+            Event::RemoveStandby(host) => {
+                self.members
+                    .iter_mut()
+                    .filter(|m| m.host == host)
+                    .for_each(|m| m.leaving = true);
+            }
             Event::HandOver(to) => self.hand_over(now, to, out),
             Event::CancelHandOver => self.cancel_hand_over(out),
             // Where outputs are not held, nobody waits for the cut.
@@ -253,6 +259,7 @@ impl Primary {
                 )));
             }
             Event::Corrupt { .. }
+            | Event::Bulk { .. }
             | Event::Tick
             | Event::Store(_)
             | Event::Staged { .. }
@@ -271,6 +278,10 @@ impl Primary {
     }
 
     fn add_standby(&mut self, now: Micros, host: HostId, out: &mut Vec<Action>) {
+        if let Some(m) = self.members.iter_mut().find(|m| m.host == host && m.leaving) {
+            m.leaving = false;
+            return;
+        }
         let refuse = if host == self.me {
             Some("a VM cannot be mirrored to its own host")
         } else if self.members.iter().any(|m| m.host == host) {

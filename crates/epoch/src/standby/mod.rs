@@ -110,6 +110,9 @@ pub struct Standby {
     pub(crate) durable: Epoch,
     pub(crate) disk: EpochRef,
     pub(crate) echo: u64,
+    /// Pieces of bulk that arrived in this session, and when the primary is told next.
+    pub(crate) heard: u64,
+    pub(crate) tell_at: Micros,
     /// Place among the in-sync standbys, as last heard.
     pub(crate) rank: Option<u8>,
     pub(crate) silence: Micros,
@@ -149,6 +152,8 @@ impl Standby {
             durable: Epoch::ZERO,
             disk,
             echo: 0,
+            heard: 0,
+            tell_at: 0,
             rank: None,
             silence: 0,
             last_seen: now,
@@ -210,6 +215,7 @@ impl Standby {
                     return StandbyStep::Promoted(p);
                 }
             }
+            Event::Bulk { from, term } => self.bulk(now, &from, term, out),
             Event::Corrupt { from } => self.corrupt(now, &from, out),
             Event::Store(reply) => {
                 if let StandbyStep::Promoted(p) = self.store_reply(now, reply, out) {

@@ -7,7 +7,7 @@ use crate::io::{Action, Notice};
 use crate::message::{Body, Cursors, EpochHeader, EpochRef};
 use crate::sabotage::Sabotage;
 use std::collections::VecDeque;
-use steadfast_types::{Epoch, HostId};
+use steadfast_types::{Epoch, HostId, Term};
 
 /// One epoch held by the standby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +82,21 @@ impl Standby {
             self.ack(out);
         }
         self.cursors(now, h.cursors, out);
+    }
+
+    /// A piece of a record arrived: the owner lives, and so does the way to it.
+    pub(super) fn bulk(&mut self, now: Micros, from: &HostId, term: Term, out: &mut Vec<Action>) {
+        let busy = self.takeover.is_some() || self.speculating || self.undoing;
+        let owner = self.owner.as_ref() == Some(from) && term == self.term && term >= self.seen;
+        if busy || !owner || self.session == Session::Idle {
+            return;
+        }
+        self.silence = 0;
+        self.heard += 1;
+        if now >= self.tell_at {
+            self.tell_at = now.saturating_add(self.settings.heartbeat_us);
+            self.tell_owner(Body::Alive { heard: self.heard }, out);
+        }
     }
 
     /// Something that should have come before was lost: asks for a new Hello, at most so often.

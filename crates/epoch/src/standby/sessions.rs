@@ -34,6 +34,7 @@ impl Standby {
             Body::Welcome(_)
             | Body::Ack { .. }
             | Body::ChunkAck { .. }
+            | Body::Alive { .. }
             | Body::Resend { .. }
             | Body::NoSession => {
                 // Meant for a primary that this instance is no longer, or never was.
@@ -159,6 +160,7 @@ impl Standby {
         }
         self.owner = Some(from.clone());
         self.echo = 0;
+        self.heard = 0;
         let joining = match self.session {
             Session::Joining { .. } => Some(self.session),
             _ => None,

@@ -5,6 +5,8 @@
 //!   protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) only the words that have bits are write-protected again.
 //! - the dirty ring: a ring of page numbers per vCPU. Its harvest costs what is dirty and not what is mapped.
 //!
+//! A ring that was overrun (see [`super::DirtyRing`]) makes every page dirty at every harvest: dear, never wrong.
+//!
 //! A harvest that failed half-way keeps what it took in `pending`, so nothing is forgotten: dirty bits are owned by
 //! somebody at every instant.
 
@@ -58,6 +60,8 @@ pub struct DirtyTracker {
     pending: Vec<Gfn>,
     on: bool,
     ring_bytes: u64,
+    /// A ring was overrun, which is told once.
+    overran: bool,
 }
 
 fn locked<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -111,6 +115,7 @@ impl DirtyTracker {
             pending: Vec::new(),
             on: false,
             ring_bytes,
+            overran: false,
         })
     }
 
@@ -187,14 +192,30 @@ impl DirtyTracker {
         let mut taken = overflow.len();
         self.pending.append(&mut overflow);
         drop(overflow);
+        let mut overran = false;
         for ring in &self.rings {
             let slots = &self.slots;
             let pending = &mut self.pending;
-            taken += locked(ring).harvest(|slot, page| {
+            let mut ring = locked(ring);
+            taken += ring.harvest(|slot, page| {
                 if let Some(s) = slots.get(slot as usize) {
                     pending.push(Gfn(s.region.start / PAGE_SIZE + page));
                 }
             });
+            overran |= ring.overran();
+        }
+        if overran {
+            if !std::mem::replace(&mut self.overran, true) {
+                tracing::error!(
+                    "this KVM wrote beyond the end of a dirty ring: from now on every page counts as dirty. Use the dirty log \
+                     (dirty: log-manual) for this VM"
+                );
+            }
+            for slot in &self.slots {
+                let first = slot.region.start / PAGE_SIZE;
+                let all = first..first + slot.region.len / PAGE_SIZE;
+                self.pending.extend(all.map(Gfn));
+            }
         }
         if taken > 0 { DirtyRing::reset(vm) } else { Ok(()) }
     }

@@ -6,6 +6,7 @@
 mod dirty;
 pub mod irq;
 mod ring;
+pub(crate) mod urgent;
 mod vm;
 
 pub use dirty::{DirtyMethod, DirtyTracker};

@@ -10,8 +10,8 @@
 mod file;
 mod pending;
 
-pub use pending::PendingFile;
 pub use file::{SAVE_FORMAT, SaveError, SaveReader, SaveWriter};
+pub use pending::PendingFile;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt;

@@ -16,11 +16,12 @@ pub mod state;
 
 pub use run::{VcpuEvent, VcpuEvents, VcpuPeripherals};
 
-use crate::kvm::{DirtyRing, KvmError};
+use crate::kvm::{DirtyRing, KvmError, urgent};
 use crate::state::{StateError, StateRecord};
 use kvm_ioctls::VcpuFd;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use rustix::thread::Pid;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -46,6 +47,8 @@ pub(crate) struct Control {
     orders: Condvar,
     /// The controller waits here for threads to park or save.
     answers: Condvar,
+    /// Threads are real-time from the kick until they have parked.
+    urgent: AtomicBool,
 }
 
 struct ControlState {
@@ -84,6 +87,8 @@ struct Thread {
     join: Option<JoinHandle<()>>,
     /// Counts exits: progress that a watcher can see.
     exits: Arc<AtomicU64>,
+    /// The kernel's number of the thread, known once it runs.
+    id: Arc<OnceLock<Pid>>,
 }
 
 /// vCPUs did not do as told within the bound.
@@ -152,6 +157,7 @@ impl Vcpus {
             }),
             orders: Condvar::new(),
             answers: Condvar::new(),
+            urgent: AtomicBool::new(false),
         });
         let mut vcpus = Self {
             control: Arc::clone(&control),
@@ -162,6 +168,8 @@ impl Vcpus {
             let immediate_exit = AtomicPtr::new(&raw mut fd.get_kvm_run().immediate_exit);
             let fd = Arc::new(Mutex::new(fd));
             let exits = Arc::new(AtomicU64::new(0));
+            let id = Arc::new(OnceLock::new());
+            let own = Arc::clone(&id);
             let runner = run::Runner {
                 index,
                 fd: Arc::clone(&fd),
@@ -175,6 +183,7 @@ impl Vcpus {
             let join = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
+                    let _ = own.set(rustix::thread::gettid());
                     on_start(index);
                     thread_main(runner, &msrs);
                 })
@@ -184,6 +193,7 @@ impl Vcpus {
                 immediate_exit,
                 join: Some(join),
                 exits,
+                id,
             });
         }
         let late = |e| KvmError::Call {
@@ -192,6 +202,17 @@ impl Vcpus {
         };
         vcpus.wait_parked().map_err(late)?;
         Ok(vcpus)
+    }
+
+    /// Stops come first from now on: threads are real-time from the kick until they have parked, and have short turns
+    /// otherwise. Where the host does not allow that, nothing changes. Only for threads of an ordinary policy.
+    pub fn hurry_stops(&self) {
+        self.control.urgent.store(true, Ordering::Relaxed);
+        for id in self.urgent_threads() {
+            if let Err(error) = urgent::short_turns(id) {
+                tracing::debug!(%error, "a vCPU's thread keeps the host's usual slices");
+            }
+        }
     }
 
     /// Number of vCPUs.
@@ -235,14 +256,17 @@ impl Vcpus {
                 self.kick();
             }
         }
-        self.wait_parked().inspect_err(|_| {
-            // Those that parked run again and count again; the stuck ones never stopped counting.
-            let mut state = self.control.lock();
-            state.lap += 1;
-            state.running = self.threads.len() - state.ended;
-            state.order = Order::Run;
-            self.control.orders.notify_all();
-        })
+        self.wait_parked()
+            .inspect(|()| self.urgent_threads().for_each(urgent::lower))
+            .inspect_err(|_| {
+                // Those that parked run again and count again; the stuck ones never stopped counting.
+                let mut state = self.control.lock();
+                self.urgent_threads().for_each(urgent::lower);
+                state.lap += 1;
+                state.running = self.threads.len() - state.ended;
+                state.order = Order::Run;
+                self.control.orders.notify_all();
+            })
     }
 
     fn wait_parked(&self) -> Result<(), VcpuStuck> {
@@ -267,11 +291,28 @@ impl Vcpus {
         Ok(())
     }
 
+    /// Threads that are to be real-time while they stop.
+    fn urgent_threads(&self) -> impl Iterator<Item = Pid> {
+        let wanted = self.control.urgent.load(Ordering::Relaxed);
+        let alive = move |t: &&Thread| wanted && t.join.as_ref().is_some_and(|j| !j.is_finished());
+        self.threads
+            .iter()
+            .filter(alive)
+            .filter_map(|t| t.id.get().copied())
+    }
+
     /// Makes every thread leave `KVM_RUN`. Called with the control lock held, so no thread can take an order between
     /// the store and the signal.
     fn kick(&self) {
         for t in &self.threads {
             set_immediate_exit(&t.immediate_exit);
+        }
+        for id in self.urgent_threads() {
+            if let Err(error) = urgent::raise(id) {
+                tracing::warn!(%error, "vCPUs cannot be stopped with real-time priority; a busy host makes pauses long");
+                self.control.urgent.store(false, Ordering::Relaxed);
+                break;
+            }
         }
         for t in &self.threads {
             if let Some(join) = &t.join {

@@ -5,7 +5,12 @@
 //!
 //! The client hears both NICs, as behind a switch that floods, and knows from which of them each frame came.
 
+#![allow(dead_code)]
+
 pub mod client;
+pub mod duo;
+pub mod proxy;
+pub mod switch;
 
 use serde_json::{Value, json};
 use std::fs::File;
@@ -26,6 +31,9 @@ pub const INSTANCE_TEST: &str = "instance_process";
 pub const FENCED: i32 = 43;
 /// Exit status of an instance that ended with another error.
 pub const FAILED: i32 = 44;
+
+/// Size of the guest's disk.
+const DISK_BYTES: usize = 12 << 20;
 
 /// Whether KVM can be used; says so loudly when not.
 pub fn kvm() -> bool {
@@ -110,19 +118,26 @@ impl Instance {
         }
     }
 
+    /// Memory that its process holds, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
+        let pages: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
+        pages * 4096
+    }
+
     /// Whether the process still runs.
     pub fn runs(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Asks it something; null if it does not answer.
+    pub fn ask(&self, request: &Request) -> Value {
+        ask(&self.dir.join("control"), request, Duration::from_secs(5)).unwrap_or_default()
+    }
+
     /// Its status, if it answers.
     pub fn status(&self) -> Option<Value> {
-        ask(
-            &self.dir.join("control"),
-            &Request::Status,
-            Duration::from_secs(5),
-        )
-        .ok()
+        Some(self.ask(&Request::Status)).filter(|v| !v.is_null())
     }
 
     /// Whether it is the primary, and whether the VM is protected.
@@ -148,6 +163,16 @@ pub struct Site {
     pub paths: [[SocketAddr; 2]; 2],
     /// The guest's command line.
     pub cmdline: String,
+    /// Every epoch is compared with what the primary had (it lengthens the pause).
+    pub audit: bool,
+    /// The guest has a disk that is replicated.
+    pub disk: bool,
+    /// Silence after which a primary is suspected, in milliseconds.
+    pub suspect_ms: u64,
+    /// Where the instance that is started next kills itself.
+    pub die_at: Option<String>,
+    /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
+    pub tls: bool,
     count: u32,
 }
 
@@ -164,13 +189,21 @@ pub fn free_port(random: &mut Random) -> SocketAddr {
 impl Site {
     /// A new one, its files in a temporary folder.
     pub fn new(random: &mut Random) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        // In memory where it can be: a shared machine's disk may stand still for seconds, which is another test's matter.
+        let dir = tempfile::tempdir_in("/dev/shm")
+            .or_else(|_| tempfile::tempdir())
+            .unwrap();
         std::fs::write(dir.path().join("pulse.elf"), pulse::elf()).unwrap();
         let ports = [free_port(random), free_port(random)];
         Self {
             dir,
             paths: [ports, ports],
             cmdline: "pages=100 loop=dirty rate=200 udp=1 tcp=1 ip=10.0.0.2".into(),
+            audit: std::env::var_os("STEADFAST_AUDIT").is_some(),
+            disk: false,
+            suspect_ms: 160,
+            die_at: None,
+            tls: false,
             count: 0,
         }
     }
@@ -190,7 +223,19 @@ impl Site {
         } else {
             ("a", self.paths[1])
         };
+        let image = self.path().join(format!("{host}.raw"));
+        if self.disk && !image.exists() {
+            std::fs::write(&image, vec![0; DISK_BYTES]).unwrap();
+        }
+        let disks = json!([{"path": image, "format": "raw"}]);
+        let file = |name: String| self.path().join(name);
+        let tls = json!({
+            "ca": file("ca.pem".into()),
+            "certificate": file(format!("{host}.pem")),
+            "key": file(format!("{host}.key")),
+        });
         let spec = json!({
+            "disks": if self.disk { disks } else { json!([]) },
             "name": "p", "vcpus": 1, "memory_bytes": 128 << 20,
             "boot": {"flat": {"elf": self.path().join("pulse.elf"), "cmdline": self.cmdline}},
             "nics": [{
@@ -201,7 +246,10 @@ impl Site {
         let protect = json!({
             "host": host, "store": self.path().join("store"), "start": start,
             "peers": [{"host": peer, "paths": paths}],
-            "audit": std::env::var_os("STEADFAST_AUDIT").map(|_| self.path().join("audit")),
+            "suspect_ms": self.suspect_ms,
+            "die_at": self.die_at.take(),
+            "tls": if self.tls { tls } else { Value::Null },
+            "audit": self.audit.then(|| self.path().join("audit")),
         });
         std::fs::write(dir.join("spec.json"), spec.to_string()).unwrap();
         std::fs::write(dir.join("protect.json"), protect.to_string()).unwrap();

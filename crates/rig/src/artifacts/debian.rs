@@ -112,6 +112,10 @@ fn make(folder: &Path, wanted: &[&str]) -> Result<()> {
             why: "its files belong to root; run `steadfast-rig artifacts` as root once".to_string(),
         });
     }
+    // All tools before the minutes that the first of them takes.
+    for tool in ["mmdebstrap", "mke2fs", "qemu-img"] {
+        tools::find(tool)?;
+    }
     let (tree, guest) = (folder.join("tree"), folder.join("guest"));
     std::fs::create_dir(&guest).what(|| format!("make {}", guest.display()))?;
     let script = folder.join("customize.sh");

@@ -40,6 +40,9 @@ pub struct UpOptions {
     /// Give the servers the Debian guest's images under /guests/debian (made once, about a minute)
     #[arg(long)]
     pub debian: bool,
+    /// Give the servers the service disk as /dev/rig/guests-service (redis and a web server for the mini guest)
+    #[arg(long)]
+    pub service: bool,
     /// Start an etcd member on every server
     #[arg(long)]
     pub etcd: bool,
@@ -70,8 +73,8 @@ pub enum Verb {
         #[arg(long)]
         no_debian: bool,
     },
-    /// Show it: a Linux guest on a simulated server is saved and goes on in another process
-    Demo,
+    /// Show it: a Linux with redis, protected on three simulated servers, goes on when two of them die
+    Demo(demo::DemoOptions),
     /// Start simulated servers, and leave them running
     Up(UpOptions),
     /// End everything

@@ -30,6 +30,7 @@ pub fn builder(options: &UpOptions) -> RigBuilder {
         .data_gib(options.data)
         .seed(options.seed)
         .debian_guest(options.debian)
+        .service_disk(options.service)
         .client(with_client(options))
         .packages(&packages);
     if let Some(program) = &options.steadfast {

@@ -66,9 +66,10 @@ impl Server {
     /// restarts.
     pub fn disk_heal(&self) -> Result<()> {
         self.load_table("linear", "0", false)?;
-        // On a file system that is read-only now there is nothing to remove that could be removed.
-        self.exec_within(&format!("rm -f {FILLER} || [ ! -w /data ]"), BOUND)
-            .map(|_| ())
+        // On a file system that is read-only now there is nothing to remove that could be removed. What is removed must stay
+        // so: with a power loss or the next fault soon after, the journal would bring the file back, and a full disk.
+        let remove = format!("[ ! -e {FILLER} ] || {{ rm -f {FILLER} && sync -f /data; }} || [ ! -w /data ]");
+        self.exec_within(&remove, BOUND).map(|_| ())
     }
 
     /// Swaps the table, under running I/O: nothing is flushed, nothing waits.

@@ -136,8 +136,10 @@ pub fn start(hardware: &Hardware) -> Result<Started> {
         &hardware.initramfs.to_string_lossy(),
     ]);
     // tsc=reliable: with two CPUs the TSC was marked unstable. panic=-1: a panicked host restarts, as hosts do.
+    // no_timer_check: on a busy machine the emulated timer is late, and Linux panics ("IO-APIC + timer doesn't work").
     let words = format!(
-        "console=ttyS0 quiet loglevel=4 tsc=reliable mitigations=off panic=-1 net.ifnames=0 nowatchdog {}",
+        "console=ttyS0 quiet loglevel=4 tsc=reliable mitigations=off panic=-1 net.ifnames=0 nowatchdog \
+         no_timer_check {}",
         hardware.kernel_words
     );
     add(&["-append", words.trim()]);

@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 /// How long a server may take to come up.
 pub const BOOT_BOUND: Duration = Duration::from_secs(90);
 
+/// Why a server is off that is about to start again by itself, in QEMU's words.
+const RESTARTS: &str = "guest-reset";
+
 /// What a server is, over all its starts.
 pub(crate) struct Plan {
     pub(crate) hardware: Hardware,
@@ -257,7 +260,7 @@ impl Server {
         }
         self.inner.changed.notify_all();
         // A host that restarts itself comes back by itself.
-        if reason.as_deref() == Some("guest-reset") && !self.inner.rig_over.load(Ordering::Acquire) {
+        if reason.as_deref() == Some(RESTARTS) && !self.inner.rig_over.load(Ordering::Acquire) {
             // A failure shows in the server's state: it stays off.
             let _ = self.power_on();
         }
@@ -269,10 +272,12 @@ impl Server {
         let mut power = lock(&self.inner.power);
         loop {
             match &*power {
+                // On its way to another start, by itself.
+                Power::Off(why) if why == RESTARTS && Instant::now() < deadline => {}
                 Power::Off(why) => {
                     return Err(RigError::ServerOff {
                         server: self.name().to_string(),
-                        why: why.clone(),
+                        why: format!("{why}; the end of its console:\n{}", self.console(1500)),
                     });
                 }
                 Power::On(Live {

@@ -80,12 +80,7 @@ impl Janitor {
     ///
     /// # Errors
     /// No pipe or no process to be had.
-    pub fn start(
-        name: &VmId,
-        files: &[Leftover],
-        folders: &[PathBuf],
-        home: &[PathBuf],
-    ) -> io::Result<Self> {
+    pub fn start(name: &VmId, files: &[Leftover], folders: &[PathBuf], home: &[PathBuf]) -> io::Result<Self> {
         let (wait, alive) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let name = name.as_str().to_owned();
         let process = std::process::id();
@@ -96,7 +91,7 @@ impl Janitor {
             0 => {
                 drop(alive);
                 if !serve(&wait, home) {
-                    eprintln!("\rsteadfast: {}\r", was_killed(&name, process, folders));
+                    eprintln!("steadfast: {}\r", was_killed(&name, process, folders));
                 }
                 tidy(files, folders);
                 // SAFETY: ends the child without running the parent's exit handlers.

@@ -136,9 +136,14 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        let ended = self.child.try_wait();
         self.kill();
         if std::thread::panicking() {
-            eprintln!("--- {}\n{}", self.log.display(), self.said());
+            eprintln!(
+                "--- {} (before this end: {ended:?})\n{}",
+                self.log.display(),
+                self.said()
+            );
         }
     }
 }
@@ -167,6 +172,8 @@ pub struct World {
     dir: tempfile::TempDir,
     /// VMs stay the test's user, who may then change their limits.
     same_user: bool,
+    /// RAM of a VM, as `--memory` takes it.
+    pub ram: &'static str,
 }
 
 impl World {
@@ -189,7 +196,11 @@ impl World {
             tempfile::tempdir()
         };
         let dir = made.unwrap();
-        let world = Self { dir, same_user };
+        let world = Self {
+            dir,
+            same_user,
+            ram: "64MiB",
+        };
         // As root, a VM's process becomes the VM's own user, who saves files and hands sockets over in this folder.
         if !same_user && rustix::process::geteuid().is_root() {
             let (uid, gid) = UserChoice::default().ids(&NAME.parse().unwrap());
@@ -270,7 +281,7 @@ impl World {
             "--name",
             NAME,
             "--memory",
-            "64MiB",
+            self.ram,
             "--balloon",
             "--cpus",
             &cpus,

@@ -9,7 +9,7 @@ use crate::bench::svg::Bar;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The interval of both, in milliseconds.
 const INTERVAL_MS: u64 = 20;
@@ -26,6 +26,19 @@ struct Found {
     progress: f64,
     /// Loops per second without protection.
     alone: f64,
+    /// As `progress`, per second of the vCPU's CPU time: what protection costs where others do not take turns. Not known of
+    /// a peer.
+    per_cpu: f64,
+}
+
+/// Loops per second, and per second that the vCPU had a CPU.
+fn loops(vm: &Vm, watch: Duration) -> Result<[f64; 2]> {
+    let cpu = vm.cpu().vcpus;
+    let (before, began) = (vm.progress(), Instant::now());
+    std::thread::sleep(watch);
+    let done = (vm.progress() - before) as f64;
+    let cpu = vm.cpu().vcpus - cpu;
+    Ok([done / began.elapsed().as_secs_f64(), done / cpu.max(1e-6)])
 }
 
 /// All rows.
@@ -75,6 +88,13 @@ pub fn run(lab: &Lab, out: &mut Section) -> Result<()> {
             } else {
                 progress
             });
+            out.rows.push(Row::new(
+                NAME,
+                "progress per CPU time",
+                &case,
+                ours.per_cpu,
+                "of unprotected",
+            ));
             out.rows
                 .push(Row::new(NAME, "unprotected", &case, ours.alone, "loops/s").beside("QEMU", colo.alone));
         }
@@ -86,30 +106,33 @@ pub fn run(lab: &Lab, out: &mut Section) -> Result<()> {
 fn ours(lab: &Lab, pages: u32) -> Result<(Found, [f64; 4])> {
     let setup = Setup::new(Guest::Loop(pages)).every(INTERVAL_MS * 1000);
     let watch = lab.watch() / 2;
-    let (mut alone, mut protected, mut pause) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut alone, mut protected, mut pause) = ([vec![], vec![]], [vec![], vec![]], Vec::new());
+    let push = |to: &mut [Vec<f64>; 2], from: [f64; 2]| to.iter_mut().zip(from).for_each(|(t, f)| t.push(f));
     let mut parts = [const { Vec::new() }; 4];
     for _ in 0..if lab.quick { 1 } else { 3 } {
         let home = Home::new(lab, setup.clone())?;
         let vm = home.start("u", true)?;
         wait("the loop begins", || vm.progress() > 10).with_context(|| vm.said())?;
-        alone.push(rate(watch, || Ok(vm.progress() as f64))?);
+        push(&mut alone, loops(&vm, watch)?);
         drop(vm);
         let (vm, _standby) = home.pair()?;
         // The base epoch of the copy is none of the epochs that are measured.
         std::thread::sleep(Duration::from_millis(300));
-        protected.push(rate(watch, || Ok(vm.progress() as f64))?);
+        push(&mut protected, loops(&vm, watch)?);
         let status = vm.status()?;
         pause.push(Vm::number(&status, "pause_p50_us"));
         for (part, of) in parts.iter_mut().zip(["stop", "harvest", "copy", "state"]) {
             part.push(Vm::number(&status, &format!("last_{of}_us")));
         }
     }
-    let alone = median(&mut alone);
+    let [alone, alone_cpu] = alone.map(|mut v| median(&mut v));
+    let [protected, protected_cpu] = protected.map(|mut v| median(&mut v));
     Ok((
         Found {
             pause_us: median(&mut pause),
-            progress: median(&mut protected) / alone,
+            progress: protected / alone,
             alone,
+            per_cpu: protected_cpu / alone_cpu,
         },
         parts.map(|mut p| median(&mut p)),
     ))
@@ -189,6 +212,7 @@ fn colo(lab: &Lab, pages: u32, over: &str) -> Result<Found> {
         pause_us: median(&mut pauses),
         progress: protected / alone,
         alone,
+        per_cpu: f64::NAN,
     })
 }
 

@@ -226,8 +226,9 @@ fn rounds_of(lab: &Lab, signal: Signal, rounds: usize, found: &mut Found) -> Res
             found.times.push((reply - at).as_secs_f64() * 1e3);
             found.promote.push(Vm::number(&primary.status()?, "promote_us"));
             let host = standby.host;
-            standby.signal(Signal::KILL);
-            drop(std::mem::replace(&mut standby, home.start(host, false)?));
+            // Its sockets' names must be free before the next one begins.
+            standby.end();
+            standby = home.start(host, false)?;
             wait("protected again", || primary.protects())
                 .with_context(|| format!("{}\n{}", primary.said(), standby.said()))?;
         }

@@ -120,9 +120,10 @@ fn load(lab: &Lab, cmdline: &str, interval_us: Option<u64>) -> Result<Load> {
 /// Epochs per second, bytes on the wire, CPU time.
 pub fn epochs(lab: &Lab, out: &mut Section) -> Result<()> {
     let cases: &[(u64, u64)] = if lab.quick {
-        &[(100, 1000)]
+        &[(100, 1500)]
     } else {
-        &[(100, 1000), (1000, 2000), (10_000, 20_000)]
+        // Long enough for the guest to come through all its pages, which takes it about 3 us each where it has a core.
+        &[(100, 1500), (1000, 5000), (10_000, 50_000)]
     };
     for &(pages, interval_us) in cases {
         let load = load(

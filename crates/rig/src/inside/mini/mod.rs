@@ -13,6 +13,7 @@
 //! | `mini.disk_rate=200` | so many reads and writes a second (0: as fast as it goes) |
 //! | `mini.tick_ms=100` | a counted line on the console so often (0: none) |
 //! | `mini.hvc` | the counted line on /dev/hvc0 too |
+//! | `mini.root=vda` | run the service on this disk (see [`service`]) |
 //!
 //! | port | service |
 //! |---|---|
@@ -30,6 +31,7 @@ pub mod clock;
 pub mod control;
 pub mod disk;
 pub mod memory;
+pub mod service;
 pub mod services;
 
 use super::{modules, server, sys};
@@ -249,6 +251,9 @@ pub fn run() -> ! {
     if let Some(disk) = words.get("mini.disk").map(str::to_string) {
         let mib = words.number("mini.disk_mib", 64);
         start("disk", Box::new(move || disk::check(guest, &disk, mib)));
+    }
+    if let Some(disk) = words.get("mini.root").map(str::to_string) {
+        start("service", Box::new(move || service::run(guest, &disk)));
     }
     guest.say(&format!("READY {} ms", sys::uptime_ms()));
     let hvc = words.get("mini.hvc").is_some();

@@ -1,6 +1,6 @@
 //! Backends for the images of `steadfast-disk`: io_uring where the image is a plain file, threads otherwise.
 
-use super::backend::{BackendInfo, BlockBackend, Completion, Request};
+use super::backend::{BackendInfo, BlockBackend, Completion, Op, Request};
 use super::threaded::{BlockingDisk, ThreadBackend};
 use super::uring::UringBackend;
 use rustix::fs::OFlags;
@@ -49,6 +49,14 @@ impl BlockingDisk for Image {
     }
     fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
         self.image.write_zeroes(offset, len).map_err(host)
+    }
+    fn at_once(&self, op: &Op) -> Option<io::Result<()>> {
+        let done = match op {
+            Op::Write { offset, buf } => self.image.write_at_once(*offset, buf),
+            Op::Flush => self.image.flush_at_once(),
+            _ => None,
+        };
+        done.map(|d| d.map_err(host))
     }
 }
 

@@ -1,15 +1,13 @@
-//! `steadfast-rig demo`: a Linux that runs under our monitor moves into another process, and neither it nor its client
+//! `steadfast-rig demo --save-restore`: a Linux that runs under our monitor moves into another process, and neither it nor its client
 //! notices. Each step prints what happened and how long it took; the exit code tells whether all held.
 
-use std::io::{IsTerminal, Write};
+use super::story::Story;
 use std::net::Ipv4Addr;
-use std::process::ExitCode;
-use std::time::{Duration, Instant};
-use steadfast_rig::artifacts::initramfs::steadfast_program;
+use std::time::Duration;
 use steadfast_rig::error::IoContext;
 use steadfast_rig::inside::mini::Status;
 use steadfast_rig::vm::mini_arguments;
-use steadfast_rig::{Counting, Mini, Result, Rig, RigError, Server, Vm, tools};
+use steadfast_rig::{Counting, Mini, Result, Rig, RigError, Server, Vm};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 90, 0, 101);
 const BOUND: Duration = Duration::from_secs(120);
@@ -18,90 +16,8 @@ const WORK: Duration = Duration::from_secs(3);
 const MEMORY_MIB: u32 = 128;
 const SAVED: &str = "/dev/shm/guest.saved";
 
-/// Prints the steps.
-struct Story {
-    began: Instant,
-    step: Instant,
-    colour: bool,
-}
-
-impl Story {
-    fn new() -> Story {
-        let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Story {
-            began: Instant::now(),
-            step: Instant::now(),
-            colour,
-        }
-    }
-
-    fn paint(&self, code: &str, text: &str) -> String {
-        if self.colour {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_string()
-        }
-    }
-
-    fn title(&self, text: &str) {
-        println!("\n{}\n", self.paint("1", text));
-    }
-
-    /// What is happening now; on a terminal [`Story::done`] replaces it.
-    fn doing(&mut self, text: &str) {
-        self.step = Instant::now();
-        if self.colour {
-            print!("{:>8}  {} {text} ...", "", self.paint("33", "·"));
-            let _ = std::io::stdout().flush();
-        }
-    }
-
-    fn done(&self, text: &str) {
-        let clear = if self.colour { "\r\x1b[K" } else { "" };
-        let at = self.paint("2", &format!("{:6.1} s", self.began.elapsed().as_secs_f64()));
-        println!("{clear}{at}  {} {text}", self.paint("32", "✓"));
-    }
-
-    fn took(&self) -> f64 {
-        self.step.elapsed().as_secs_f64()
-    }
-
-    fn more(&self, text: &str) {
-        println!("{:>8}    {}", "", self.paint("2", text));
-    }
-
-    fn failed(&self, text: &str) {
-        let clear = if self.colour { "\r\x1b[K" } else { "" };
-        eprintln!("{clear}{:>8}  {} {text}", "", self.paint("31", "✗"));
-    }
-}
-
-/// Runs the demo.
-///
-/// # Errors
-/// What keeps it from starting at all; what fails on the way is told and gives another exit code.
-pub fn run() -> Result<ExitCode> {
-    tools::find("qemu-system-x86_64")?;
-    if steadfast_program().is_none() {
-        return Err(RigError::NotHere {
-            what: "the demo".to_string(),
-            why: "the program steadfast is not beside this one; build it with `cargo build --release -p steadfast`"
-                .to_string(),
-        });
-    }
-    let mut story = Story::new();
-    story.title("Steadfast: a running Linux moves into another process and does not notice");
-    match play(&mut story) {
-        Ok(()) => {
-            story.title("All of it held.");
-            Ok(ExitCode::SUCCESS)
-        }
-        Err(e) => {
-            story.failed(&e.to_string());
-            Ok(ExitCode::FAILURE)
-        }
-    }
-}
+/// What it shows.
+pub const TITLE: &str = "Steadfast: a running Linux moves into another process and does not notice";
 
 fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
     if holds {
@@ -111,7 +27,11 @@ fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
     }
 }
 
-fn play(story: &mut Story) -> Result<()> {
+/// Plays it.
+///
+/// # Errors
+/// Whatever did not hold.
+pub fn play(story: &mut Story) -> Result<()> {
     story.doing("a simulated server starts");
     let rig = Rig::builder().memory_mib(1024).start()?;
     let server = rig.server(0);

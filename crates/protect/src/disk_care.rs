@@ -1,0 +1,256 @@
+//! How the disks of a VM do, and what they hold: for status, for the answer to a fault, for a copy of changes.
+//!
+//! | fault on the primary | answer |
+//! |---|---|
+//! | a block cannot be read, or is wrong | it comes from the other host's replica, and is written anew |
+//! | the image takes nothing, or a read hangs | planned promote to a standby in sync |
+//! | the journal takes nothing, or hangs | this instance ends: what waits for its journal could never drain |
+//! | any of these, and no standby | the guest's request waits, with an alarm; tried again for ever |
+//!
+//! A standby whose disk fails gives up its state and answers no greeting until the disk works again.
+
+use crate::disks::{Disk, Disks, SLOTS};
+use serde_json::{Value, json};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use steadfast_disk::journal::State;
+use steadfast_disk::volume::Volume;
+use steadfast_epoch::message::EpochRef;
+use steadfast_types::{Epoch, Term};
+
+/// A replica that could not be opened because of its disk is tried again so often.
+const REOPEN: Duration = Duration::from_secs(1);
+/// A request of the guest that waits so long is worth an alarm.
+const LONG_WAIT: Duration = Duration::from_secs(2);
+
+/// A copy to a standby, in bytes of disks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// At least one disk is sent whole.
+    pub full: bool,
+    /// To be sent, when it began.
+    pub planned: u64,
+    /// Sent, with what the guest changed meanwhile; without what went with the last epoch of the copy.
+    pub sent: u64,
+}
+
+/// What is wrong with a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Epochs with a flush cannot become durable here any more.
+    Journal(String),
+    /// Journals work, but something below them does not.
+    Image(String),
+}
+
+impl Trouble {
+    /// What, on which disk.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Journal(text) | Self::Image(text) => text,
+        }
+    }
+}
+
+/// After a crash one disk may know of a later commit than another: what is committed on one is committed on all.
+pub fn stand_equal(list: &[Disk]) {
+    let replicas = || list.iter().filter_map(|d| d.replica.as_ref().ok());
+    let Some(most) = replicas().map(|r| r.progress().committed).max() else {
+        return;
+    };
+    for r in replicas() {
+        let p = r.progress();
+        if p.committed < most
+            && p.tip >= most
+            && let Err(error) = r.commit(most)
+        {
+            tracing::warn!(%error, "a disk stays behind the others");
+        }
+    }
+}
+
+fn all_equal(volumes: impl Iterator<Item = Volume>, which: usize) -> Option<EpochRef> {
+    let mut at: Option<(Epoch, Term)> = None;
+    for v in volumes {
+        let here = v.committed()[which];
+        if matches!(v.progress().state, State::Copying { .. }) || at.is_some_and(|a| a != here) {
+            return None;
+        }
+        at = Some(here);
+    }
+    at.map(|(epoch, term)| EpochRef { epoch, term })
+}
+
+impl Disks {
+    /// The epoch that all disks hold as committed; zero if they do not stand at one, or are not whole.
+    pub fn have(&self) -> EpochRef {
+        if self.list.iter().any(|d| d.replica.is_err()) {
+            return EpochRef::ZERO;
+        }
+        all_equal(self.volumes(), 0).unwrap_or(EpochRef::ZERO)
+    }
+
+    /// An epoch that all disks will still hold as committed after power loss.
+    pub fn durable(&self) -> Option<EpochRef> {
+        let whole = |v: &Volume| !matches!(v.progress().state, State::Copying { .. });
+        if !self.volumes().all(|v| whole(&v)) || self.list.iter().any(|d| d.replica.is_err()) {
+            return None;
+        }
+        let least = self.volumes().map(|v| v.committed()[1]).min()?;
+        (least.0 > Epoch::ZERO).then_some(EpochRef {
+            epoch: least.0,
+            term: least.1,
+        })
+    }
+
+    /// The copy of which the disks are an unfinished one, and the epoch below it.
+    pub fn unfinished(&self) -> Option<(u64, EpochRef)> {
+        let mut found = None;
+        for v in self.volumes() {
+            let State::Copying { join } = v.progress().state else {
+                return None;
+            };
+            let (epoch, term) = v.committed()[0];
+            let here = (join, EpochRef { epoch, term });
+            if found.is_some_and(|f| f != here) {
+                return None;
+            }
+            found = Some(here);
+        }
+        found.filter(|(_, at)| at.epoch > Epoch::ZERO)
+    }
+
+    /// Where a start from these disks goes on: after the highest epoch that one of them has. No instance's memory stands at
+    /// it, so it has no term.
+    pub fn boot_at(&self) -> EpochRef {
+        let tip = self.volumes().map(|v| v.progress().tip).max().unwrap_or_default();
+        EpochRef {
+            epoch: tip,
+            term: Term::ZERO,
+        }
+    }
+
+    /// The standby in `slot` holds this epoch for good: what it changed need not be kept account of.
+    pub fn peer_holds(&self, slot: usize, at: EpochRef) {
+        for v in self.volumes().filter(|v| v.holds(at.epoch, at.term)) {
+            if let Err(error) = v.peer_durable(slot, at.epoch) {
+                tracing::warn!(%error, "what a standby holds");
+            }
+        }
+    }
+
+    /// Size of all disks in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.volumes().map(|v| v.capacity()).sum()
+    }
+
+    /// Whether an epoch can be sealed now.
+    pub fn can_seal(&self) -> bool {
+        self.volumes().all(|v| v.can_seal())
+    }
+
+    /// Nothing of the guest waits for a disk any more: the machine ends.
+    pub fn close(&self) {
+        self.list.iter().for_each(|d| d.late.close());
+    }
+
+    /// Something hangs that would hold up the end of this process's threads.
+    pub fn hung(&self) -> bool {
+        let stuck = |d: &Disk| {
+            let Ok(r) = &d.replica else { return false };
+            let h = r.common().health();
+            h.journal_job.max(h.image_job).max(d.late.reads().0) > Duration::from_millis(500)
+        };
+        self.list.iter().any(stuck)
+    }
+
+    /// The worst that is wrong with the disks now.
+    pub fn trouble(&self) -> Option<Trouble> {
+        let mut image = None;
+        for d in &self.list {
+            let path = d.path.display();
+            let replica = match &d.replica {
+                Ok(replica) => replica,
+                Err(why) if d.unreadable => return Some(Trouble::Journal(why.clone())),
+                Err(_) => continue,
+            };
+            let h = replica.common().health();
+            if let Some(why) = h.journal_fault {
+                return Some(Trouble::Journal(format!("journal of disk {path}: {why}")));
+            }
+            if h.journal_job >= self.hang {
+                return Some(Trouble::Journal(format!("journal of disk {path} hangs")));
+            }
+            if let Some(why) = h.image_fault {
+                image.get_or_insert(format!("disk {path}: {why}"));
+            }
+            let (read, why) = d.late.reads();
+            if h.image_job >= self.hang || read >= self.hang && why.is_none() {
+                image.get_or_insert(format!("disk {path} hangs"));
+            }
+        }
+        image.map(Trouble::Image)
+    }
+
+    /// What an operator should know, beyond [`Disks::trouble`]: requests of the guest that wait, and why.
+    pub fn waits(&self) -> Option<String> {
+        self.list.iter().find_map(|d| {
+            let (read, write) = (d.late.reads(), d.late.writes());
+            let long = read.1.filter(|_| read.0 >= LONG_WAIT);
+            let why = long.or_else(|| write.1.filter(|_| write.0 >= LONG_WAIT))?;
+            let secs = read.0.max(write.0).as_secs();
+            Some(format!(
+                "disk {}: a request of the guest waits for {secs} s: {why}",
+                d.path.display()
+            ))
+        })
+    }
+
+    /// Replicas that could not be opened because of their disk are tried again.
+    pub fn reopen(&mut self) {
+        if self.reopened.is_some_and(|at| at.elapsed() < REOPEN) {
+            return;
+        }
+        self.reopened = Some(Instant::now());
+        self.list.iter_mut().filter(|d| d.unreadable).for_each(Disk::open);
+    }
+
+    /// For the status.
+    pub fn status(&self) -> Value {
+        let disks = self.list.iter().map(|d| {
+            let Ok(replica) = &d.replica else {
+                return json!({"path": d.path, "error": d.replica.as_ref().err()});
+            };
+            let (v, p) = (replica.common(), replica.progress());
+            let h = v.health();
+            json!({
+                "path": d.path,
+                "state": match p.state {
+                    State::Consistent => "consistent",
+                    State::Copying { .. } => "copying",
+                    State::Verifying { .. } => "verifying",
+                },
+                "tip": p.tip, "synced": p.synced, "committed": p.committed, "applied": p.applied,
+                "journal_used_bytes": p.journal_used, "journal_bytes": p.journal_size, "memory_bytes": p.memory_bytes,
+                "journal_fault": h.journal_fault, "image_fault": h.image_fault,
+                "journal_job_ms": h.journal_job.as_millis() as u64, "image_job_ms": h.image_job.as_millis() as u64,
+                "bad_blocks": h.bad, "repaired_blocks": h.repaired, "served_blocks": h.served,
+                "copies": (0..SLOTS).map(|s| v.resync_remaining(s)).collect::<Vec<_>>(),
+            })
+        });
+        let found = &self.scrubber.found;
+        json!({
+            "list": disks.collect::<Vec<_>>(),
+            "scrub": {
+                "walks": found.walks.load(Ordering::Relaxed), "blocks": found.blocks.load(Ordering::Relaxed),
+                "bad": found.bad.load(Ordering::Relaxed), "repaired": found.repaired.load(Ordering::Relaxed),
+            },
+        })
+    }
+
+    /// The copy to the standby in `slot`, for the status.
+    pub fn copy_status(&self, slot: usize) -> Value {
+        let c = self.copied.get(slot).copied().unwrap_or_default();
+        json!({"full": c.full, "planned_bytes": c.planned, "sent_bytes": c.sent, "remaining_bytes": self.remaining(slot)})
+    }
+}

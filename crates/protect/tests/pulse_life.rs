@@ -1,0 +1,169 @@
+//! What a protected guest and its operator may do with it, short of a failure: it resets itself, is turned off and on,
+//! gets another standby, moves to another host.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+mod common;
+
+use common::switch::{self, Switch};
+use common::{Instance, Random, Site, kvm, wait};
+use pulse::client::Client;
+use pulse::kind;
+use std::time::{Duration, Instant};
+use steadfast_types::HostId;
+use steadfast_vmm::control::Request;
+
+const LONG: Duration = Duration::from_secs(20);
+
+#[test]
+#[ignore = "not a test: the process of one instance, started by the tests"]
+fn instance_process() {
+    common::instance_process();
+}
+
+struct Pair {
+    site: Site,
+    client: Client<Switch>,
+    a: Instance,
+    b: Instance,
+}
+
+impl Pair {
+    fn new(test: &str) -> Self {
+        let mut site = Site::new(&mut Random::seeded(test));
+        site.audit = true;
+        let client = switch::client(site.path().join("client"), vec![site.nic("a"), site.nic("b")]);
+        let a = site.spawn("a", true);
+        let b = site.spawn("b", false);
+        wait("protected", LONG, || a.role() == (true, true));
+        Self { site, client, a, b }
+    }
+
+    /// Adds one to the guest's counter.
+    fn one(&mut self) -> u64 {
+        let reply = self.client.ask(kind::INC, LONG).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(reply.errors, 0, "the guest's own checks: {reply:?}");
+        reply.counter
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.site.logs());
+        }
+    }
+}
+
+fn no_stale_page(instance: &Instance) {
+    let status = instance.status().unwrap();
+    assert_eq!(status["audit_stale_pages"], 0, "{status:#}");
+    assert!(
+        status["audit_epochs"].as_u64().unwrap() > 0,
+        "nothing was compared: {status:#}"
+    );
+}
+
+/// A triple fault of the guest is a reset in place: the same primary, the same standby, which goes on from the guest that
+/// was started anew when the primary dies (FAULTS 9).
+#[test]
+fn a_reset_is_no_failover() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("a_reset_is_no_failover");
+    for n in 1..=5 {
+        assert_eq!(pair.one(), n);
+    }
+    let term = |i: &Instance| i.status().unwrap()["protocol"]["term"].clone();
+    let before = term(&pair.a);
+    pair.client.tell(kind::PANIC).unwrap();
+    wait("reset", LONG, || pair.a.status().unwrap()["guest_resets"] == 1);
+    // The counter lives in memory, and this guest has no disk.
+    assert_eq!(pair.one(), 1);
+    assert_eq!(pair.a.role(), (true, true), "the same primary, protected");
+    assert_eq!(term(&pair.a), before, "nobody took over");
+    for n in 2..=20 {
+        assert_eq!(pair.one(), n);
+    }
+    no_stale_page(&pair.b);
+    pair.a.kill();
+    assert_eq!(
+        pair.one(),
+        21,
+        "the standby goes on from the guest that was started anew"
+    );
+    assert!(pair.b.role().0);
+}
+
+/// What an operator stops stays stopped: the standby does not take it for a failure. It is powered on again where it was,
+/// and the standby that waited is filled anew.
+#[test]
+fn a_stop_is_no_failure() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("a_stop_is_no_failure");
+    assert_eq!(pair.one(), 1);
+    assert_eq!(pair.a.ask(&Request::Stop)["ok"], true);
+    assert_eq!(pair.a.ended(LONG), Some(0));
+    // Longer than the detector needs (160 ms) to declare a primary dead.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(700) {
+        let status = pair.b.status().unwrap();
+        assert_eq!(status["protocol"]["role"], "standby", "{status:#}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    pair.a = pair.site.spawn("a", true);
+    let a = &pair.a;
+    wait("protected again", LONG, || a.role() == (true, true));
+    assert_eq!(pair.one(), 1, "powered on anew");
+    pair.a.kill();
+    assert_eq!(pair.one(), 2);
+}
+
+/// Planned promote: the guest goes on at the standby, nothing lost, and the former primary's instance ends. Without its
+/// standby the VM refuses to move. A standby is taken away and given back while the VM runs.
+#[test]
+fn it_moves_and_standbys_come_and_go() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("it_moves_and_standbys_come_and_go");
+    let b = HostId::new("b").unwrap();
+    for n in 1..=10 {
+        assert_eq!(pair.one(), n);
+    }
+    assert_eq!(
+        pair.a.ask(&Request::RemovePeer { host: b.clone() })["was_peer"],
+        true
+    );
+    let a = &pair.a;
+    wait("unprotected", LONG, || {
+        a.status().unwrap()["protocol"]["phase"] == "Alone"
+    });
+    assert_eq!(pair.one(), 11);
+    let add = Request::AddPeer {
+        host: b.clone(),
+        paths: pair.site.paths[0].to_vec(),
+        standby: true,
+    };
+    assert_eq!(pair.a.ask(&add)["ok"], true);
+    let a = &pair.a;
+    wait("protected again", LONG, || a.role() == (true, true));
+    assert_eq!(pair.one(), 12);
+    assert_eq!(pair.a.ask(&Request::HandOver { to: b })["ok"], true);
+    for n in 13..=30 {
+        assert_eq!(pair.one(), n);
+    }
+    let b = &pair.b;
+    wait("moved", LONG, || b.role().0);
+    no_stale_page(&pair.b);
+    assert_eq!(pair.a.ended(LONG), Some(common::FENCED));
+    // A new instance there is the standby now.
+    pair.a = pair.site.spawn("a", false);
+    let b = &pair.b;
+    wait("protected the other way", LONG, || b.role() == (true, true));
+    pair.b.kill();
+    assert_eq!(pair.one(), 31);
+}

@@ -1,0 +1,89 @@
+//! The main job on three simulated servers: a protected Linux with redis, a web server and an open TCP session goes on when its
+//! server dies, and again when the next one does; its clients lose nothing, repeat nothing and are never reset.
+//!
+//! What `./demo` shows, with shorter looks. Rows 1 and 45 of the faults in `docs/testing.md` (where: rig).
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::time::{Duration, Instant};
+use steadfast_rig::artifacts::initramfs::steadfast_program;
+use steadfast_rig::failover::{Options, Tell, play};
+use steadfast_rig::tools;
+
+/// The whole play, on a busy machine.
+const BOUND: Duration = Duration::from_secs(600);
+
+fn can_run(test: &str) -> bool {
+    // SAFETY: no memory is passed, it cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let why = if !tools::qemu_present() {
+        "qemu-system-x86_64 is not installed; run `steadfast-rig setup`"
+    } else if !root {
+        "a client on the client switch takes root"
+    } else if steadfast_program().is_none() {
+        "the program steadfast is not built; run `cargo build --release -p steadfast`"
+    } else {
+        return true;
+    };
+    println!("SKIPPED: {test}: {why}");
+    false
+}
+
+/// Into the test's output, with times.
+struct Lines(Instant);
+
+impl Tell for Lines {
+    fn title(&mut self, text: &str) {
+        println!("--- {text}");
+    }
+    fn doing(&mut self, _: &str) {}
+    fn done(&mut self, text: &str) {
+        println!("{:6.1} s  {text}", self.0.elapsed().as_secs_f64());
+    }
+    fn more(&mut self, text: &str) {
+        println!("          {text}");
+    }
+}
+
+/// QEMU processes that this process has started and that are still there.
+fn servers_left() -> usize {
+    let own = format!("PPid:\t{}\n", std::process::id());
+    let children = std::fs::read_dir("/proc").unwrap().flatten().filter(|entry| {
+        let read = |file: &str| std::fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+        read("status").contains(&own) && read("cmdline").contains("qemu-system")
+    });
+    children.count()
+}
+
+#[test]
+fn rig_failover_of_a_service_twice() {
+    if !can_run("rig_failover_of_a_service_twice") {
+        return;
+    }
+    let began = Instant::now();
+    let options = Options {
+        look: Duration::from_secs(3),
+        ..Options::default()
+    };
+    let report = play(&options, &mut Lines(began)).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(servers_left(), 0, "simulated servers outlive the play");
+
+    let ways: Vec<_> = report
+        .failovers
+        .iter()
+        .map(|f| (f.killed.as_str(), f.to.as_str()))
+        .collect();
+    assert_eq!(ways, [("s1", "s2"), ("s2", "s3")]);
+    let standbys: Vec<_> = report.protections.iter().map(|p| p.standby.as_str()).collect();
+    assert_eq!(standbys, ["s2", "s3", "s1"]);
+    for failover in &report.failovers {
+        // A dead host says nothing: nobody may have been suspected earlier than after the set silence, nor much later.
+        let suspect = options.plan.suspect;
+        assert!(
+            failover.detect + Duration::from_millis(200) > suspect && failover.detect < suspect * 3,
+            "{failover:?}"
+        );
+    }
+    assert!(report.audited.writes > 0 && report.audited.pages > 0 && report.audited.steps > 0);
+    assert!(began.elapsed() < BOUND, "it took {:?}", began.elapsed());
+}
