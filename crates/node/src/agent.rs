@@ -399,7 +399,7 @@ fn claim(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<Term> {
 /// in sync; a VM without disks of its own may be booted anywhere once its owner is gone, so the owner is changed first.
 fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
     let mut store = RecordStore::new(node.kv(), id.clone());
-    let Some(record) = vm.record.as_ref().filter(|r| r.term > Term::ZERO) else {
+    let Some(record) = &vm.record else {
         return store.create(me).map_err(|source| NodeError::Io {
             what: format!("the record of VM {id}"),
             source,
@@ -408,7 +408,7 @@ fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
     if record.owner == *me {
         return Ok(());
     }
-    if vm.stored.record.has_local_disk() {
+    if record.term > Term::ZERO && vm.stored.record.has_local_disk() {
         // The engine asks the arbiter whether this copy will do.
         return match record.in_sync.contains(me) {
             true => Ok(()),

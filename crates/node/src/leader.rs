@@ -33,7 +33,7 @@ const ACT_BOUND: Duration = Duration::from_secs(60);
 /// How long a host may take to say that it is there.
 const PING_BOUND: Duration = Duration::from_secs(2);
 /// A start that was sent is believed for so long without a report of it.
-const UNREPORTED: Duration = Duration::from_secs(4);
+const UNREPORTED: Duration = Duration::from_secs(8);
 /// Events kept.
 const EVENTS_MAX: usize = 5000;
 /// Tasks kept after their end, ms.
@@ -112,7 +112,9 @@ impl Decider {
             let Some(vm) = snapshot.vms.get_mut(vm) else {
                 continue;
             };
-            if vm.state.owner.as_ref() == Some(host) {
+            // The engine of a protected VM takes its term a moment after its process was started.
+            let owner = vm.state.owner.get_or_insert_with(|| host.clone());
+            if owner == host {
                 let starting = Instance::new(Phase::Starting, vm.state.term);
                 vm.state.instances.entry(host.clone()).or_insert(starting);
             }

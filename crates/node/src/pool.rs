@@ -28,7 +28,9 @@ impl PoolVm {
     /// Who has the right to run it.
     #[must_use]
     pub fn owner(&self) -> Option<&HostId> {
-        let record = self.record.as_ref().filter(|r| r.term > Term::ZERO)?;
+        // A protected VM's record is made before its engine has taken the first term: its owner is about to start it.
+        let hot = self.stored.record.protection.hot();
+        let record = self.record.as_ref().filter(|r| hot || r.term > Term::ZERO)?;
         (self.memory.stopped != Some(record.term)).then_some(&record.owner)
     }
 

@@ -14,10 +14,12 @@ use axum::extract::State;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use steadfast_cluster::model::{HostRecord, Network, Resources};
 use steadfast_store::Commit;
 
+/// How long etcd may refuse a new member.
+const ADD_BOUND: Duration = Duration::from_secs(60);
 /// How long a new member of etcd may take to catch up.
 const PROMOTE_TRIES: u32 = 240;
 
@@ -174,7 +176,16 @@ async fn member(node: &Arc<Node>, request: &JoinRequest) -> Result<StoreChoice> 
             endpoints: endpoints.clone(),
         });
     }
-    let initial = etcd::add(&spec, request.host.as_str(), &peer).await?;
+    // While another new member catches up, or has just got its vote, etcd refuses.
+    let until = Instant::now() + ADD_BOUND;
+    let initial = loop {
+        match etcd::add(&spec, request.host.as_str(), &peer).await {
+            Ok(initial) => break initial,
+            Err(error) if Instant::now() > until => return Err(error),
+            Err(error) => tracing::info!(%error, "tried again"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    };
     // It votes as soon as it has caught up.
     tokio::spawn(async move {
         for _ in 0..PROMOTE_TRIES {
