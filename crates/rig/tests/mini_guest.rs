@@ -99,7 +99,7 @@ fn mini_guest() {
         .arg("-initrd")
         .arg(&guest.initramfs);
     let words = format!(
-        "{} tsc=reliable mini.ip={GUEST}/24 mini.mem=8 mini.disk=vda mini.disk_mib=4 mini.tick_ms=50",
+        "{} tsc=reliable no_timer_check mini.ip={GUEST}/24 mini.mem=8 mini.disk=vda mini.disk_mib=4 mini.tick_ms=50",
         guest.command_line
     );
     qemu.args(["-append", &words])

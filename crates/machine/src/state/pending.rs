@@ -68,7 +68,10 @@ impl PendingFile {
     pub fn named(path: &Path) -> io::Result<Self> {
         let temp = beside(path, ".partial");
         loop {
-            let file = File::options().write(true).create(true).mode(0o600).open(&temp)?;
+            let mut open = File::options();
+            // Not truncated before it is known to be nobody else's.
+            open.write(true).create(true).truncate(false).mode(0o600);
+            let file = open.open(&temp)?;
             flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|e| {
                 let e = io::Error::from(e);
                 match e.kind() {
