@@ -3,6 +3,30 @@
 use super::row::Row;
 use std::fmt::Write;
 
+/// Tables, one for all cases of which the same was measured, in the order in which these first appear.
+pub fn tables(rows: &[Row]) -> String {
+    let mut groups: Vec<(Vec<(&str, &str)>, Vec<Row>)> = Vec::new();
+    let mut seen: Vec<&str> = Vec::new();
+    for first in rows {
+        if seen.contains(&first.case.as_str()) {
+            continue;
+        }
+        seen.push(&first.case);
+        let of_case: Vec<&Row> = rows.iter().filter(|r| r.case == first.case).collect();
+        let metrics: Vec<_> = of_case
+            .iter()
+            .map(|r| (r.metric.as_str(), r.unit.as_str()))
+            .collect();
+        let of_case = of_case.into_iter().cloned();
+        match groups.iter_mut().find(|(m, _)| *m == metrics) {
+            Some((_, group)) => group.extend(of_case),
+            None => groups.push((metrics, of_case.collect())),
+        }
+    }
+    let all: Vec<String> = groups.iter().map(|(_, group)| table(group)).collect();
+    all.join("\n")
+}
+
 /// A table: one line per case, one column per metric, in the order in which they first appear. Metrics that have a
 /// goal or a peer are followed by what they are held against.
 pub fn table(rows: &[Row]) -> String {
@@ -99,6 +123,21 @@ mod tests {
             "| case | pause, us | rate, MB/s |\n|---|---:|---:|\n\
              | n=1 | 12 (goal <= 500: met) | 1.50 (QEMU: 3, ratio 0.50) |\n\
              | n=2 | 1234 |  |\n"
+        );
+    }
+
+    #[test]
+    fn cases_with_other_metrics_have_a_table_of_their_own() {
+        let rows = [
+            Row::new("b", "pause", "n=1", 12.0, "us"),
+            Row::new("b", "rate", "disk", 1.0, "MB/s"),
+            Row::new("b", "pause", "n=2", 13.0, "us"),
+        ];
+        let text = tables(&rows);
+        assert_eq!(text.matches("|---|---:|").count(), 2);
+        assert!(
+            text.contains("| n=1 | 12 |\n| n=2 | 13 |\n\n| case | rate, MB/s |"),
+            "{text}"
         );
     }
 

@@ -86,7 +86,7 @@ pub fn run(root: &Path, args: &Args) -> Result<bool> {
         quick: args.quick,
         case: &args.case,
     })?;
-    let table = markdown::table(&report.rows);
+    let table = markdown::tables(&report.rows);
     if args.json {
         for row in &report.rows {
             println!("{}", serde_json::to_string(row)?);

@@ -111,7 +111,7 @@ impl Lab {
 
     /// How long a rate is watched.
     pub fn watch(&self) -> Duration {
-        Duration::from_secs(if self.quick { 2 } else { 6 })
+        Duration::from_secs(if self.quick { 2 } else { 4 })
     }
 }
 
