@@ -3,7 +3,7 @@
 use super::fit::Role;
 use super::recover::{may_start, waits_for};
 use super::world::World;
-use crate::action::{Action, Because, Wanted};
+use crate::action::{Action, Because, NoHost, Wanted};
 use crate::model::{AlarmKey, HostHealth, Phase, Protection, Resources};
 use crate::sabotage::Sabotage;
 
@@ -216,6 +216,20 @@ fn play(w: &mut World, v: usize, start: usize) -> Result<Vec<usize>, Because> {
         }
     }
     touched.extend(w.vms[v].standbys.iter().copied());
+    // A standby from before it was off takes memory again: its host may have given that away meanwhile.
+    let full = |t: &&usize| !w.hosts[**t].used.fits(w.hosts[**t].cap);
+    if let Some(&t) = touched
+        .iter()
+        .find(full)
+        .filter(|_| !w.broken(Sabotage::IgnoreCapacity))
+    {
+        return Err(Because::NoHost(NoHost {
+            room: 1,
+            short: w.hosts[t].used.minus(w.hosts[t].cap),
+            closest: Some(w.host_id(t)),
+            ..NoHost::default()
+        }));
+    }
     if !w.broken(Sabotage::NoAdmission) {
         w.absorbs(&touched)?;
     }

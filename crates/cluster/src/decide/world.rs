@@ -354,7 +354,8 @@ impl<'a> World<'a> {
         let (spec, state) = (&vm.vm.spec, &vm.vm.state);
         vm.owner = state.owner.as_ref().and_then(|h| at.get(h)).copied();
         vm.standbys = state.standbys.keys().filter_map(|h| at.get(h)).copied().collect();
-        let live = spec.power == Power::On || state.owner.is_some();
+        // Without an owner nothing stands by: only the disks are there.
+        let live = state.owner.is_some();
         let disk = Resources {
             disk_bytes: spec.local_disk_bytes(),
             ..Resources::ZERO

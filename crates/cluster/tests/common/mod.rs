@@ -30,7 +30,7 @@ pub fn copies(s: &Snapshot, vm: &Vm) -> BTreeMap<HostId, Resources> {
         ..Resources::ZERO
     };
     let ram = spec.protection.hot() && spec.standby_memory == steadfast_cluster::model::StandbyMemory::Ram;
-    let live = spec.power == Power::On || vm.state.owner.is_some();
+    let live = vm.state.owner.is_some();
     for h in &vm.state.replicas {
         add(h, disk);
     }
