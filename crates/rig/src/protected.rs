@@ -176,7 +176,7 @@ impl<'r> Protected<'r> {
             .collect();
         Ok(json!({
             "host": servers[own].name(),
-            "store": {"etcd": {"endpoints": endpoints, "timeout_ms": 1000}},
+            "store": {"etcd": {"endpoints": endpoints, "timeout_ms": 4000}},
             "start": start,
             "suspect_ms": self.plan.suspect.as_millis() as u64,
             "peers": peers,
