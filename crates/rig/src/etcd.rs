@@ -5,7 +5,7 @@ use crate::host::server::Server;
 use std::time::{Duration, Instant};
 
 /// How long a cluster may take to answer after its start.
-pub const READY_BOUND: Duration = Duration::from_secs(60);
+pub const READY_BOUND: Duration = Duration::from_secs(180);
 
 fn address(server: &Server) -> Result<&str> {
     server

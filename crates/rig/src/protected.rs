@@ -19,7 +19,10 @@ use std::time::{Duration, Instant};
 
 /// First port of the replication links; each pair of servers has one.
 const LINK_PORT: usize = 7100;
-const SHORT: Duration = Duration::from_secs(20);
+/// A question to an instance, or a small command; on a starved machine even those take their time.
+const SHORT: Duration = Duration::from_secs(60);
+/// Copying the service disk.
+const COPY: Duration = Duration::from_secs(240);
 
 /// What the VM is and how it is protected.
 #[derive(Clone, Debug)]
@@ -60,7 +63,10 @@ impl<'r> Protected<'r> {
             pids: vec![None; rig.servers().len()],
         };
         let disk = vm.disk();
-        at.exec(&format!("cp --sparse=always /dev/rig/{} {disk}", service::SERIAL))?;
+        at.exec_within(
+            &format!("cp --sparse=always /dev/rig/{} {disk}", service::SERIAL),
+            COPY,
+        )?;
         vm.spawn(at, true)?;
         Ok(vm)
     }
@@ -170,7 +176,7 @@ impl<'r> Protected<'r> {
             .collect();
         Ok(json!({
             "host": servers[own].name(),
-            "store": {"etcd": {"endpoints": endpoints, "timeout_ms": 1000}},
+            "store": {"etcd": {"endpoints": endpoints, "timeout_ms": 4000}},
             "start": start,
             "suspect_ms": self.plan.suspect.as_millis() as u64,
             "peers": peers,

@@ -197,7 +197,7 @@ impl Writer {
             }
         }
         self.progress.answered.store(n, Ordering::Release);
-        if n % READ_EVERY == 0 {
+        if n.is_multiple_of(READ_EVERY) {
             let last = self.redis.ask(&["LINDEX", &self.log, "-1"])?;
             if last != Answer::Text(text) {
                 return Err(wrong(format!("read back after write {n}: {last:?}")));
