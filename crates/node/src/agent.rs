@@ -66,7 +66,7 @@ impl Agent {
         loop {
             let began = Instant::now();
             let node = Arc::clone(&self.node);
-            if self.seq % MEMBERS_EVERY == 0
+            if self.seq.is_multiple_of(MEMBERS_EVERY)
                 && let Err(error) = refresh_endpoints(&node).await
             {
                 tracing::debug!(%error, "etcd's members are not known now");

@@ -134,7 +134,7 @@ impl Decider {
         }
         self.told = refused;
         self.round += 1;
-        if self.round % HOUSEKEEPING == 0 {
+        if self.round.is_multiple_of(HOUSEKEEPING) {
             self.keep_house(&pool).await?;
         }
         Ok(())

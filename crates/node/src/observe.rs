@@ -64,7 +64,10 @@ impl Observer {
                 reported: now,
                 answered: now,
             });
-            seen.answered += own_pause;
+            if own_pause > Duration::ZERO {
+                // It counts as if the host had been heard of that much later, on whatever path it was heard of last.
+                seen.answered = (seen.reported.max(seen.answered) + own_pause).min(now);
+            }
             if seen.report != report {
                 seen.report = report;
                 seen.reported = now;

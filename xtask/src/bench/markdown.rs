@@ -3,9 +3,12 @@
 use super::row::Row;
 use std::fmt::Write;
 
+/// Metrics (name, unit) and the cases of which exactly these were measured.
+type Group<'a> = (Vec<(&'a str, &'a str)>, Vec<Row>);
+
 /// Tables, one for all cases of which the same was measured, in the order in which these first appear.
 pub fn tables(rows: &[Row]) -> String {
-    let mut groups: Vec<(Vec<(&str, &str)>, Vec<Row>)> = Vec::new();
+    let mut groups: Vec<Group<'_>> = Vec::new();
     let mut seen: Vec<&str> = Vec::new();
     for first in rows {
         if seen.contains(&first.case.as_str()) {
