@@ -345,6 +345,10 @@ impl fmt::Display for NoHost {
 }
 
 /// What `decide` answers.
+///
+/// Actions are begun in order. Later ones may rely on room that earlier ones give free, so when a compare-and-swap finds that
+/// the record has moved, the rest of the list is dropped, and `decide` is asked again with a new snapshot. A step of work that
+/// fails later (a boot, a copy) is no reason for that.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decisions {
     /// In the order in which they shall be begun.

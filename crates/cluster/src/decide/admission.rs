@@ -141,7 +141,7 @@ impl World<'_> {
 
     fn play(&self, lost: &[usize], by_host: &[Vec<usize>]) -> Result<(), Because> {
         let vms: Vec<usize> = lost.iter().flat_map(|&h| by_host[h].iter().copied()).collect();
-        let Err(v) = self.pack(&vms, lost) else {
+        let Err(v) = self.pack(&vms, lost, false) else {
             return Ok(());
         };
         let demand = self.vms[v].vm.spec.demand();
@@ -157,16 +157,30 @@ impl World<'_> {
         })
     }
 
-    /// Places for VMs that float, off the hosts `lost`: spread by load if that works, else as tightly as possible. The same
-    /// function serves admission and the failover itself, so what was admitted fits.
+    /// Places for VMs that float, off the hosts `lost`: spread by load if that is wanted and works, else as tightly as possible,
+    /// the largest first or those first that fit on fewest hosts.
+    ///
+    /// Admission asks for a tight packing only: that depends on room and rules alone, which are the same before and after the
+    /// failure. So what was admitted fits, whatever the loads are by then.
     ///
     /// `Err` names one that has no place.
-    pub fn pack(&self, vms: &[usize], lost: &[usize]) -> Result<Vec<(usize, usize)>, usize> {
-        let spread = self.pack_in_order(&self.by_priority(vms.to_vec()), lost, false);
-        spread.or_else(|_| {
-            let mut by_size = vms.to_vec();
-            by_size.sort_by_key(|&v| (std::cmp::Reverse(self.vms[v].vm.spec.resources.memory_bytes), v));
-            self.pack_in_order(&by_size, lost, true)
+    pub fn pack(&self, vms: &[usize], lost: &[usize], spread: bool) -> Result<Vec<(usize, usize)>, usize> {
+        if spread && let Ok(places) = self.pack_in_order(&self.by_priority(vms.to_vec()), lost, false) {
+            return Ok(places);
+        }
+        let size = |v: usize| (std::cmp::Reverse(self.vms[v].vm.spec.resources.memory_bytes), v);
+        let mut order = vms.to_vec();
+        order.sort_by_key(|&v| size(v));
+        self.pack_in_order(&order, lost, true).or_else(|v| {
+            if vms.iter().all(|&v| self.vms[v].plain) {
+                return Err(v);
+            }
+            let open = |v: usize| {
+                let here = (0..self.hosts.len()).filter(|t| !lost.contains(t) && self.may_boot(v, *t));
+                here.count()
+            };
+            order.sort_by_cached_key(|&v| (open(v), size(v)));
+            self.pack_in_order(&order, lost, true)
         })
     }
 

@@ -67,7 +67,11 @@ fn places_for_floating(w: &mut World, boots: &[(usize, Lost)]) -> BTreeMap<usize
     let dead: Vec<usize> = (0..w.hosts.len())
         .filter(|&h| w.hosts[h].host.record.dead())
         .collect();
-    let places: BTreeMap<usize, usize> = w.pack(&floating, &dead).unwrap_or_default().into_iter().collect();
+    let places: BTreeMap<usize, usize> = w
+        .pack(&floating, &dead, true)
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
     for (&v, &h) in &places {
         let waits = place_for_boot(w, v, Lost::HostDead, &places).is_err();
         if waits {
