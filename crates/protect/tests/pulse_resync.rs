@@ -149,7 +149,7 @@ fn pulse_resync_rate() {
     let left = primary.copy("b")["remaining_bytes"].as_u64().unwrap();
     assert!(left > 0 && left < DISK_BYTES, "{left} bytes remain");
     let refused = primary.ask(&Request::CopyRate { bytes_per_s: 1000 });
-    assert_eq!(refused["ok"], false, "{refused}");
+    assert!(refused.is_null(), "refused, which is no answer here: {refused}");
     let since = Instant::now();
     assert_eq!(primary.ask(&Request::CopyRate { bytes_per_s: 0 })["ok"], true);
     count.until("protected at full speed", || primary.protects());

@@ -196,8 +196,8 @@ impl Pool {
             folder,
         };
         let (etcd, lease) = (etcd().unwrap().display().to_string(), lease_ms.to_string());
-        for i in 0..names.len() {
-            let (address, name) = (pool.hosts[i].address.to_string(), names[i]);
+        for (i, name) in names.iter().enumerate() {
+            let address = pool.hosts[i].address.to_string();
             let common = [
                 "--name",
                 name,

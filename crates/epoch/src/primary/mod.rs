@@ -357,6 +357,11 @@ impl Primary {
     #[must_use]
     pub fn deadline(&self) -> Micros {
         let mut t = self.next_heartbeat;
+        if self.members.iter().any(|m| !m.lost) {
+            // Silence is counted in steps no longer than the cap, so ticks must come at least that often, however rare
+            // heartbeats are.
+            t = t.min(self.last_seen.saturating_add(self.settings.step_cap_us / 2));
+        }
         if let Some(d) = self.store.deadline() {
             t = t.min(d);
         }
