@@ -9,14 +9,21 @@ use crate::store::RecordStore;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 use steadfast_disk::image::BlockIo;
 use steadfast_machine::devices::legacy::OutputSink;
 use steadfast_net::{Hold, HoldBackend, HoldMode};
-use steadfast_vmm::control::{self, Call};
+use steadfast_types::HostId;
+use steadfast_vmm::control::{self, Answers, Call};
 use steadfast_vmm::process::{Ended, Options, ProcessError};
 use steadfast_vmm::spec::VmSpec;
 use steadfast_vmm::{AssembleError, Surroundings, assemble, assemble_from};
 
+/// Answers to requests are waited for so long at the end.
+const ANSWER_BOUND: Duration = Duration::from_secs(5);
+/// The store is asked again for so long at the start, and after so long each time.
+const STORE_BOUND: Duration = Duration::from_secs(30);
+const STORE_AGAIN: Duration = Duration::from_millis(500);
 /// Bytes of frames that wait for their epoch, per NIC, before the guest is held back.
 const HELD_BYTES_MAX: usize = 32 << 20;
 
@@ -46,17 +53,18 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let store =
         RecordStore::open(&protect.store, spec.name.clone()).map_err(|e| setting(format!("store: {e}")))?;
     if protect.start {
-        store
-            .create(&protect.host)
-            .map_err(|e| setting(format!("store: {e}")))?;
+        first_record(&store, &protect.host).map_err(|e| setting(format!("store: {e}")))?;
     }
     let (queue, incoming) = channel();
     let inputs = Inputs::new(queue);
     let disks = Disks::open(&spec, &protect, &inputs).map_err(setting)?;
     let blocks = disks.blocks();
-    if let Some(path) = &options.control {
-        serve_control(path, &inputs).map_err(ProcessError::Control)?;
-    }
+    let answers = options
+        .control
+        .as_ref()
+        .map(|path| serve_control(path, &inputs))
+        .transpose()
+        .map_err(ProcessError::Control)?;
     let control_path: Option<PathBuf> = options.control.clone();
     let holds = Holds::default();
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
@@ -119,12 +127,32 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     if let Some(path) = control_path {
         let _ = std::fs::remove_file(path);
     }
+    // Who asked something that nobody took is told that the VM ends; and nobody's answer is lost with the process.
+    drop(incoming);
+    if let Some(owed) = answers.map(|a| a.settle(ANSWER_BOUND)).filter(|owed| *owed > 0) {
+        tracing::warn!(owed, "requests without an answer");
+    }
     ended
 }
 
-fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<()> {
+/// Makes the VM's record where there is none. A store that does not answer now may do so in a moment: the hosts of a pool
+/// start together, and so do its VMs.
+fn first_record(store: &RecordStore, host: &HostId) -> std::io::Result<()> {
+    let until = Instant::now() + STORE_BOUND;
+    loop {
+        match store.create(host) {
+            Err(error) if Instant::now() < until => {
+                tracing::warn!(%error, "the store does not answer; asking again");
+                std::thread::sleep(STORE_AGAIN);
+            }
+            done => return done,
+        }
+    }
+}
+
+fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<Answers> {
     let (calls, incoming) = sync_channel::<Call>(4);
-    control::serve(control::bind(path)?, calls)?;
+    let answers = control::serve(control::bind(path)?, calls)?;
     let inputs = inputs.clone();
     std::thread::Builder::new()
         .name("control-queue".into())
@@ -133,5 +161,5 @@ fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<()>
                 .into_iter()
                 .for_each(|call| inputs.send(Input::Control(call)))
         })?;
-    Ok(())
+    Ok(answers)
 }
