@@ -330,6 +330,10 @@ fn run(inner: &Mutex<Inner>, waker: &File) {
         }
         let mut gone = Vec::new();
         let mut locked = lock(inner);
+        if !locked.orders.is_empty() {
+            // No frame overtakes a cable that was plugged before it was sent.
+            continue;
+        }
         locked.core.take_due(now_us(), &mut due);
         for (index, poll) in polls[1..].iter().enumerate() {
             if poll.revents == 0 {
