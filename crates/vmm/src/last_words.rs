@@ -27,6 +27,10 @@ static BY_MAIN_LOOP: AtomicBool = AtomicBool::new(false);
 /// The janitor's pipe; -1: none.
 static JANITOR: AtomicI32 = AtomicI32::new(-1);
 
+/// A thread has met a fault, and says so.
+static FAULTED: AtomicBool = AtomicBool::new(false);
+/// Another waits so long for it at most: some tenths of a second.
+const SPINS_MAX: u32 = 1 << 25;
 const FAULTS: [i32; 6] = [
     libc::SIGSYS,
     libc::SIGSEGV,
@@ -61,8 +65,15 @@ fn handle(signal: i32) {
     // SAFETY: an all-zero sigaction is a valid value of that plain C structure.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_signal as *const () as usize;
-    // RESETHAND: the second time the signal does what it always does. ONSTACK: the first may be for want of stack.
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND | libc::SA_ONSTACK | libc::SA_RESTART;
+    // ONSTACK: it may be for want of stack.
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    if REQUESTS.contains(&signal) {
+        // The second time the signal does what it always does.
+        action.sa_flags |= libc::SA_RESETHAND;
+    } else {
+        // A fault within the handler is not handled, but deadly. SAFETY: fills the mask of this very structure.
+        unsafe { libc::sigfillset(&raw mut action.sa_mask) };
+    }
     // SAFETY: the handler has the signature that SA_SIGINFO asks for and does only what signal handlers may. It fails
     // for no signal that is listed above.
     unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
@@ -146,6 +157,12 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
     };
     line.text(b"steadfast: ");
     let request = REQUESTS.contains(&signal);
+    if !request && FAULTED.swap(true, Ordering::AcqRel) {
+        // Another thread met its end at the same time and is saying so: this one must not end the process before that.
+        for _ in 0..SPINS_MAX {
+            std::hint::spin_loop();
+        }
+    }
     // SAFETY: with SA_SIGINFO the kernel gives a siginfo, whose code says which fields are valid.
     let (code, sender) = unsafe { ((*info).si_code, (*info).si_pid()) };
     // SI_USER and what is below it come from processes, what is above from the kernel.
@@ -174,6 +191,13 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
     if request && BY_MAIN_LOOP.load(Ordering::Relaxed) {
         ASKED.store(signal, Ordering::Release);
     } else {
+        if !request {
+            // SAFETY: an all-zero sigaction is the default action; a filter that forbids the call ends the process as well.
+            unsafe {
+                let default: libc::sigaction = std::mem::zeroed();
+                libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+            }
+        }
         // SAFETY: our own thread; the signal is blocked until this handler returns, and then has its default effect.
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), signal) };
     }
