@@ -174,6 +174,8 @@ pub struct World {
     same_user: bool,
     /// RAM of a VM, as `--memory` takes it.
     pub ram: &'static str,
+    /// More words for `vm run`.
+    pub extra: Vec<String>,
 }
 
 impl World {
@@ -200,6 +202,7 @@ impl World {
             dir,
             same_user,
             ram: "64MiB",
+            extra: Vec::new(),
         };
         // As root, a VM's process becomes the VM's own user, who saves files and hands sockets over in this folder.
         if !same_user && rustix::process::geteuid().is_root() {
@@ -301,6 +304,7 @@ impl World {
             &text("serial"),
         ];
         let mut command = self.command(run, &args);
+        command.args(&self.extra);
         if self.same_user {
             let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
             command.args(["--user", &format!("{uid}:{gid}")]);
