@@ -36,8 +36,13 @@ unpack_etcd() {
 
 # Installs what is missing. Fails only when something that building needs cannot be had.
 install_packages() {
-  local packages
   unpack_etcd
+  # Twice, because a package can push out another that was there (Debian's QEMU a newer qemu-utils from elsewhere).
+  install_missing && install_missing
+}
+
+install_missing() {
+  local packages
   mapfile -t packages < <(missing_packages)
   [ ${#packages[@]} -gt 0 ] || return 0
   echo "installing: ${packages[*]}"
