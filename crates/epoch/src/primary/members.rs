@@ -212,8 +212,8 @@ impl Primary {
                 if m.talk != Talk::Streaming {
                     return;
                 }
-                // Count only what this window knows under that very reference.
-                let known = staged.epoch <= self.progress.sealed()
+                // Count only what was sent to anybody at all, and what this window knows under that very reference.
+                let known = staged.epoch <= self.progress.sent()
                     && (staged == self.window.base()
                         || self.window.get(staged.epoch).is_some_and(|f| f.epoch == staged));
                 if known && staged.epoch > m.staged {
@@ -279,9 +279,14 @@ impl Primary {
     }
 
     fn welcomed(&mut self, now: Micros, i: usize, w: Welcome, out: &mut Vec<Action>) {
+        // A claim to have more than was ever sent is worth no more than what was sent.
+        let sent = self.progress.sent();
         let matched = w
             .staged
-            .and_then(|tip| self.window.common(tip))
+            .and_then(|tip| {
+                self.window
+                    .common(EpochRef::new(tip.epoch.min(sent).0, tip.term.0))
+            })
             .filter(|m| m.epoch >= w.applied.epoch);
         let m = &mut self.members[i];
         m.echo = 0;

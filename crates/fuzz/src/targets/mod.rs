@@ -3,6 +3,7 @@
 mod disk;
 mod kernel;
 mod pci;
+mod peer;
 mod virtio;
 mod wire;
 
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Target> {
     all.extend(virtio::targets());
     all.push(pci::target());
     all.extend(wire::targets());
+    all.extend(peer::targets());
     all
 }
 
