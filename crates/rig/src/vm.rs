@@ -27,6 +27,8 @@ const STATUS_PORT: u16 = 9;
 const CONTROL_PORT: u16 = 10;
 /// How long a control request may take; a save writes all of RAM.
 const CONTROL_BOUND: Duration = Duration::from_secs(120);
+/// How long one look at a console lasts at most.
+const WATCH: Duration = Duration::from_secs(10);
 const STATUS_BYTES_MAX: u64 = 64 << 10;
 
 /// Arguments of `steadfast vm run` for the mini guest, started from kernel and initrd on bridge br0. `words` are added to its
@@ -132,10 +134,26 @@ impl<'r> Vm<'r> {
             "grep -aF -m {count} -- '{text}' {} | tail -n +{count}",
             self.console()
         );
-        self.wait(&format!("`{text}` on the console"), bound, || {
-            let line = self.server.shell(&grep, Duration::from_secs(20))?.text();
-            Ok((!line.is_empty()).then_some(line))
-        })
+        let alive = self
+            .pid
+            .map_or("false".to_string(), |pid| format!("kill -0 {pid}"));
+        let begin = Instant::now();
+        loop {
+            // Looked for by one command on the server: each that is started there takes CPU from the guest.
+            let left = bound.saturating_sub(begin.elapsed());
+            let turns = left.min(WATCH).as_millis() / 500 + 1;
+            let watch = format!(
+                "for turn in $(seq {turns}); do {alive} 2>/dev/null; gone=$?; line=$({grep}); \
+                 [ -n \"$line\" ] || [ $gone -ne 0 ] && break; sleep 0.5; done; echo \"$line\""
+            );
+            let line = self.server.shell(&watch, WATCH + CONTROL_BOUND)?.text();
+            if !line.trim().is_empty() {
+                return Ok(line);
+            }
+            if begin.elapsed() >= bound || !self.is_alive()? {
+                return Err(self.trouble(&format!("`{text}` on the console"), begin.elapsed()));
+            }
+        }
     }
 
     /// As [`Vm::wait_console`], for a start, whose time depends on how busy this machine is more than on anything else: it may

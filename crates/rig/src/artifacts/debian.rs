@@ -24,6 +24,8 @@ pub const MOUNTED_AT: &str = "/guests/debian";
 /// What it is made of beside the minimal base.
 pub const PACKAGES: &[&str] = &[
     "busybox-static",
+    // systemd-logind, which answers the power button, needs it; every installed Debian has it.
+    "dbus",
     "e2fsprogs",
     "grub2-common",
     "grub-pc-bin",
