@@ -541,7 +541,8 @@ impl Process<'_> {
     }
 
     fn status(&self) -> Value {
-        let disks: Vec<_> = self.vm.disks.iter().map(|d| format!("{:?}", d.stats())).collect();
+        let disks: Vec<_> = self.vm.disks.iter().map(|d| json!(d.stats())).collect();
+        let nics: Vec<_> = self.vm.nics.iter().map(|n| json!(n.stats())).collect();
         json!({
             "ok": true,
             "name": self.vm.spec.name,
@@ -555,6 +556,7 @@ impl Process<'_> {
             "last_pause_us": self.last_pause_us,
             "balloon_bytes": self.vm.balloon.as_ref().map(|b| u64::from(b.actual()) * PAGE_SIZE),
             "disks": disks,
+            "nics": nics,
         })
     }
 }

@@ -205,9 +205,7 @@ impl Vm {
 }
 
 fn writes(status: &Value) -> u64 {
-    let text = status["disks"][0].as_str().unwrap();
-    let (_, after) = text.split_once(" writes: ").unwrap();
-    after.split_once(',').unwrap().0.parse().unwrap()
+    status["disks"][0]["writes"].as_u64().unwrap()
 }
 
 fn folder() -> tempfile::TempDir {

@@ -62,7 +62,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const RESET_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Counters.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 pub struct Stats {
     /// Reads answered.
     pub reads: AtomicU64,

@@ -69,7 +69,7 @@ const RETRY: Duration = Duration::from_millis(1);
 const RETRIES_MAX: u32 = 100;
 
 /// Counters.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 pub struct Stats {
     /// Frames that the guest sent.
     pub tx_frames: AtomicU64,

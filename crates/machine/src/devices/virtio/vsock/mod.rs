@@ -46,7 +46,7 @@ const BUDGET: usize = 64;
 const HOST_PORTS: u32 = 1 << 30;
 
 /// Counters.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 pub struct Stats {
     /// Connections made, by either side.
     pub connections: AtomicU64,
