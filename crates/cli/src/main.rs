@@ -42,6 +42,8 @@ enum Verb {
     Migrate(pool::MigrateArgs),
     /// What happened, and why.
     Events(pool::EventsArgs),
+    /// How available a VM was: up, degraded, down, nines, longest gap.
+    Availability(pool::AvailabilityArgs),
     /// The daemon of this host.
     Node(pool::NodeArgs),
     /// Ends `restart` VMs when this host has lost its lease; started by the daemon.
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Verb::Protect(args) => pool::protect(args, cli.json),
         Verb::Migrate(args) => pool::migrate(args, cli.json),
         Verb::Events(args) => pool::events(&args, cli.json),
+        Verb::Availability(args) => pool::availability(&args, cli.json),
         Verb::Node(args) => pool::node(&args),
         Verb::Guard(args) => pool::guard(args),
     };

@@ -12,12 +12,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 use steadfast_node::Folders;
 use steadfast_node::api::types::{
-    Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
+    Availability, Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
 };
 use steadfast_node::api::vms::{Console, Shown};
 use steadfast_node::config::Ports;
 use steadfast_node::http::{Method, Target, ask};
-use steadfast_node::records::{Event, StoredTask, Timings};
+use steadfast_node::journal::Told;
+use steadfast_node::records::{StoredTask, Timings};
 use steadfast_node::setup::{self, HostChoice};
 use steadfast_protect::EtcdSpec;
 use steadfast_types::{HostId, SiteId, VmId};
@@ -356,9 +357,15 @@ pub struct EventsArgs {
     /// Only those about this VM or host.
     #[arg(long)]
     subject: Option<String>,
+    /// Go on with those that come, until interrupted.
+    #[arg(long)]
+    follow: bool,
     #[command(flatten)]
     folders: FolderArgs,
 }
+
+/// How often `events --follow` asks.
+const FOLLOW: Duration = Duration::from_secs(1);
 
 /// Runs `steadfast events`; with --json one event a line.
 pub fn events(args: &EventsArgs, json: bool) -> Outcome {
@@ -367,14 +374,42 @@ pub fn events(args: &EventsArgs, json: bool) -> Outcome {
         .subject
         .as_ref()
         .map_or_else(String::new, |s| format!("&subject={s}"));
-    let events: Vec<Event> = api.get(&format!("/v1/events?limit={}{subject}", args.limit))?;
-    for event in &events {
-        match json {
-            true => println!("{}", serde_json::to_string(event)?),
-            false => println!("{}", show::event(event)),
+    let (mut limit, mut after) = (args.limit, 0);
+    loop {
+        let events: Vec<Told> = api.get(&format!("/v1/events?limit={limit}&after={after}{subject}"))?;
+        for told in &events {
+            match json {
+                true => println!("{}", serde_json::to_string(told)?),
+                false => println!("{}", show::event(told)),
+            }
+            after = after.max(told.event.id);
         }
+        if !args.follow {
+            return Ok(ExitCode::SUCCESS);
+        }
+        limit = usize::MAX;
+        std::thread::sleep(FOLLOW);
     }
-    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Args)]
+pub struct AvailabilityArgs {
+    vm: VmId,
+    /// The last so many hours; by default all that is known.
+    #[arg(long)]
+    hours: Option<u64>,
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+/// Runs `steadfast availability VM`.
+pub fn availability(args: &AvailabilityArgs, json: bool) -> Outcome {
+    let from = args.hours.map_or(0, |hours| {
+        steadfast_node::records::now_ms().saturating_sub(hours.saturating_mul(3_600_000))
+    });
+    let api = api(&args.folders, json)?;
+    let found: Availability = api.get(&format!("/v1/vms/{}/availability?from_ms={from}", args.vm))?;
+    api.print(&found, show::availability)
 }
 
 #[derive(Args)]

@@ -72,6 +72,22 @@ fn a_host_dies() {
         events.contains("start r on"),
         "the action and its reason are an event"
     );
+    assert!(
+        events.contains("host dead") && events.contains("its standby took over, detected in"),
+        "so are the detection, and the takeover with its parts"
+    );
+    // What the events say of availability is what the clients saw.
+    let of = |vm: &str| pool.other("").json(&["availability", vm]);
+    let (f, r) = (of("f"), of("r"));
+    assert!(
+        f["gaps"] == 1 && f["longest_gap_ms"].as_u64() < r["longest_gap_ms"].as_u64(),
+        "{f} {r}"
+    );
+    assert!(f["degraded_ms"].as_u64() > Some(0), "{f}");
+    assert!(
+        r["longest_gap_ms"].as_u64() >= Some(1000) && r["nines"].is_number(),
+        "{r}"
+    );
     assert_eq!((ft.seen().boots, restart.seen().boots), (0, 1));
 }
 

@@ -15,7 +15,7 @@ pub struct Report {
     pub down_ms: u64,
     /// Off as wanted, ms.
     pub off_ms: u64,
-    /// Before the first event: not known, ms. It counts for nothing.
+    /// Before the first event, or nobody looked: not known, ms. It counts for nothing.
     pub unknown_ms: u64,
     /// How often it went down.
     pub gaps: u32,
@@ -65,7 +65,7 @@ pub fn report<'a>(events: impl Iterator<Item = &'a Event>, vm: &VmId, from_ms: u
 
 fn spend(r: &mut Report, state: Option<Service>, ms: u64, gap: &mut u64) {
     match state {
-        None => r.unknown_ms += ms,
+        None | Some(Service::Unknown) => r.unknown_ms += ms,
         Some(Service::Up) => r.up_ms += ms,
         Some(Service::Degraded) => r.degraded_ms += ms,
         Some(Service::Off) => r.off_ms += ms,

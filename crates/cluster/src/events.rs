@@ -5,6 +5,7 @@
 use crate::detector::FailureClass;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use std::fmt;
 use steadfast_types::{HostId, VmId};
 
 /// How a VM's service is, for availability.
@@ -19,6 +20,20 @@ pub enum Service {
     Down,
     /// It is off, as wanted: counts for nothing.
     Off,
+    /// Nobody looked: no host decided for the pool. Counts for nothing.
+    Unknown,
+}
+
+impl fmt::Display for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Up => "up",
+            Self::Degraded => "degraded",
+            Self::Down => "down",
+            Self::Off => "off",
+            Self::Unknown => "unknown",
+        })
+    }
 }
 
 /// What happened.
@@ -90,6 +105,89 @@ pub struct Event {
     pub cause: Option<u64>,
 }
 
+impl Event {
+    /// An event without a cause; its number comes with the log.
+    #[must_use]
+    pub fn new(
+        at_ms: u64,
+        vm: Option<VmId>,
+        host: Option<HostId>,
+        what: What,
+        why: impl Into<String>,
+    ) -> Self {
+        Self {
+            id: 0,
+            at_ms,
+            vm,
+            host,
+            what,
+            why: why.into(),
+            cause: None,
+        }
+    }
+
+    /// Cuts its texts to what a log keeps.
+    pub fn bound(&mut self) {
+        cut(&mut self.why);
+        match &mut self.what {
+            What::Decided { action } => cut(action),
+            What::Refused { refusal } => cut(refusal),
+            What::Done { action, error, .. } => {
+                cut(action);
+                error.iter_mut().for_each(cut);
+            }
+            What::Remedy { remedy } => cut(remedy),
+            What::Detected { .. } | What::Service { .. } | What::Note => {}
+        }
+    }
+}
+
+/// One line for people, without the time.
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let vm = self.vm.iter().map(ToString::to_string);
+        let about: Vec<String> = vm.chain(self.host.iter().map(ToString::to_string)).collect();
+        if !about.is_empty() {
+            write!(f, "{}: ", about.join(" on "))?;
+        }
+        let why = |f: &mut fmt::Formatter<'_>| match self.why.is_empty() {
+            true => Ok(()),
+            false => write!(f, ": {}", self.why),
+        };
+        match &self.what {
+            What::Detected { class, took_ms } => {
+                write!(f, "detected after {took_ms} ms, {class}")?;
+                why(f)
+            }
+            What::Decided { action } => {
+                write!(f, "decided: {action}")?;
+                why(f)
+            }
+            What::Refused { refusal } => write!(f, "not now: {refusal}"),
+            What::Done {
+                action,
+                took_ms,
+                error,
+            } => {
+                match error {
+                    None => write!(f, "done in {took_ms} ms: {action}")?,
+                    Some(e) => write!(f, "failed after {took_ms} ms: {action}: {e}")?,
+                }
+                why(f)
+            }
+            What::Service { now } => {
+                write!(f, "is {now}")?;
+                why(f)
+            }
+            What::Remedy { remedy } => {
+                write!(f, "remedy: {remedy}")?;
+                why(f)
+            }
+            What::Note => f.write_str(&self.why),
+        }
+    }
+}
+
 /// Longest text kept in an event, in bytes.
 pub const TEXT_MAX: usize = 1024;
 
@@ -134,17 +232,7 @@ impl Log {
     pub fn push(&mut self, mut e: Event) -> u64 {
         e.id = self.next;
         self.next = self.next.saturating_add(1);
-        cut(&mut e.why);
-        match &mut e.what {
-            What::Decided { action } => cut(action),
-            What::Refused { refusal } => cut(refusal),
-            What::Done { action, error, .. } => {
-                cut(action);
-                error.iter_mut().for_each(cut);
-            }
-            What::Remedy { remedy } => cut(remedy),
-            What::Detected { .. } | What::Service { .. } | What::Note => {}
-        }
+        e.bound();
         self.bytes = self.bytes.saturating_add(weight(&e));
         let id = e.id;
         self.events.push_back(e);

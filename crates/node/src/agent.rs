@@ -8,6 +8,7 @@ use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::guard::{self, boot_ms};
 use crate::instances::{Exit, How, Meta};
+use crate::journal::{self, About};
 use crate::measure::Measure;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
@@ -146,11 +147,9 @@ impl Agent {
             self.started.insert(id.clone(), Instant::now());
             let how = How::Standby(vm.term());
             if let Err(error) = self.node.instances.start(id, vm, &how, &pool.hosts) {
-                self.node.event(
-                    "vm",
-                    id.as_str(),
+                self.node.note(
+                    About::On(id.clone(), me.clone()),
                     format!("its standby here cannot be started: {error}"),
-                    None,
                 );
             }
         }
@@ -182,8 +181,7 @@ impl Agent {
             return instances.forget(id);
         }
         if !meta.hot && instances.exit(id) == Some(Exit::Clean) && vm.term() == meta.term {
-            self.node
-                .event("vm", id.as_str(), "its guest shut itself down", None);
+            self.node.note(id, "its guest shut itself down");
             let kv = self.node.kv();
             update(&*kv, &vm_spec(id), |old: Option<StoredVm>| {
                 Ok(old.map(|mut v| {
@@ -214,12 +212,7 @@ impl Agent {
             let since = if ask_guest { since } else { 0 };
             let done = end_instance(&node, &id, since, in_order, term);
             if let Err(error) = done {
-                node.event(
-                    "vm",
-                    id.as_str(),
-                    format!("it could not be stopped: {error}"),
-                    None,
-                );
+                node.note(&id, format!("it could not be stopped: {error}"));
             }
             stopping
                 .lock()
@@ -259,7 +252,7 @@ fn end_instance(node: &Node, id: &VmId, since: u64, in_order: bool, term: Term) 
     if in_order && owner.as_ref() == Some(&node.host()) {
         mark_stopped(&*kv, id, term)?;
         let took = began.elapsed().as_millis() as u64;
-        node.event("vm", id.as_str(), "it was stopped in order", Some(took));
+        node.event(id, journal::done("stop it in order", took, None), "");
     }
     Ok(())
 }
@@ -322,23 +315,13 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
         false => How::Plain(claim(node, id, vm, me)?),
     };
     let started = node.instances.start(id, vm, &how, &pool.hosts);
-    if let Err(error) = &started {
+    if started.is_err() {
         count_failure(node, id, me, now_ms())?;
-        node.event(
-            "vm",
-            id.as_str(),
-            format!("it could not be started: {error}"),
-            None,
-        );
-    } else {
-        let took = began.elapsed().as_millis() as u64;
-        node.event(
-            "vm",
-            id.as_str(),
-            format!("its process was started on {me}"),
-            Some(took),
-        );
     }
+    let took = began.elapsed().as_millis() as u64;
+    let error = started.as_ref().err().map(ToString::to_string);
+    let about = About::On(id.clone(), me.clone());
+    node.event(about, journal::done("start its process", took, error), "");
     started
 }
 

@@ -8,7 +8,7 @@ use crate::config::{Folders, NodeConfig, write_file};
 use crate::error::{IoContext, NodeError, Result};
 use crate::guard;
 use crate::pool::PoolVm;
-use crate::records::{HostInfo, InstanceReport, StoredVm, now_ms};
+use crate::records::{HostInfo, InstanceReport, StoredVm, Takeover, now_ms};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -374,9 +374,15 @@ impl Instances {
             filled: false,
             lag_epochs: 0,
             copying: BTreeMap::new(),
+            takeover: None,
         };
         match self.ask(vm, &Request::Status, STATUS_BOUND) {
-            Ok(status) if meta.hot => read_protocol(&status["protocol"], meta, &mut report),
+            Ok(status) if meta.hot => {
+                read_protocol(&status["protocol"], meta, &mut report);
+                if report.phase == Phase::Running {
+                    report.takeover = read_takeover(&status["timeline"]["takeover"]);
+                }
+            }
             Ok(_) => report.phase = Phase::Running,
             Err(_) if self.pid(vm).is_some() => {}
             Err(_) => report.phase = Phase::Failed(FailureClass::ProcessDied),
@@ -494,6 +500,18 @@ fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
             report.copying.insert(host, left);
         }
     }
+}
+
+fn read_takeover(takeover: &Value) -> Option<Takeover> {
+    let ago_us = takeover["since_running_us"].as_u64()?;
+    let us = |name: &str| takeover[name].as_u64();
+    Some(Takeover {
+        at_ms: now_ms().saturating_sub(ago_us / 1000),
+        detect_us: us("detect_us"),
+        grant_us: us("grant_us"),
+        resume_us: us("resume_us"),
+        first_output_us: us("first_output_us"),
+    })
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {

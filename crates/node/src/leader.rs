@@ -12,15 +12,18 @@ use crate::agent::mark_stopped;
 use crate::error::{NodeError, Result};
 use crate::etcd;
 use crate::http::ask;
+use crate::journal::{self, About, EVENTS_MAX};
 use crate::migrate;
 use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
+use crate::watch::Watch;
 use hyper::Method;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use steadfast_cluster::events::What;
 use steadfast_cluster::model::{AlarmKey, HostHealth, Instance, Phase, Power};
 use steadfast_cluster::{Action, Decision, decide};
 use steadfast_store::Commit;
@@ -34,8 +37,10 @@ const ACT_BOUND: Duration = Duration::from_secs(60);
 const PING_BOUND: Duration = Duration::from_secs(2);
 /// A start that was sent is believed for so long without a report of it.
 const UNREPORTED: Duration = Duration::from_secs(8);
-/// Events kept.
-const EVENTS_MAX: usize = 5000;
+/// An action that fails the same way each time is told of again only after so long.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
+/// What takes longer is told as a decision and its end, each at its time; what is shorter as one event.
+const LONG_MS: u64 = 1000;
 /// Tasks kept after their end, ms.
 const TASK_KEPT_MS: u64 = 3_600_000;
 /// A VM that has run for so long has started well, ms.
@@ -54,6 +59,9 @@ pub struct Decider {
     under_way: Arc<Mutex<HashSet<String>>>,
     /// Refusals that were told already.
     told: HashSet<String>,
+    /// Actions that failed lately, and how: tried again each round, told again only now and then.
+    failing: Arc<Mutex<HashMap<String, (String, Instant)>>>,
+    watch: Arc<Mutex<Watch>>,
     running_since: HashMap<VmId, u64>,
     /// Starts that were sent lately: their hosts may not have reported them yet.
     begun: HashMap<(VmId, HostId), Instant>,
@@ -71,6 +79,8 @@ impl Decider {
             mine: None,
             under_way: Arc::default(),
             told: HashSet::new(),
+            failing: Arc::default(),
+            watch: Arc::default(),
             running_since: HashMap::new(),
             begun: HashMap::new(),
             round: 0,
@@ -95,17 +105,26 @@ impl Decider {
         if !self.elected(&pool).await? {
             *self.observer.lock().unwrap_or_else(PoisonError::into_inner) = Observer::default();
             self.told.clear();
+            *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Watch::default();
             return Ok(());
         }
         self.ping(&pool);
-        let observed = self
-            .observer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .look(&pool, read_at);
+        let (observed, silent_ms) = {
+            let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
+            let observed = observer.look(&pool, read_at);
+            (observed, observer.silent_ms(read_at))
+        };
         self.remember_owners(&pool).await?;
         self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
+        {
+            let (watch, pool, observed) = (Arc::clone(&self.watch), pool.clone(), observed.clone());
+            let look = move |n: &Node| {
+                let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+                watch.look(n, &pool, &observed, &silent_ms)
+            };
+            self.node.blocking(look).await?;
+        }
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
         for (vm, host) in self.begun.keys() {
@@ -124,13 +143,18 @@ impl Decider {
             self.carry_out(&pool, decision).await;
         }
         let refused: HashSet<String> = decisions.refusals.iter().map(ToString::to_string).collect();
-        for text in refused.difference(&self.told).cloned().collect::<Vec<_>>() {
-            let node = Arc::clone(&self.node);
-            node.blocking(move |n| {
-                n.event("pool", "", format!("not now: {text}"), None);
-                Ok(())
-            })
-            .await?;
+        for r in decisions.refusals {
+            let refusal = r.to_string();
+            if self.told.contains(&refusal) {
+                continue;
+            }
+            let about = match (r.vm, r.host) {
+                (Some(vm), Some(host)) => About::On(vm, host),
+                (Some(vm), None) => About::Vm(vm),
+                (None, Some(host)) => About::Host(host),
+                (None, None) => About::Pool,
+            };
+            self.tell(about, What::Refused { refusal }, String::new()).await?;
         }
         self.told = refused;
         self.round += 1;
@@ -138,6 +162,15 @@ impl Decider {
             self.keep_house(&pool).await?;
         }
         Ok(())
+    }
+
+    async fn tell(&self, about: About, what: What, why: String) -> Result<()> {
+        self.node
+            .blocking(move |n| {
+                n.event(about, what, why);
+                Ok(())
+            })
+            .await
     }
 
     /// Whether this host decides; tries to be elected if nobody does.
@@ -183,17 +216,9 @@ impl Decider {
             })
             .await?;
         if won && self.mine.is_none() {
-            let node = Arc::clone(&self.node);
-            node.blocking(|n| {
-                n.event(
-                    "pool",
-                    n.host().as_str(),
-                    "it decides for the pool from now on",
-                    None,
-                );
-                Ok(())
-            })
-            .await?;
+            let about = About::Host(self.node.host());
+            self.tell(about, What::Note, "it decides for the pool from now on".into())
+                .await?;
         }
         self.mine = won.then_some(seq);
         Ok(won)
@@ -252,7 +277,7 @@ impl Decider {
                         && new != old
                     {
                         let text = format!("it runs on {new} now (term {term}), before on {old}");
-                        n.event("vm", vm_id.as_str(), text, None);
+                        n.note(About::On(vm_id, new.clone()), text);
                     }
                     Ok(())
                 })
@@ -297,19 +322,39 @@ impl Decider {
         }
         drop(under_way);
         let (node, pool, under) = (Arc::clone(&self.node), pool.clone(), Arc::clone(&self.under_way));
+        let failing = Arc::clone(&self.failing);
         let work = async move {
-            let began = Instant::now();
+            let (began, began_ms) = (Instant::now(), now_ms());
             let done = perform(&node, &pool, &decision.action).await;
             let took = began.elapsed().as_millis() as u64;
-            let subject = decision.action.vm().map_or_else(String::new, ToString::to_string);
-            let text = match &done {
-                Ok(true) => Some(decision.to_string()),
-                Ok(false) => None,
-                Err(error) => Some(format!("{decision}; it failed: {error}")),
+            let error = done.as_ref().err().map(ToString::to_string);
+            let again = {
+                let mut failing = failing.lock().unwrap_or_else(PoisonError::into_inner);
+                failing.retain(|_, (_, at)| at.elapsed() < TOLD_AGAIN);
+                match &error {
+                    Some(e) if failing.get(&key).is_some_and(|(before, _)| before == e) => true,
+                    Some(e) => failing
+                        .insert(key.clone(), (e.clone(), began))
+                        .is_some_and(|_| false),
+                    None => {
+                        failing.remove(&key);
+                        false
+                    }
+                }
             };
-            if let Some(text) = text {
+            if !again && !matches!(done, Ok(false)) {
                 let told = node.blocking(move |n| {
-                    n.event("action", &subject, text, Some(took));
+                    let about = about(&decision.action);
+                    let action = decision.action.to_string();
+                    if took >= LONG_MS || error.is_some() {
+                        let decided = What::Decided {
+                            action: action.clone(),
+                        };
+                        n.event_at(began_ms, about.clone(), decided, decision.why.clone());
+                        n.event(about, journal::done(action, took, error), "");
+                    } else {
+                        n.event(about, journal::done(action, took, None), decision.why);
+                    }
                     Ok(())
                 });
                 let _ = told.await;
@@ -338,9 +383,7 @@ impl Decider {
         self.node
             .blocking(move |n| {
                 let kv = n.kv();
-                let events = kv.list("e/")?.entries;
-                let surplus = events.len().saturating_sub(EVENTS_MAX);
-                let mut keys: Vec<String> = events.into_iter().take(surplus).map(|e| e.key).collect();
+                let mut keys = journal::surplus(&*kv, EVENTS_MAX)?;
                 keys.extend(old);
                 for part in keys.chunks(steadfast_store::CHANGES_MAX) {
                     let delete = part.iter().fold(Commit::default(), |c, k| c.delete(k));
@@ -349,6 +392,29 @@ impl Decider {
                 Ok(())
             })
             .await
+    }
+}
+
+/// What an action is about.
+fn about(action: &Action) -> About {
+    let host = match action {
+        Action::MarkHealth { host, .. }
+        | Action::MarkAdmin { host, .. }
+        | Action::StartVm { host, .. }
+        | Action::ResetVm { host, .. }
+        | Action::StopInstance { host, .. }
+        | Action::Promote { to: host, .. }
+        | Action::AddStandby { host, .. }
+        | Action::RemoveStandby { host, .. }
+        | Action::UpgradeHost { host, .. } => Some(host.clone()),
+        Action::Migrate { to, .. } | Action::CancelMigration { to, .. } => Some(to.clone()),
+        Action::RaiseAlarm { .. } | Action::ClearAlarm { .. } => None,
+    };
+    match (action.vm().cloned(), host) {
+        (Some(vm), Some(host)) => About::On(vm, host),
+        (Some(vm), None) => About::Vm(vm),
+        (None, Some(host)) => About::Host(host),
+        (None, None) => About::Pool,
     }
 }
 

@@ -27,6 +27,7 @@ mod etcd;
 mod guard;
 pub mod http;
 mod instances;
+pub mod journal;
 mod leader;
 mod measure;
 mod migrate;
@@ -38,6 +39,7 @@ pub mod records;
 mod relocate;
 pub mod setup;
 pub mod tls;
+mod watch;
 
 pub use config::Folders;
 pub use daemon::run;

@@ -121,7 +121,7 @@ pub async fn set(node: &Arc<Node>, id: &str, state: TaskState, text: &str) -> Re
             }))
         })?;
         if let Some((vm, text)) = subject.filter(|_| state != TaskState::Running) {
-            n.event("task", vm.as_str(), text, None);
+            n.note(&vm, text);
         }
         Ok(())
     })

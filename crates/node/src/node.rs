@@ -4,14 +4,15 @@ use crate::config::{Folders, NodeConfig};
 use crate::error::{NodeError, Result};
 use crate::http::Target;
 use crate::instances::Instances;
-use crate::pool;
-use crate::records::{Event, HostInfo, now_ms};
+use crate::journal::{self, About, Told};
+use crate::records::{HostInfo, now_ms};
 use crate::relocate::ReadOnly;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
+use steadfast_cluster::events::{Event, What};
 use steadfast_store::Kv;
 use steadfast_types::HostId;
 use tokio::sync::Notify;
@@ -152,17 +153,23 @@ impl Node {
     }
 
     /// Keeps an event. Blocks.
-    pub fn event(&self, kind: &str, subject: &str, text: impl Into<String>, took_ms: Option<u64>) {
-        let text = text.into();
-        tracing::info!(kind, subject, "{text}");
-        let event = Event {
-            at_ms: now_ms(),
-            host: self.host(),
-            kind: kind.into(),
-            subject: subject.into(),
-            text,
-            took_ms,
+    pub fn event(&self, about: impl Into<About>, what: What, why: impl Into<String>) {
+        self.event_at(now_ms(), about, what, why);
+    }
+
+    /// Keeps an event of some moment before this one. Blocks.
+    pub fn event_at(&self, at_ms: u64, about: impl Into<About>, what: What, why: impl Into<String>) {
+        let (vm, host) = about.into().split();
+        let mut told = Told {
+            by: self.host(),
+            event: Event::new(at_ms, vm, host, what, why),
         };
-        pool::event(&*self.kv(), &event);
+        tracing::info!("{}", told.event);
+        journal::write(&*self.kv(), &mut told);
+    }
+
+    /// Keeps a line for people. Blocks.
+    pub fn note(&self, about: impl Into<About>, text: impl Into<String>) {
+        self.event(about, What::Note, text);
     }
 }

@@ -49,6 +49,15 @@ impl Observer {
         }
     }
 
+    /// For how long each host was not heard of on any path, ms.
+    #[must_use]
+    pub fn silent_ms(&self, now: Instant) -> BTreeMap<HostId, u64> {
+        let silent = |seen: &Seen| now.saturating_duration_since(seen.reported.max(seen.answered));
+        let each = self.hosts.iter();
+        each.map(|(h, seen)| (h.clone(), silent(seen).as_millis() as u64))
+            .collect()
+    }
+
     /// What is to be thought of each host now.
     pub fn look(&mut self, pool: &Pool, now: Instant) -> BTreeMap<HostId, HostHealth> {
         let own_pause = self.looked.map_or(Duration::ZERO, |at| {

@@ -2,8 +2,8 @@
 
 use crate::error::Result;
 use crate::records::{
-    self, CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState,
-    Timings, VmMemory, now_ms, parse,
+    CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState, Timings,
+    VmMemory, WATCHED, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use steadfast_cluster::model::{
@@ -61,6 +61,8 @@ pub struct Pool {
     pub timings: Timings,
     /// Who decides.
     pub leader: Option<Leader>,
+    /// When a leader last looked at all VMs, wall clock, ms.
+    pub watched_ms: Option<u64>,
     /// Hosts.
     pub hosts: BTreeMap<HostId, HostInfo>,
     /// Their last reports.
@@ -88,6 +90,7 @@ impl Pool {
                 TIMINGS => parse(key, value).map(|v| pool.timings = v),
                 LEADER => parse(key, value).map(|v| pool.leader = Some(v)),
                 CA => Ok(()),
+                WATCHED => parse(key, value).map(|v| pool.watched_ms = Some(v)),
                 _ => pool.take(key, value),
             };
             if let Err(error) = done {
@@ -279,18 +282,5 @@ impl Pool {
     pub fn vm_entry(&self, id: &VmId) -> Result<&PoolVm> {
         let found = self.vms.get(id);
         found.ok_or_else(|| crate::error::NodeError::NotFound(format!("VM {id} in this pool")))
-    }
-}
-
-/// Writes an event. A failure is only logged: events are for people.
-pub fn event(kv: &dyn Kv, event: &records::Event) {
-    let n = steadfast_store::random_u64().unwrap_or_default() as u32;
-    let key = format!("e/{:015}-{}-{n:08x}", event.at_ms, event.host);
-    let done = records::json(event).and_then(|v| {
-        let commit = steadfast_store::Commit::default().put(key, v);
-        Ok(kv.commit(&commit)?)
-    });
-    if let Err(error) = done {
-        tracing::warn!(%error, text = event.text, "an event could not be kept");
     }
 }

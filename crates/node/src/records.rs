@@ -8,7 +8,8 @@
 //! vm/ID/spec         what is wanted                                     changed by people
 //! vm/ID/record       term and owner: the arbiter's, see protect::store  changed by compare-and-swap only
 //! vm/ID/state        standbys, failures, home                           changed by the leader and the hosts
-//! e/TIME-HOST-N      events
+//! e/TIME-HOST-N      events                                             see journal.rs
+//! p/watched          when a leader last looked at all VMs, ms           written by the leader
 //! ```
 //! All values are JSON. Fields that are added carry a default, so that hosts of the previous version can be read.
 
@@ -29,6 +30,8 @@ pub const SETTINGS: &str = "p/settings";
 pub const TIMINGS: &str = "p/timings";
 /// Who decides.
 pub const LEADER: &str = "p/leader";
+/// When a leader last looked at all VMs, wall clock, ms.
+pub const WATCHED: &str = "p/watched";
 /// The CA, with its key.
 pub const CA: &str = "p/ca";
 
@@ -138,6 +141,51 @@ pub struct InstanceReport {
     /// Standbys being filled, and bytes to go.
     #[serde(default)]
     pub copying: BTreeMap<HostId, u64>,
+    /// How it became the primary, if by taking over.
+    #[serde(default)]
+    pub takeover: Option<Takeover>,
+}
+
+/// A takeover by a standby, as that standby measured it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Takeover {
+    /// When the guest ran again, wall clock of the standby, ms.
+    pub at_ms: u64,
+    /// From the primary's last sign of life to the suspicion.
+    pub detect_us: Option<u64>,
+    /// To the arbiter's word.
+    pub grant_us: Option<u64>,
+    /// To the guest's first step.
+    pub resume_us: Option<u64>,
+    /// To the first output.
+    pub first_output_us: Option<u64>,
+}
+
+impl Takeover {
+    /// How long the guest stood, at most, ms.
+    #[must_use]
+    pub fn gap_ms(&self) -> u64 {
+        let parts = [self.detect_us, self.grant_us, self.resume_us];
+        parts.into_iter().flatten().sum::<u64>().div_ceil(1000)
+    }
+}
+
+impl std::fmt::Display for Takeover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("its standby took over")?;
+        let parts = [
+            ("detected", self.detect_us),
+            ("granted", self.grant_us),
+            ("resumed", self.resume_us),
+            ("first output", self.first_output_us),
+        ];
+        for (name, us) in parts {
+            if let Some(us) = us {
+                write!(f, ", {name} in {}.{} ms", us / 1000, us % 1000 / 100)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A VM as people want it.
@@ -219,25 +267,6 @@ pub struct StoredTask {
     pub text: String,
     /// When it ended, wall clock, ms.
     pub ended_ms: Option<u64>,
-}
-
-/// Something that happened.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct Event {
-    /// When, wall clock of `host`, ms.
-    pub at_ms: u64,
-    /// Who says so.
-    #[schema(value_type = String)]
-    pub host: HostId,
-    /// What kind of event: `action`, `vm`, `host`, `task`, `pool`.
-    pub kind: String,
-    /// Which VM or host.
-    pub subject: String,
-    /// What, and why.
-    pub text: String,
-    /// How long it took, ms.
-    #[serde(default)]
-    pub took_ms: Option<u64>,
 }
 
 /// Wall clock, ms since 1970.

@@ -10,6 +10,7 @@
 use crate::config::{NodeConfig, StoreChoice};
 use crate::error::{IoContext, NodeError, Result, refused};
 use crate::etcd::Member;
+use crate::journal;
 use crate::node::Node;
 use crate::records::host_info;
 use rustix::process::{Pid, Signal, kill_process};
@@ -105,12 +106,8 @@ fn move_store(node: &Node) -> Result<()> {
         },
     )?;
     let took = began.elapsed().as_millis() as u64;
-    node.event(
-        "pool",
-        new.host.as_str(),
-        "the store was moved from a folder into etcd",
-        Some(took),
-    );
+    let moved = journal::done("move the store from a folder into etcd", took, None);
+    node.event(&new.host, moved, "a second host joins");
     Ok(())
 }
 

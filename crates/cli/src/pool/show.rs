@@ -1,8 +1,9 @@
 //! Answers of the daemon as text.
 
 use std::fmt::Write;
-use steadfast_node::api::types::{Done, HostStatus, PoolStatus, VmStatus};
-use steadfast_node::records::{Event, StoredTask};
+use steadfast_node::api::types::{Availability, Done, HostStatus, PoolStatus, VmStatus};
+use steadfast_node::journal::Told;
+use steadfast_node::records::StoredTask;
 
 /// Rows with columns as wide as they must be.
 fn table(head: &[&str], rows: &[Vec<String>]) -> String {
@@ -143,19 +144,52 @@ pub fn done(d: &Done) -> String {
     text
 }
 
-pub fn event(e: &Event) -> String {
+pub fn event(told: &Told) -> String {
     // Seconds of the day, UTC: dates are in --json.
-    let s = e.at_ms / 1000 % 86_400;
-    let took = e.took_ms.map_or(String::new(), |ms| format!(" ({ms} ms)"));
-    format!(
-        "{:02}:{:02}:{:02}.{:03} {} {} {}: {}{took}",
-        s / 3600,
-        s / 60 % 60,
-        s % 60,
-        e.at_ms % 1000,
-        e.host,
-        e.kind,
-        e.subject,
-        e.text
-    )
+    let (ms, by, event) = (told.event.at_ms, &told.by, &told.event);
+    let s = ms / 1000 % 86_400;
+    let (h, m, s, ms) = (s / 3600, s / 60 % 60, s % 60, ms % 1000);
+    format!("{h:02}:{m:02}:{s:02}.{ms:03} [{by}] {event}")
+}
+
+/// Milliseconds for people.
+fn span(ms: u64) -> String {
+    match ms {
+        0..10_000 => format!("{ms} ms"),
+        10_000..600_000 => format!("{:.1} s", ms as f64 / 1000.0),
+        600_000..36_000_000 => format!("{:.1} min", ms as f64 / 60_000.0),
+        _ => format!("{:.1} h", ms as f64 / 3_600_000.0),
+    }
+}
+
+pub fn availability(a: &Availability) -> String {
+    let r = &a.report;
+    let mut text = format!("{} over {}\n", a.vm, span(a.to_ms.saturating_sub(a.from_ms)));
+    let lines = [
+        ("up", r.up_ms),
+        ("degraded", r.degraded_ms),
+        ("down", r.down_ms),
+        ("off", r.off_ms),
+        ("unknown", r.unknown_ms),
+    ];
+    for (name, ms) in lines {
+        let _ = writeln!(text, "  {name:<10}{}", span(ms));
+    }
+    let _ = writeln!(
+        text,
+        "  {} times down, {} the longest",
+        r.gaps,
+        span(r.longest_gap_ms)
+    );
+    let _ = match (r.availability, r.nines) {
+        (Some(share), Some(nines)) => {
+            writeln!(
+                text,
+                "  available {:.5} % of the time wanted: {nines:.1} nines",
+                share * 100.0
+            )
+        }
+        _ => writeln!(text, "  no time in which it was wanted is known"),
+    };
+    text
 }

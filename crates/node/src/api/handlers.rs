@@ -1,24 +1,26 @@
 //! Status, hosts, events, tasks, and what daemons ask of each other.
 
-use super::types::{Done, DryRun, HostStatus, NewToken, PoolStatus, in_ms, pool_status};
+use super::types::{Availability, Done, DryRun, HostStatus, NewToken, PoolStatus, in_ms, pool_status};
 use super::{Answer, Failure};
 use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
+use crate::journal::{self, EVENTS_MAX, Told};
 use crate::node::Node;
 use crate::pki::{Pair, Token, fingerprint_of_pem};
 use crate::pool::Pool;
 use crate::records::{
-    CA, Event, HostInfo, StoredTask, StoredToken, TaskState, get, host_info, host_report, json, parse, update,
+    CA, HostInfo, StoredTask, StoredToken, TaskState, get, host_info, host_report, json, now_ms, update,
 };
 use crate::{etcd, migrate};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use std::sync::Arc;
+use steadfast_cluster::availability::report;
 use steadfast_cluster::model::{DrainWhy, HostAdmin};
 use steadfast_cluster::{Action, decide};
 use steadfast_store::Commit;
-use steadfast_types::HostId;
+use steadfast_types::{HostId, VmId};
 
 type Shared = State<Arc<Node>>;
 
@@ -77,7 +79,7 @@ async fn set_admin(node: &Arc<Node>, host: HostId, admin: HostAdmin, dry_run: bo
                     info
                 }))
             })?;
-            n.event("host", host.as_str(), text, None);
+            n.note(&host, text);
             Ok(())
         })
         .await?;
@@ -148,7 +150,7 @@ pub async fn remove_host(
                 .delete(host_info(&name))
                 .delete(host_report(&name));
             n.kv().commit(&commit)?;
-            n.event("host", name.as_str(), "it was taken out of the pool", None);
+            n.note(&name, "it was taken out of the pool");
             Ok(())
         })
         .await?;
@@ -168,31 +170,80 @@ pub struct Which {
     limit: usize,
     /// Only those about this VM or host.
     subject: Option<String>,
+    /// Only those after the one with this number.
+    after: u64,
+}
+
+impl Which {
+    fn holds(&self, told: &Told) -> bool {
+        let e = &told.event;
+        let about = |s: &String| {
+            e.vm.as_ref().is_some_and(|vm| vm.as_str() == s)
+                || e.host.as_ref().is_some_and(|h| h.as_str() == s)
+        };
+        e.id > self.after && self.subject.as_ref().is_none_or(about)
+    }
 }
 
 /// The newest events, oldest first.
-#[utoipa::path(get, path = "/v1/events", params(("limit" = Option<usize>, Query), ("subject" = Option<String>, Query)),
-    responses((status = 200, body = Vec<Event>)))]
-pub async fn events(State(node): Shared, Query(which): Query<Which>) -> Answer<Vec<Event>> {
-    let limit = if which.limit == 0 {
-        100
-    } else {
-        which.limit.min(5000)
+#[utoipa::path(get, path = "/v1/events",
+    params(("limit" = Option<usize>, Query), ("subject" = Option<String>, Query), ("after" = Option<u64>, Query)),
+    responses((status = 200, body = Vec<Object>)))]
+pub async fn events(State(node): Shared, Query(which): Query<Which>) -> Answer<Vec<Told>> {
+    let limit = match which.limit {
+        0 => 100,
+        limit => limit.min(EVENTS_MAX),
     };
     let found = node
         .blocking(move |n| {
-            let mut found: Vec<Event> = Vec::new();
-            for entry in n.kv().list("e/")?.entries.iter().rev() {
-                if found.len() == limit {
-                    break;
-                }
-                match parse::<Event>(&entry.key, &entry.value) {
-                    Ok(e) if which.subject.as_ref().is_none_or(|s| *s == e.subject) => found.push(e),
-                    _ => {}
-                }
-            }
-            found.reverse();
-            Ok(found)
+            let mut found = journal::all(&*n.kv())?;
+            found.retain(|told| which.holds(told));
+            Ok(found.split_off(found.len().saturating_sub(limit)))
+        })
+        .await?;
+    Ok(Json(found))
+}
+
+/// The part of time to look at.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Span {
+    /// From when, wall clock, ms; 0: from the first event that is kept.
+    from_ms: u64,
+    /// Until when; 0: now.
+    to_ms: u64,
+}
+
+/// How available a VM was: from its changes of service that are kept.
+#[utoipa::path(get, path = "/v1/vms/{vm}/availability",
+    params(("vm" = String, Path), ("from_ms" = Option<u64>, Query), ("to_ms" = Option<u64>, Query)),
+    responses((status = 200, body = Availability)))]
+pub async fn availability(
+    State(node): Shared,
+    Path(vm): Path<VmId>,
+    Query(span): Query<Span>,
+) -> Answer<Availability> {
+    let found = node
+        .blocking(move |n| {
+            let kv = n.kv();
+            Pool::load(&*kv)?.vm_entry(&vm)?;
+            let events: Vec<_> = journal::all(&*kv)?.into_iter().map(|told| told.event).collect();
+            let first = events
+                .iter()
+                .find(|e| e.vm.as_ref() == Some(&vm))
+                .map(|e| e.at_ms);
+            let to_ms = if span.to_ms == 0 { now_ms() } else { span.to_ms };
+            let from_ms = match span.from_ms {
+                0 => first.unwrap_or(to_ms),
+                from => from,
+            };
+            let report = report(events.iter(), &vm, from_ms, to_ms);
+            Ok(Availability {
+                vm,
+                from_ms,
+                to_ms,
+                report,
+            })
         })
         .await?;
     Ok(Json(found))

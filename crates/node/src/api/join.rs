@@ -150,7 +150,7 @@ async fn add_host(node: &Arc<Node>, info: HostInfo) -> Result<()> {
         if !kv.commit(&commit)?.is_done() {
             return Err(NodeError::Conflict("the list of hosts".into()));
         }
-        n.event("host", id.as_str(), "it joined the pool", None);
+        n.note(&id, "it joined the pool");
         Ok(())
     })
     .await

@@ -63,6 +63,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         handlers::resume,
         handlers::remove_host,
         handlers::events,
+        handlers::availability,
         handlers::tasks,
         handlers::cancel_task,
         handlers::token,
@@ -87,7 +88,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::HowToStop,
         types::Done,
         types::NewToken,
-        crate::records::Event,
+        types::Availability,
         crate::records::StoredTask,
         crate::records::TaskState,
     ))
@@ -113,6 +114,7 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/vms/{vm}/stop", post(vms::stop))
         .route("/v1/vms/{vm}/protection", post(vms::protect))
         .route("/v1/vms/{vm}/migrate", post(vms::migrate))
+        .route("/v1/vms/{vm}/availability", get(handlers::availability))
         .route("/v1/vms/{vm}/console", get(vms::console))
         .route("/v1/openapi.json", get(|| async { Json(Description::openapi()) }))
         .route(

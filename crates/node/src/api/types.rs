@@ -232,6 +232,22 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
     }
 }
 
+/// How available a VM was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Availability {
+    /// Which.
+    #[schema(value_type = String)]
+    pub vm: VmId,
+    /// From when, wall clock, ms.
+    pub from_ms: u64,
+    /// Until when.
+    pub to_ms: u64,
+    /// `up_ms`, `degraded_ms`, `down_ms`, `off_ms`, `unknown_ms`, `gaps`, `longest_gap_ms`, `availability`, `nines`.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    pub report: steadfast_cluster::availability::Report,
+}
+
 /// A new VM.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -172,7 +172,7 @@ pub async fn create(State(node): Shared, Query(dry): Query<DryRun>, Json(new): J
             if !n.kv().commit(&commit)?.is_done() {
                 return Err(NodeError::Conflict(format!("VM {id}")));
             }
-            n.event("vm", id.as_str(), "it was created", None);
+            n.note(&id, "it was created");
             Ok(())
         })
         .await?;
@@ -207,7 +207,7 @@ pub async fn delete(State(node): Shared, Path(vm): Path<VmId>, Query(dry): Query
                 .delete(RecordStore::key(&vm))
                 .delete(index_key(index));
             n.kv().commit(&commit)?;
-            n.event("vm", vm.as_str(), "it was deleted", None);
+            n.note(&vm, "it was deleted");
             Ok(())
         })
         .await?;
@@ -234,7 +234,7 @@ async fn want(
                 v
             }))
         })?;
-        n.event("vm", id.as_str(), text, None);
+        n.note(&id, text);
         Ok(())
     })
     .await?;

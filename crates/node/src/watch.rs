@@ -1,0 +1,247 @@
+//! What the leader tells about hosts and VMs: health and service that changed, takeovers, and times in which nobody looked.
+//!
+//! It only tells. A VM's service is judged from the same reports as `steadfast status`; what is not known is not claimed:
+//! while a host is only suspect nothing is said of its VMs, and a new owner's VM is told of with its own report.
+
+use crate::api::types::vm_status;
+use crate::error::Result;
+use crate::journal::{self, About};
+use crate::node::Node;
+use crate::pool::{Pool, PoolVm};
+use crate::records::{Takeover, WATCHED, json, now_ms};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use steadfast_cluster::detector::FailureClass;
+use steadfast_cluster::events::{Service, What};
+use steadfast_cluster::model::{HostHealth, Phase, Power};
+use steadfast_store::Commit;
+use steadfast_types::{HostId, VmId};
+
+/// Looks that are further apart leave a time of which nothing is known, ms. Longer than a change of leaders.
+const UNWATCHED_MS: u64 = 30_000;
+/// How often it is written down that somebody looks, ms.
+const WATCHED_EVERY_MS: u64 = 10_000;
+/// A takeover is told once; its time is reckoned anew with each report, to about so many ms.
+const TAKEOVER_JITTER_MS: u64 = 500;
+
+/// See the module.
+#[derive(Default)]
+pub struct Watch {
+    /// What was told last of each VM; none: to be read from the store.
+    services: Option<HashMap<VmId, Service>>,
+    takeovers: HashMap<VmId, u64>,
+    health: BTreeMap<HostId, HostHealth>,
+    failed: HashSet<(VmId, HostId)>,
+    watched_ms: u64,
+}
+
+impl Watch {
+    /// Tells what is new. `observed`: each host's health, and for how long it was not heard of, ms. Blocks.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn look(
+        &mut self,
+        node: &Node,
+        pool: &Pool,
+        observed: &BTreeMap<HostId, HostHealth>,
+        silent_ms: &BTreeMap<HostId, u64>,
+    ) -> Result<()> {
+        self.begin(node, pool)?;
+        self.hosts(node, observed, silent_ms);
+        self.instances(node, pool);
+        let services = self.services.get_or_insert_default();
+        services.retain(|id, _| pool.vms.contains_key(id));
+        self.takeovers.retain(|id, _| pool.vms.contains_key(id));
+        for (id, vm) in &pool.vms {
+            let mut last = services.get(id).copied();
+            if let Some((owner, t)) = takeover(pool, id, vm)
+                && t.at_ms > self.takeovers.get(id).copied().unwrap_or(0) + TAKEOVER_JITTER_MS
+            {
+                self.takeovers.insert(id.clone(), t.at_ms);
+                let about = || About::On(id.clone(), owner.clone());
+                let (from, why) = (t.at_ms.saturating_sub(t.gap_ms()), t.to_string());
+                node.event_at(
+                    from,
+                    about(),
+                    What::Service { now: Service::Down },
+                    "its host was lost",
+                );
+                node.event_at(
+                    t.at_ms,
+                    about(),
+                    What::Service {
+                        now: Service::Degraded,
+                    },
+                    why,
+                );
+                last = Some(Service::Degraded);
+            }
+            // What has not run yet has no service that could be lost.
+            let news = |now: Service| Some(now) != last && (last.is_some() || now != Service::Down);
+            if let Some((now, why)) = service(pool, id, vm).filter(|(now, _)| news(*now)) {
+                let about = match vm.owner() {
+                    Some(owner) => About::On(id.clone(), owner.clone()),
+                    None => id.into(),
+                };
+                node.event(about, What::Service { now }, why);
+                last = Some(now);
+            }
+            if let Some(last) = last {
+                services.insert(id.clone(), last);
+            }
+        }
+        let now = now_ms();
+        if now.saturating_sub(self.watched_ms) >= WATCHED_EVERY_MS {
+            node.kv().commit(&Commit::default().put(WATCHED, json(&now)?))?;
+            self.watched_ms = now;
+        }
+        Ok(())
+    }
+
+    /// A new leader goes on from what was told before.
+    fn begin(&mut self, node: &Node, pool: &Pool) -> Result<()> {
+        if self.services.is_some() {
+            return Ok(());
+        }
+        let events = journal::all(&*node.kv())?;
+        let mut services = journal::services(&events);
+        for told in &events {
+            if let (Some(vm), What::Service { .. }) = (&told.event.vm, &told.event.what) {
+                self.takeovers.insert(vm.clone(), told.event.at_ms);
+            }
+        }
+        let now = now_ms();
+        let unwatched = pool
+            .watched_ms
+            .filter(|at| now.saturating_sub(*at) > UNWATCHED_MS);
+        if let Some(at) = unwatched {
+            let why = format!("no host decided for the pool for {} s", (now - at) / 1000);
+            for (vm, service) in &mut services {
+                if *service != Service::Off && pool.vms.contains_key(vm) {
+                    *service = Service::Unknown;
+                    node.event_at(at, vm, What::Service { now: *service }, why.clone());
+                }
+            }
+        }
+        self.services = Some(services);
+        Ok(())
+    }
+
+    fn hosts(
+        &mut self,
+        node: &Node,
+        observed: &BTreeMap<HostId, HostHealth>,
+        silent_ms: &BTreeMap<HostId, u64>,
+    ) {
+        for (host, now) in observed {
+            let before = self.health.insert(host.clone(), *now);
+            let took_ms = silent_ms.get(host).copied().unwrap_or(0);
+            let dead = |h: Option<HostHealth>| matches!(h, Some(HostHealth::Dead { .. }));
+            match now {
+                _ if before == Some(*now) => {}
+                HostHealth::Up if before.is_none() => {}
+                HostHealth::Up => node.note(host, "it is heard of again"),
+                HostHealth::Suspect => node.note(host, "it is suspect: it does not report any more"),
+                HostHealth::Dead { fenced } if dead(before) => {
+                    let also = if *fenced {
+                        "it is fenced: its lease is out"
+                    } else {
+                        "it is dead"
+                    };
+                    node.note(host, also);
+                }
+                HostHealth::Dead { fenced } => {
+                    let class = FailureClass::HostDead;
+                    let why = match fenced {
+                        true => "its lease is out",
+                        false => "no path to it works, and it does not report",
+                    };
+                    node.event(host, What::Detected { class, took_ms }, why);
+                }
+            }
+        }
+        self.health.retain(|host, _| observed.contains_key(host));
+    }
+
+    fn instances(&mut self, node: &Node, pool: &Pool) {
+        let mut failed = HashSet::new();
+        for (host, report) in &pool.reports {
+            for (vm, instance) in &report.instances {
+                let Phase::Failed(class) = instance.phase else {
+                    continue;
+                };
+                let key = (vm.clone(), host.clone());
+                if !self.failed.contains(&key) {
+                    let about = About::On(vm.clone(), host.clone());
+                    node.event(
+                        about,
+                        What::Detected { class, took_ms: 0 },
+                        "its host's daemon says so",
+                    );
+                }
+                failed.insert(key);
+            }
+        }
+        self.failed = failed;
+    }
+}
+
+/// The takeover that made the owner what it is, if it was one.
+fn takeover<'p>(pool: &'p Pool, id: &VmId, vm: &'p PoolVm) -> Option<(&'p HostId, Takeover)> {
+    let owner = vm.owner()?;
+    Some((owner, pool.reports.get(owner)?.instances.get(id)?.takeover?))
+}
+
+/// How a VM's service is now, and why; none: it is not known now, and what was told before holds.
+fn service(pool: &Pool, id: &VmId, vm: &PoolVm) -> Option<(Service, String)> {
+    let status = vm_status(pool, id, vm);
+    let off = vm.stored.record.power == Power::Off;
+    let health = vm
+        .owner()
+        .and_then(|o| pool.hosts.get(o))
+        .map(|h| h.record.health);
+    let phase = vm
+        .owner()
+        .and_then(|o| pool.reports.get(o)?.instances.get(id))
+        .map(|i| &i.phase);
+    let service = match status.state.as_str() {
+        "running" => match status.protection.as_str() {
+            "protected" | "restart elsewhere" | "none promised" => Service::Up,
+            _ => Service::Degraded,
+        },
+        "off" => Service::Off,
+        "unknown" if matches!(health, Some(HostHealth::Dead { .. })) => Service::Down,
+        "unknown" => return None,
+        // It has just become the owner: its next report tells.
+        "starting" if vm.stored.record.protection.hot() && phase == Some(&Phase::Standby) => return None,
+        _ if off => Service::Off,
+        _ => Service::Down,
+    };
+    Some((service, format!("{}; {}", status.state, status.protection)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_takeover_tells_its_parts() {
+        let t = Takeover {
+            at_ms: 10_000,
+            detect_us: Some(160_000),
+            grant_us: Some(4_000),
+            resume_us: Some(900),
+            first_output_us: None,
+        };
+        assert_eq!(t.gap_ms(), 165);
+        let text = t.to_string();
+        assert!(
+            text.contains("detected in 160.0 ms") && text.contains("granted in 4.0 ms"),
+            "{text}"
+        );
+        assert!(
+            !text.contains("output"),
+            "what was not measured is not told: {text}"
+        );
+    }
+}
