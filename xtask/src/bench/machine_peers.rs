@@ -144,7 +144,7 @@ network is its own, without vhost. Memory is Pss of the process and its children
 /// The programs that the rig puts into the server.
 fn build() -> Result<()> {
     let status = Command::new("cargo")
-        .args(["build", "--release", "-p", "steadfast", "-p", "steadfast-rig"])
+        .args(["build", "--release", "--workspace", "--bins"])
         .status()
         .context("run cargo")?;
     if !status.success() {
@@ -158,7 +158,6 @@ fn prepare(server: &Server) -> Result<()> {
     let script = "#!/bin/bash\n\
         # NAME COMMAND: runs it, notes its start, its number, and when the guest has said READY.\n\
         name=$1; shift\n\
-        rm -f /run/$name.*\n\
         watch() { while IFS= read -r line; do\n\
           case $line in *READY*) date +%s%N > /run/$name.ready.tmp; mv /run/$name.ready.tmp /run/$name.ready;; esac\n\
           echo \"$line\" >> /run/$name.console; done; }\n\
@@ -166,7 +165,7 @@ fn prepare(server: &Server) -> Result<()> {
         bash -c \"exec $*\" > >(watch) 2> /run/$name.log < /dev/null &\n\
         echo $! > /run/$name.pid\n\
         wait $!\n";
-    server.put_bytes(script.as_bytes(), "/run/bench.sh", 0o755)?;
+    server.put_bytes(script.as_bytes(), "/run/measure.sh", 0o755)?;
     server.exec_within(
         &format!("head -c {DISK_MIB}M /dev/urandom > {DISK}; sync; cat {DISK} > /dev/null"),
         BOUND,
@@ -176,11 +175,12 @@ fn prepare(server: &Server) -> Result<()> {
 
 fn measure(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers> {
     let server = rig.server(0);
-    server.exec("ip link del bench0 2>/dev/null; ip tuntap add bench0 mode tap vnet_hdr && ip link set bench0 master br0 up")?;
+    // Nothing of the round before may be taken for this one's.
+    server.exec("rm -f /run/bench.*; ip link del bench0 2>/dev/null; ip tuntap add bench0 mode tap vnet_hdr && ip link set bench0 master br0 up")?;
     let command = monitor.command().replace('"', "\\\"").replace('$', "\\$");
-    server.spawn(&format!("/run/bench.sh bench \"{command}\""), "/run/bench.out")?;
+    server.spawn(&format!("/run/measure.sh bench \"{command}\""), "/run/bench.out")?;
     let ready = server.wait_for(
-        "test -e /run/bench.ready || { kill -0 $(cat /run/bench.pid) || touch /run/bench.ready; exit 1; }",
+        "test -e /run/bench.ready || { test -s /run/bench.pid && ! kill -0 $(cat /run/bench.pid) && touch /run/bench.ready; exit 1; }",
         BOUND,
     );
     let said = || {
@@ -207,10 +207,11 @@ fn of_running_guest(rig: &Rig, monitor: Monitor, quick: bool) -> Result<Numbers>
         number(&server.exec("echo $(( ($(cat /run/bench.ready) - $(cat /run/bench.start)) / 1000 ))")?)?
             / 1000.0;
     // Our monitor has a second process, which tidies up after it; its pages count too.
-    // The guest's RAM is the one mapping of its size (QEMU may round it up a little).
+    // The guest's RAM is named in ours, where the kernel may have split it; in QEMU it is the one mapping of its size (rounded
+    // up a little).
     let ram_kib = MEMORY_MIB * 1024;
     let memory = format!(
-        "awk '/^Size:/ {{ ram = $2 >= {ram_kib} && $2 <= {ram_kib} + 4096 }} /^Pss:/ {{ if (ram) guest += $2; else own += $2 }} \
+        "awk '/^[0-9a-f]+-[0-9a-f]+ / {{ named = /guest-ram/ }} /^Size:/ {{ ram = named || $2 >= {ram_kib} && $2 <= {ram_kib} + 4096 }} /^Pss:/ {{ if (ram) guest += $2; else own += $2 }} \
          END {{ print own, guest+0 }}' $(p=$(cat /run/bench.pid); for i in $p $(pgrep -P $p); do echo /proc/$i/smaps; done)"
     );
     let memory = server.exec(&memory)?;

@@ -72,7 +72,7 @@ impl Lab {
     /// Builds the binary, so that no old one is measured, and makes the folder.
     pub fn new(quick: bool) -> Result<Self> {
         let built = Command::new("cargo")
-            .args(["build", "--release", "--quiet", "-p", "steadfast"])
+            .args(["build", "--release", "--quiet", "--workspace", "--bins"])
             .status()
             .context("run cargo")?;
         if !built.success() {
