@@ -74,7 +74,7 @@ fn debian_rig(test: &str) -> Option<Rig> {
 }
 
 #[test]
-#[ignore = "takes minutes; not seen passing yet (docs/known-problems.md)"]
+#[ignore = "takes minutes; ./test --full"]
 fn long_rig_boot_debian_raw() {
     if let Some(rig) = debian_rig("rig_boot_debian_raw") {
         debian_from_image(&rig, "raw", 1);
@@ -82,7 +82,7 @@ fn long_rig_boot_debian_raw() {
 }
 
 #[test]
-#[ignore = "takes minutes; not seen passing yet (docs/known-problems.md)"]
+#[ignore = "takes minutes; ./test --full"]
 fn long_rig_boot_debian_qcow2() {
     if let Some(rig) = debian_rig("rig_boot_debian_qcow2") {
         debian_from_image(&rig, "qcow2", 2);
@@ -90,7 +90,7 @@ fn long_rig_boot_debian_qcow2() {
 }
 
 #[test]
-#[ignore = "takes minutes; not seen passing yet (docs/known-problems.md)"]
+#[ignore = "takes minutes; ./test --full"]
 fn long_rig_boot_debian_gpt() {
     if let Some(rig) = debian_rig("rig_boot_debian_gpt") {
         debian_from_image(&rig, "gpt", 1);
@@ -98,7 +98,7 @@ fn long_rig_boot_debian_gpt() {
 }
 
 #[test]
-#[ignore = "takes minutes; not seen passing yet (docs/known-problems.md)"]
+#[ignore = "takes minutes; ./test --full"]
 fn long_rig_boot_debian_kernel() {
     if let Some(rig) = debian_rig("rig_boot_debian_kernel") {
         debian_from_kernel(&rig);
