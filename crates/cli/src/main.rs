@@ -36,6 +36,9 @@ enum Verb {
     /// Hosts of the pool.
     #[command(subcommand)]
     Host(pool::HostVerb),
+    /// Applications made of several VMs.
+    #[command(subcommand)]
+    App(pool::settings::AppVerb),
     /// Change how a VM is protected.
     Protect(pool::ProtectArgs),
     /// Move a running VM.
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Verb::Status { folders } => pool::status(&folders, cli.json),
         Verb::Pool(verb) => pool::pool(verb, cli.json),
         Verb::Host(verb) => pool::host(verb, cli.json),
+        Verb::App(verb) => pool::settings::app(verb, cli.json),
         Verb::Protect(args) => pool::protect(args, cli.json),
         Verb::Migrate(args) => pool::migrate(args, cli.json),
         Verb::Events(args) => pool::events(&args, cli.json),

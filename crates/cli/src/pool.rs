@@ -1,5 +1,6 @@
 //! The verbs on a pool: they ask this host's daemon, over its unix socket.
 
+pub mod settings;
 mod show;
 
 use clap::{Args, Subcommand};
@@ -163,6 +164,10 @@ pub enum PoolVerb {
         #[command(flatten)]
         folders: FolderArgs,
     },
+    /// Change the pool's settings; without any, show them.
+    Set(settings::PoolSetArgs),
+    /// Give a placement group its rule.
+    Group(settings::GroupArgs),
 }
 
 #[derive(Subcommand)]
@@ -307,6 +312,8 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
         PoolVerb::Cancel { task, folders } => {
             api(&folders, json)?.done(Method::DELETE, &format!("/v1/tasks/{task}"), false, None::<&()>)
         }
+        PoolVerb::Set(args) => settings::set_pool(args, json),
+        PoolVerb::Group(args) => settings::group(args, json),
     }
 }
 

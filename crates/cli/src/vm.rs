@@ -61,6 +61,8 @@ pub enum VmVerb {
     },
     /// Press the power button: the guest shuts itself down.
     Shutdown { name: VmId },
+    /// Press the reset button: the guest starts anew at once.
+    Reset { name: VmId },
     /// Hand a protected VM over to a standby in sync (planned promote, live migration).
     HandOver { name: VmId, to: HostId },
     /// Stop a VM of the pool: its guest is asked to shut down. A single VM is ended at once, as if its power failed.
@@ -88,6 +90,22 @@ pub enum VmVerb {
     /// Forget a VM of the pool that is off; its disks stay.
     Delete {
         name: VmId,
+        #[command(flatten)]
+        on: pool::OnVm,
+    },
+    /// Look after the service in a VM of the pool: how it is checked, and what is done when it fails.
+    Health {
+        name: VmId,
+        #[command(flatten)]
+        health: pool::settings::HealthArgs,
+        #[command(flatten)]
+        on: pool::OnVm,
+    },
+    /// Change a VM's place in the pool: priority, standbys, dependencies, groups, application.
+    Set {
+        name: VmId,
+        #[command(flatten)]
+        set: pool::settings::SetArgs,
         #[command(flatten)]
         on: pool::OnVm,
     },
@@ -498,6 +516,8 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Result<ExitCode, Box<dyn Error>> {
         } => pool::create(spec_of(&machine)?, settings, json),
         VmVerb::Start { name, on } => pool::start(&name, &on, json),
         VmVerb::Delete { name, on } => pool::delete(&name, &on, json),
+        VmVerb::Health { name, health, on } => pool::settings::health(&name, health, &on, json),
+        VmVerb::Set { name, set, on } => pool::settings::set_vm(&name, set, &on, json),
         VmVerb::List { folders } => pool::list(&folders, json),
         VmVerb::Show { name, folders } => pool::show(&name, &folders, json),
         VmVerb::Console { name, folders } => pool::console(&name, &folders, json),
@@ -545,11 +565,14 @@ fn run_single(verb: VmVerb, json: bool) -> Done {
         VmVerb::Resume { name } => (name, Request::Resume),
         VmVerb::Balloon { name, size } => (name, Request::Balloon { bytes: size }),
         VmVerb::Shutdown { name } => (name, Request::PowerButton),
+        VmVerb::Reset { name } => (name, Request::Reset),
         VmVerb::HandOver { name, to } => (name, Request::HandOver { to }),
         VmVerb::Stop { name, .. } => (name, Request::Stop),
         VmVerb::Create { .. }
         | VmVerb::Start { .. }
         | VmVerb::Delete { .. }
+        | VmVerb::Health { .. }
+        | VmVerb::Set { .. }
         | VmVerb::List { .. }
         | VmVerb::Show { .. }
         | VmVerb::Console { .. } => return Err("this is a verb of the pool".into()),

@@ -112,6 +112,98 @@ fn refusals_name_the_reason_and_the_way_out() {
 }
 
 #[test]
+fn settings_are_checked_shown_and_kept() {
+    let alone = Alone::new();
+    let elf = alone.folder.path().join("pulse.elf");
+    std::fs::write(&elf, pulse::elf()).unwrap();
+    for name in ["db", "web"] {
+        let elf = elf.to_str().unwrap();
+        alone.host.run(&[
+            "vm", "create", "--name", name, "--memory", "64MiB", "--flat", elf, "--off",
+        ]);
+    }
+    let wanted = |vm: &str| alone.host.json(&["vm", "show", vm])["wanted"]["record"].clone();
+    for (args, reason) in [
+        (&["vm", "set", "db", "--standbys", "9"][..], "1 to 3"),
+        (&["vm", "set", "db", "--after", "db"], "itself"),
+        (&["vm", "set", "db", "--after", "nobody"], "no VM nobody"),
+        (&["vm", "set", "db", "--group", "g"], "pool group g"),
+        (&["vm", "set", "db"], "nothing to change"),
+        (&["vm", "health", "db"], "1 to 16 checks"),
+        (&["vm", "health", "db", "--tcp", "here"], "ADDRESS:PORT"),
+        (&["app", "start", "shop"], "vm set VM --application shop"),
+        (&["availability", "nobody"], "no VM nobody"),
+    ] {
+        let text = alone.refusal(args);
+        assert!(text.contains(reason), "{args:?}: {text}");
+    }
+    alone.host.run(&["pool", "group", "g", "--rule", "apart"]);
+    alone
+        .host
+        .run(&["vm", "set", "db", "--group", "g", "--priority", "7", "--dry-run"]);
+    assert_eq!(
+        wanted("db")["groups"],
+        serde_json::json!([]),
+        "--dry-run wrote something"
+    );
+    alone.host.run(&[
+        "vm",
+        "set",
+        "db",
+        "--group",
+        "g",
+        "--priority",
+        "7",
+        "--application",
+        "shop",
+    ]);
+    alone
+        .host
+        .run(&["vm", "set", "web", "--after", "db", "--application", "shop"]);
+    assert_eq!(wanted("db")["priority"], 7);
+    assert_eq!(wanted("db")["groups"], serde_json::json!(["g"]));
+    assert_eq!(wanted("web")["depends_on"], serde_json::json!(["db"]));
+    let text = alone.refusal(&["app", "set", "shop", "--stage", "db,other"]);
+    assert!(text.contains("no part of application shop"), "{text}");
+    alone.host.run(&[
+        "app", "set", "shop", "--keep", "together", "--stage", "db", "--stage", "web",
+    ]);
+    let shop = &alone.host.json(&["app", "list"])[0];
+    assert_eq!(
+        (&shop["state"], &shop["keep"]),
+        (&"off".into(), &"together".into()),
+        "{shop}"
+    );
+    assert_eq!(shop["start_order"], serde_json::json!([["db"], ["web"]]));
+    assert_eq!(shop["vms"].as_array().unwrap().len(), 2);
+    alone.host.run(&["app", "protect", "shop", "--class", "restart"]);
+    assert_eq!(alone.host.vm("web")["class"], "restart");
+    // One VM that cannot be of a class keeps the whole application from it.
+    let text = alone.refusal(&["app", "protect", "shop", "--class", "ft"]);
+    assert!(text.contains("second host"), "{text}");
+    let before = alone.host.json(&["pool", "set"]);
+    assert_eq!(
+        (&before["host_failures"], &before["balance"]["enabled"]),
+        (&1.into(), &true.into())
+    );
+    alone
+        .host
+        .run(&["pool", "set", "--host-failures", "0", "--balance", "false"]);
+    let after = alone.host.json(&["pool", "set"]);
+    assert_eq!(
+        (&after["host_failures"], &after["balance"]["enabled"]),
+        (&0.into(), &false.into())
+    );
+    assert_eq!(
+        after["groups"],
+        serde_json::json!({"g": "apart"}),
+        "what was not given stays"
+    );
+    let text = alone.host.run(&["availability", "db"]);
+    assert!(text.contains("db over"), "{text}");
+}
+
+#[test]
 fn strangers_get_nothing_but_join_and_that_only_with_a_token() {
     let alone = Alone::new();
     let token = alone.host.json(&["pool", "token"]);

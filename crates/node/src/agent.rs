@@ -7,6 +7,7 @@
 use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::guard::{self, boot_ms};
+use crate::health::Services;
 use crate::instances::{Exit, How, Meta};
 use crate::journal::{self, About};
 use crate::measure::Measure;
@@ -45,6 +46,7 @@ pub struct Agent {
     stopping: Arc<Mutex<HashSet<VmId>>>,
     started: HashMap<VmId, Instant>,
     member: etcd::Member,
+    services: Services,
 }
 
 impl Agent {
@@ -57,6 +59,7 @@ impl Agent {
             stopping: Arc::default(),
             started: HashMap::new(),
             member: etcd::Member::new(node.folders.clone()),
+            services: Services::default(),
             node,
         }
     }
@@ -104,12 +107,19 @@ impl Agent {
             tracing::error!(%error, "this host's etcd member does not run");
         }
         self.seq += 1;
-        let instances = node.instances.report();
+        let mut instances = node.instances.report();
+        for (vm, service) in self.services.report() {
+            if let Some(instance) = instances.get_mut(&vm) {
+                instance.service = Some(service);
+            }
+        }
+        let status = self.measure.status(&node.folders.data);
+        let starved = status.starved;
         let report = HostReport {
             seq: self.seq,
             daemon: node.run,
             at_ms: now_ms(),
-            status: self.measure.status(&node.folders.data),
+            status,
             instances,
         };
         // The lease counts from before the store was asked: whoever saw this report saw it later.
@@ -123,6 +133,7 @@ impl Agent {
         guard::write_lease(&node.folders, asked + pool.timings.lease_ms)?;
         guard::ensure(&node.folders, &node.program)?;
         self.reconcile(&pool, &config.host);
+        self.services.look(&node, &pool, &config.host, starved);
         Ok(pool.timings.report_ms)
     }
 

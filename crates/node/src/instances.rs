@@ -375,6 +375,7 @@ impl Instances {
             lag_epochs: 0,
             copying: BTreeMap::new(),
             takeover: None,
+            service: None,
         };
         match self.ask(vm, &Request::Status, STATUS_BOUND) {
             Ok(status) if meta.hot => {

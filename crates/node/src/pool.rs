@@ -6,6 +6,7 @@ use crate::records::{
     VmMemory, WATCHED, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
+use steadfast_cluster::health;
 use steadfast_cluster::model::{
     AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Snapshot, Standby, Vm, VmState,
 };
@@ -229,6 +230,14 @@ impl Pool {
             .as_ref()
             .and_then(|o| instances.get(o))
             .is_some_and(|i| i.phase == Phase::Running);
+        let service = owner
+            .as_ref()
+            .and_then(|o| self.reports.get(o)?.instances.get(id)?.service.as_ref())
+            .map(|s| s.state);
+        let ready = match spec.health {
+            Some(_) => running && service == Some(health::State::Healthy),
+            None => running,
+        };
         Vm {
             state: VmState {
                 owner,
@@ -236,7 +245,8 @@ impl Pool {
                 standbys,
                 replicas,
                 instances,
-                ready: running,
+                ready,
+                service_failed: running && service == Some(health::State::Failed),
                 moved_ms: memory.moved_ms,
                 start_failures: memory.start_failures.clone(),
                 home: memory.home.clone(),

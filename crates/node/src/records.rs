@@ -144,6 +144,18 @@ pub struct InstanceReport {
     /// How it became the primary, if by taking over.
     #[serde(default)]
     pub takeover: Option<Takeover>,
+    /// How its service is, if it has a health policy and runs here.
+    #[serde(default)]
+    pub service: Option<ServiceReport>,
+}
+
+/// A service as its checks find it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceReport {
+    /// What it is.
+    pub state: steadfast_cluster::health::State,
+    /// Why the last round of checks failed; empty if it did not.
+    pub why: String,
 }
 
 /// A takeover by a standby, as that standby measured it.

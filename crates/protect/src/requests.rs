@@ -32,6 +32,13 @@ impl Engine {
                     .press_power_button();
                 json!({"ok": true})
             }
+            Request::Reset if self.replica.primary().is_none() => {
+                failure(&"this host does not run the VM; ask the one that does")
+            }
+            Request::Reset => {
+                self.reset_guest()?;
+                json!({"ok": true})
+            }
             Request::Type { text } => {
                 let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
                 json!({"ok": true, "taken": serial.enqueue_input(text.as_bytes())})

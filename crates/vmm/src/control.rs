@@ -54,6 +54,8 @@ pub enum Request {
     },
     /// Press the power button.
     PowerButton,
+    /// Press the reset button: the guest starts anew at once, as if it had asked for a reset.
+    Reset,
     /// Hand a protected VM over to this host (planned promote, live migration).
     HandOver {
         /// The host, a standby in sync.

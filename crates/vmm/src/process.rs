@@ -476,6 +476,13 @@ impl Process<'_> {
                     .press_power_button();
                 (json!({"ok": true}), None)
             }
+            Request::Reset if self.running == Running::Paused => {
+                (failure(&"a paused VM cannot be reset; resume it first"), None)
+            }
+            Request::Reset => {
+                self.reset_waits = true;
+                (json!({"ok": true}), None)
+            }
             Request::HandOver { .. }
             | Request::AddPeer { .. }
             | Request::RemovePeer { .. }

@@ -1,6 +1,7 @@
 //! Answers of the daemon as text.
 
 use std::fmt::Write;
+use steadfast_node::api::apps::AppStatus;
 use steadfast_node::api::types::{Availability, Done, HostStatus, PoolStatus, VmStatus};
 use steadfast_node::journal::Told;
 use steadfast_node::records::StoredTask;
@@ -87,6 +88,30 @@ pub fn vms(vms: &[VmStatus]) -> String {
         ],
         &rows,
     )
+}
+
+pub fn applications(apps: &[AppStatus]) -> String {
+    let mut text = String::new();
+    for a in apps {
+        let stages = a
+            .start_order
+            .iter()
+            .map(|s| s.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
+        let order: Vec<String> = stages.collect();
+        let order = if order.is_empty() {
+            String::new()
+        } else {
+            format!(", starts {}", order.join(" then "))
+        };
+        let _ = writeln!(
+            text,
+            "application {}: {}, {}; kept {}{order}",
+            a.application, a.state, a.protection, a.keep
+        );
+        text += &vms(&a.vms);
+        text.push('\n');
+    }
+    text
 }
 
 pub fn status(s: &PoolStatus) -> String {

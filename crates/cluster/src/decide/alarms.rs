@@ -21,6 +21,10 @@ pub(crate) fn update(w: &mut World) {
             texts.push((AlarmKey::HostStarved(id), text));
         }
     }
+    for vm in w.vms.iter().filter(|vm| vm.vm.state.service_failed) {
+        let text = "its service fails its checks; see its events".to_owned();
+        texts.push((AlarmKey::ServiceFailed(vm.id().clone()), text));
+    }
     if let Err(because) = room(w) {
         texts.push((AlarmKey::NoFailoverRoom, because.to_string()));
     }

@@ -227,6 +227,8 @@ pub enum AlarmKey {
     VmDown(VmId),
     /// A VM has fewer in-sync standbys than wanted, and no way to get them now.
     VmDegraded(VmId),
+    /// A VM's service fails its checks, whatever was done about it.
+    ServiceFailed(VmId),
     /// A VM's copies break an anti-affinity rule.
     VmNotApart(VmId),
     /// The failure of the named number of hosts could not be absorbed.

@@ -320,6 +320,9 @@ pub struct VmState {
     /// Its service answers (without a health policy: the guest runs).
     #[serde(default)]
     pub ready: bool,
+    /// Its service failed by its health policy.
+    #[serde(default)]
+    pub service_failed: bool,
     /// When it last changed its host on purpose, pool time in ms.
     #[serde(default)]
     pub moved_ms: Option<u64>,

@@ -4,9 +4,11 @@
 //! the pool; without one only `/v1/join` is to be had, which asks for a token. Connections are bounded in number, handshakes
 //! and bodies in time and size (I9).
 
+pub mod apps;
 pub mod handlers;
 pub mod join;
 pub mod serve;
+pub mod settings;
 pub mod types;
 pub mod vms;
 
@@ -76,6 +78,15 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         vms::stop,
         vms::protect,
         vms::migrate,
+        vms::health,
+        settings::vm,
+        settings::show,
+        settings::pool,
+        apps::list,
+        apps::set,
+        apps::start,
+        apps::stop,
+        apps::protect,
         vms::console,
     ),
     components(schemas(
@@ -84,6 +95,11 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::VmStatus,
         types::NewVm,
         types::NewClass,
+        types::NewHealth,
+        settings::VmChange,
+        settings::PoolChange,
+        apps::AppStatus,
+        apps::AppChange,
         types::MoveTo,
         types::HowToStop,
         types::Done,
@@ -114,8 +130,16 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/vms/{vm}/stop", post(vms::stop))
         .route("/v1/vms/{vm}/protection", post(vms::protect))
         .route("/v1/vms/{vm}/migrate", post(vms::migrate))
+        .route("/v1/vms/{vm}/health", post(vms::health))
         .route("/v1/vms/{vm}/availability", get(handlers::availability))
         .route("/v1/vms/{vm}/console", get(vms::console))
+        .route("/v1/vms/{vm}/settings", post(settings::vm))
+        .route("/v1/settings", get(settings::show).post(settings::pool))
+        .route("/v1/applications", get(apps::list))
+        .route("/v1/applications/{app}/settings", post(apps::set))
+        .route("/v1/applications/{app}/start", post(apps::start))
+        .route("/v1/applications/{app}/stop", post(apps::stop))
+        .route("/v1/applications/{app}/protection", post(apps::protect))
         .route("/v1/openapi.json", get(|| async { Json(Description::openapi()) }))
         .route(
             "/internal/v1/ping",

@@ -2,10 +2,11 @@
 
 use crate::config::{NodeConfig, StoreChoice};
 use crate::pool::{Pool, PoolVm};
-use crate::records::{StoredTask, TaskState, now_ms};
+use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
-use steadfast_cluster::model::{HostAdmin, HostHealth, Phase, Power, Protection};
+use steadfast_cluster::health::State;
+use steadfast_cluster::model::{HealthPolicy, HostAdmin, HostHealth, Phase, Power, Protection};
 use steadfast_types::{HostId, SiteId, VmId};
 use steadfast_vmm::spec::VmSpec;
 use utoipa::ToSchema;
@@ -83,6 +84,27 @@ pub struct VmStatus {
     pub term: u64,
     /// Epochs sealed and not yet committed.
     pub lag_epochs: u64,
+    /// What its checks say, if it has a health policy: `healthy`, `starting`, `failed: WHY`, or `unknown`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+}
+
+/// How a service is, in words.
+fn service(
+    policy: Option<&HealthPolicy>,
+    instance: Option<&InstanceReport>,
+    running: bool,
+) -> Option<String> {
+    policy?;
+    let found = instance.and_then(|i| i.service.as_ref()).filter(|_| running);
+    Some(match found {
+        None => "unknown".into(),
+        Some(s) => match s.state {
+            State::Grace => "starting".into(),
+            State::Healthy => "healthy".into(),
+            State::Failed => format!("failed: {}", s.why),
+        },
+    })
 }
 
 fn health(h: HostHealth) -> String {
@@ -157,6 +179,7 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         in_sync,
         term: vm.term().0,
         lag_epochs: instance.map_or(0, |i| i.lag_epochs),
+        service: service(spec.health.as_ref(), instance, state == "running"),
     }
 }
 
@@ -205,6 +228,10 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
             && !v.protection.starts_with("unprotected")
             && !v.protection.starts_with("degraded");
         (!fine).then(|| format!("VM {} is {}, {}", v.vm, v.state, v.protection))
+    }));
+    problems.extend(vms.iter().filter_map(|v| {
+        let failed = v.service.as_ref().filter(|s| s.starts_with("failed"))?;
+        Some(format!("the service in VM {} {failed}", v.vm))
     }));
     let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
     if leader.is_none() {
@@ -284,6 +311,17 @@ pub fn class(text: &str) -> Result<Protection, String> {
             ));
         }
     })
+}
+
+/// How a VM's service is looked after.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewHealth {
+    /// The policy: `checks` (`{"tcp": {"to": "ADDRESS:PORT"}}`, `{"http": {"url": "http://..."}}`), `interval_ms`,
+    /// `timeout_ms`, `failures`, `successes`, `grace_ms`, `ladder` (`{"remedy": "reboot-vm"|"roll-over"|"alert", "tries": 1}`),
+    /// `backoff_ms`, `backoff_max_ms`, `remedies_max`, `window_ms`. None: it is not looked after any more.
+    #[schema(value_type = Option<Object>)]
+    pub policy: Option<HealthPolicy>,
 }
 
 /// Another class.

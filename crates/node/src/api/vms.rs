@@ -1,7 +1,7 @@
 //! VMs: create, delete, start, stop, protect, migrate, look at.
 
 use super::handlers::load;
-use super::types::{Done, DryRun, HowToStop, MoveTo, NewClass, NewVm, VmStatus, class, vm_status};
+use super::types::{Done, DryRun, HowToStop, MoveTo, NewClass, NewHealth, NewVm, VmStatus, class, vm_status};
 use super::{Answer, Failure};
 use crate::config::StoreChoice;
 use crate::error::{IoContext, NodeError, Result, refused};
@@ -351,6 +351,47 @@ pub async fn protect(
     if !dry.dry_run {
         let text = format!("its class is {} now, before {}", wanted.name(), old.name());
         want(&node, &vm, text, move |v| v.record.protection = wanted).await?;
+    }
+    Ok(Json(Done {
+        plan,
+        dry_run: dry.dry_run,
+        task: None,
+    }))
+}
+
+/// Look after the service in a VM: how it is checked, and what is done when it fails.
+#[utoipa::path(post, path = "/v1/vms/{vm}/health", request_body = NewHealth,
+    params(("vm" = String, Path), ("dry_run" = Option<bool>, Query)), responses((status = 200, body = Done)))]
+pub async fn health(
+    State(node): Shared,
+    Path(vm): Path<VmId>,
+    Query(dry): Query<DryRun>,
+    Json(new): Json<NewHealth>,
+) -> Answer<Done> {
+    let pool = load(&node).await?;
+    pool.vm_entry(&vm)?;
+    let plan = match &new.policy {
+        None => vec![format!("the service in {vm} is not looked after any more")],
+        Some(policy) => {
+            crate::health::check::valid(policy).map_err(NodeError::Refused)?;
+            let rungs = policy.ladder.iter();
+            let rungs: Vec<String> = rungs
+                .map(|r| format!("{:?} ({} times)", r.remedy, r.tries.max(1)))
+                .collect();
+            vec![
+                format!(
+                    "check the service in {vm} every {} ms, {} checks; it has failed after {} rounds in a row",
+                    policy.interval_ms,
+                    policy.checks.len(),
+                    policy.failures.max(1)
+                ),
+                format!("then: {}", rungs.join(", ")),
+            ]
+        }
+    };
+    if !dry.dry_run {
+        let text = plan.join("; ");
+        want(&node, &vm, text, move |v| v.record.health.clone_from(&new.policy)).await?;
     }
     Ok(Json(Done {
         plan,

@@ -1,0 +1,65 @@
+//! The service in a VM is checked and remedied: a pool of one host, a flat guest on this machine's KVM.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+mod common;
+
+use common::{Pool, possible, wait};
+use std::net::TcpListener;
+
+/// It is rebooted when its service fails, people are told when that does not help, and it is well when it answers again.
+#[test]
+fn a_service_that_fails_is_remedied_and_then_reported() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::new(&["a"], 6000);
+    let host = pool.other("");
+    pool.create("x", "none");
+    // What the checks find: the test's own socket stands for the service in the guest.
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = service.local_addr().unwrap();
+    let policy = [
+        "--interval-ms=1000",
+        "--timeout-ms=500",
+        "--failures=2",
+        "--grace-ms=1500",
+        "--backoff-ms=500",
+        "--do=reboot",
+        "--do=alert",
+    ];
+    let tcp = format!("--tcp={at}");
+    host.run(&[&["vm", "health", "x", &tcp][..], &policy].concat());
+    let service_of = || host.vm("x")["service"].as_str().unwrap_or_default().to_owned();
+    wait("the service to be found well", || service_of() == "healthy");
+    let resets = || host.json(&["vm", "status", "x"])["guest_resets"].as_u64();
+    assert_eq!(resets(), Some(0));
+    assert!(host.try_run(&["status"]).status.success());
+    drop(service);
+    wait("the guest to be rebooted", || resets() == Some(1));
+    wait("the service to be reported", || {
+        service_of().starts_with("failed")
+    });
+    wait("people to be told", || {
+        host.run(&["events", "--subject", "x"])
+            .contains("people are told")
+    });
+    let status = host.try_run(&["status"]);
+    let text = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(
+        !status.status.success() && text.contains("the service in VM x failed"),
+        "{text}"
+    );
+    assert_eq!(resets(), Some(1), "the ladder has one reboot");
+    let service = TcpListener::bind(at).unwrap();
+    wait("the service to be well again", || service_of() == "healthy");
+    wait("the pool to be well again", || {
+        host.try_run(&["status"]).status.success()
+    });
+    drop(service);
+    host.run(&["vm", "health", "x", "--off"]);
+    wait("the checks to end", || host.vm("x")["service"].is_null());
+    let events = host.run(&["events", "--subject", "x"]);
+    println!("{events}");
+    assert_eq!(events.matches("remedy: reboot").count(), 1, "{events}");
+}

@@ -1,0 +1,209 @@
+//! Health of services in guests: checked by the host that runs the VM, remedied by the VM's policy.
+//!
+//! ```text
+//! agent's round --due?--> task: checks, bounded in time --> cluster::health (pure) --> remedy, event
+//!                                                           \--> state, in this host's report
+//! ```
+//! A starved host does not judge (I7): its checks would fail for its own sake. After a restart of the daemon a service has its
+//! grace again.
+
+pub mod check;
+
+use crate::guard::boot_ms;
+use crate::journal::About;
+use crate::migrate;
+use crate::node::Node;
+use crate::pool::Pool;
+use crate::records::ServiceReport;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use steadfast_cluster::events::What;
+use steadfast_cluster::health::{Health, Means};
+use steadfast_cluster::model::{Check, HealthPolicy, MoveCause, Phase, Power, Remedy};
+use steadfast_types::{HostId, Term, VmId};
+use steadfast_vmm::control::Request;
+use tokio::runtime::Handle;
+
+/// How long a VM's process may take to answer.
+const RESET_BOUND: Duration = Duration::from_secs(10);
+
+/// A VM that is looked after.
+struct Watched {
+    policy: HealthPolicy,
+    term: Term,
+    machine: Arc<Mutex<Health>>,
+    why: Arc<Mutex<String>>,
+    busy: Arc<AtomicBool>,
+    next_ms: u64,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Services {
+    vms: HashMap<VmId, Watched>,
+}
+
+impl Services {
+    /// Begins the checks that are due, of VMs that run here.
+    pub fn look(&mut self, node: &Arc<Node>, pool: &Pool, me: &HostId, starved: bool) {
+        let now = boot_ms();
+        let mut here = Vec::new();
+        for (id, vm) in &pool.vms {
+            let spec = &vm.stored.record;
+            let Some(policy) = spec.health.as_ref().filter(|p| !p.checks.is_empty()) else {
+                continue;
+            };
+            let report = pool.reports.get(me).and_then(|r| r.instances.get(id));
+            let runs = report.is_some_and(|i| i.phase == Phase::Running);
+            if vm.owner() != Some(me) || spec.power == Power::Off || !runs {
+                continue;
+            }
+            here.push(id);
+            let term = vm.term();
+            let known = self.vms.get(id).is_some_and(|w| w.policy == *policy);
+            if !known {
+                self.vms.insert(id.clone(), Watched::new(policy, term, now));
+            }
+            let Some(watched) = self.vms.get_mut(id) else {
+                continue;
+            };
+            if std::mem::replace(&mut watched.term, term) != term && !spec.protection.hot() {
+                // Booted again; the term of a protected VM changes for smaller reasons too.
+                lock(&watched.machine).restarted(now);
+            }
+            if now < watched.next_ms || starved || watched.busy.swap(true, Ordering::AcqRel) {
+                continue;
+            }
+            watched.next_ms = now.saturating_add(policy.interval_ms);
+            let standby = vm
+                .memory
+                .standbys
+                .iter()
+                .find(|h| pool.can_take_over(id, vm, h))
+                .cloned();
+            let round = Round {
+                node: Arc::clone(node),
+                pool: pool.clone(),
+                vm: id.clone(),
+                me: me.clone(),
+                standby,
+                policy: policy.clone(),
+                machine: Arc::clone(&watched.machine),
+                why: Arc::clone(&watched.why),
+            };
+            let busy = Arc::clone(&watched.busy);
+            Handle::current().spawn(async move {
+                round.play().await;
+                busy.store(false, Ordering::Release);
+            });
+        }
+        self.vms.retain(|id, _| here.contains(&id));
+    }
+
+    /// How the services here are.
+    #[must_use]
+    pub fn report(&self) -> BTreeMap<VmId, ServiceReport> {
+        let each = self.vms.iter().map(|(vm, w)| {
+            let report = ServiceReport {
+                state: lock(&w.machine).state(),
+                why: lock(&w.why).clone(),
+            };
+            (vm.clone(), report)
+        });
+        each.collect()
+    }
+}
+
+impl Watched {
+    fn new(policy: &HealthPolicy, term: Term, now: u64) -> Self {
+        Self {
+            policy: policy.clone(),
+            term,
+            machine: Arc::new(Mutex::new(Health::new(policy.clone(), now))),
+            why: Arc::default(),
+            busy: Arc::default(),
+            next_ms: now,
+        }
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One round of checks of a VM, and what follows.
+struct Round {
+    node: Arc<Node>,
+    pool: Pool,
+    vm: VmId,
+    me: HostId,
+    standby: Option<HostId>,
+    policy: HealthPolicy,
+    machine: Arc<Mutex<Health>>,
+    why: Arc<Mutex<String>>,
+}
+
+impl Round {
+    async fn play(self) {
+        let bound = Duration::from_millis(self.policy.timeout_ms);
+        let made = tokio::time::timeout(bound, all(&self.policy.checks)).await;
+        let failed = match made {
+            Ok(Ok(())) => None,
+            Ok(Err(why)) => Some(why),
+            Err(_) => Some(format!("no answer within {} ms", self.policy.timeout_ms)),
+        };
+        let means = Means {
+            agent: false,
+            standby: self.standby.is_some(),
+        };
+        let good = failed.is_none();
+        let why = failed.unwrap_or_default();
+        lock(&self.why).clone_from(&why);
+        let remedy = lock(&self.machine).result(boot_ms(), good, means);
+        if let Some(remedy) = remedy {
+            self.remedy(remedy, why).await;
+        }
+    }
+
+    async fn remedy(&self, remedy: Remedy, why: String) {
+        let done = match remedy {
+            Remedy::RebootVm => {
+                let vm = self.vm.clone();
+                let reset = move |n: &Node| n.instances.ask(&vm, &Request::Reset, RESET_BOUND);
+                self.node
+                    .blocking(reset)
+                    .await
+                    .map(|_| "reboot the VM".to_owned())
+            }
+            Remedy::RollOver => match &self.standby {
+                Some(to) => migrate::begin(&self.node, &self.pool, &self.vm, &self.me, to, MoveCause::Relief)
+                    .await
+                    .map(|_| format!("roll over to {to}")),
+                None => return,
+            },
+            // The alarm stands as long as the report says that the service failed.
+            Remedy::Alert => Ok("none is left: people are told".into()),
+            Remedy::RestartService => return,
+        };
+        let remedy = done.unwrap_or_else(|error| format!("{remedy:?} failed: {error}"));
+        let about = About::On(self.vm.clone(), self.me.clone());
+        let told = self.node.blocking(move |n| {
+            n.event(
+                about,
+                What::Remedy { remedy },
+                format!("its service fails: {why}"),
+            );
+            Ok(())
+        });
+        let _ = told.await;
+    }
+}
+
+async fn all(checks: &[Check]) -> Result<(), String> {
+    for one in checks {
+        check::make(one).await?;
+    }
+    Ok(())
+}
