@@ -101,6 +101,14 @@ pub enum VmVerb {
         #[command(flatten)]
         on: pool::OnVm,
     },
+    /// Limit what a VM of the pool may use of its host, wherever it runs. (`limits` is for a single VM.)
+    Limit {
+        name: VmId,
+        #[command(flatten)]
+        limits: pool::settings::LimitArgs,
+        #[command(flatten)]
+        on: pool::OnVm,
+    },
     /// Change a VM's place in the pool: priority, standbys, dependencies, groups, application.
     Set {
         name: VmId,
@@ -517,6 +525,7 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Result<ExitCode, Box<dyn Error>> {
         VmVerb::Start { name, on } => pool::start(&name, &on, json),
         VmVerb::Delete { name, on } => pool::delete(&name, &on, json),
         VmVerb::Health { name, health, on } => pool::settings::health(&name, health, &on, json),
+        VmVerb::Limit { name, limits, on } => pool::settings::limit(&name, limits, &on, json),
         VmVerb::Set { name, set, on } => pool::settings::set_vm(&name, set, &on, json),
         VmVerb::List { folders } => pool::list(&folders, json),
         VmVerb::Show { name, folders } => pool::show(&name, &folders, json),
@@ -572,6 +581,7 @@ fn run_single(verb: VmVerb, json: bool) -> Done {
         | VmVerb::Start { .. }
         | VmVerb::Delete { .. }
         | VmVerb::Health { .. }
+        | VmVerb::Limit { .. }
         | VmVerb::Set { .. }
         | VmVerb::List { .. }
         | VmVerb::Show { .. }

@@ -183,6 +183,11 @@ fn a_host_is_drained_and_used_again() {
         "--dry-run changes nothing"
     );
     ft.forget_gap();
+    let degraded_ms = || {
+        let found = pool.other(&from).json(&["availability", "f"]);
+        found["degraded_ms"].as_u64().unwrap()
+    };
+    let before = degraded_ms();
     pool.other("").run(&["host", "drain", &from]);
     wait("the host to be empty", || {
         let hosts = pool.other("").json(&["host", "list"]);
@@ -194,9 +199,15 @@ fn a_host_is_drained_and_used_again() {
     });
     wait("f to be protected elsewhere", || protected(&pool, "f"));
     let seen = ft.seen();
+    let without = degraded_ms() - before;
     println!(
-        "f: longest time without an answer during the drain {:?}",
+        "f: longest time without an answer during the drain {:?}, without a standby for {without} ms (as seen once a second)",
         seen.longest
+    );
+    let events = pool.other(&from).run(&["events", "--subject", "f"]);
+    assert!(
+        events.contains("this one is filled before it leaves"),
+        "its next standby is filled before it is moved: {events}"
     );
     assert_eq!(seen.boots, 0);
     assert_ne!(host_of(&pool, "f"), Some(from.clone()));

@@ -63,3 +63,46 @@ fn a_service_that_fails_is_remedied_and_then_reported() {
     println!("{events}");
     assert_eq!(events.matches("remedy: reboot").count(), 1, "{events}");
 }
+
+/// Limits of a protected VM are set for its process and its standby's, live, and refused when they cannot be.
+#[test]
+fn limits_hold_on_every_host_of_a_vm() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::made(&["a", "b", "w"], 6000, &[]);
+    let host = pool.other("");
+    // Its own name: the cgroup is this machine's.
+    let vm = format!("limits-{}", std::process::id());
+    pool.create(&vm, "ft");
+    wait("it to be protected", || host.vm(&vm)["protection"] == "protected");
+    let of = |host: &common::Host| host.json(&["vm", "limits", &vm]);
+    if of(host).is_null() {
+        println!("SKIPPED: limits: this host's cgroups cannot be used");
+        return;
+    }
+    let refused = host.try_run(&["vm", "limit", &vm, "--memory-max", "1MiB"]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && text.contains("less than the guest's memory"),
+        "{text}"
+    );
+    host.run(&["vm", "limit", &vm, "--cpu-weight", "50", "--cpu-max", "150%"]);
+    let quota = |shown: &serde_json::Value| {
+        let file = ["cpu.max", "cpu.cfs_quota_us"]
+            .into_iter()
+            .find_map(|f| shown[f].as_str());
+        file.and_then(|text| text.split(' ').next()).map(str::to_owned)
+    };
+    for host in pool.hosts.iter().filter(|h| h.name != "w") {
+        wait("the limit to hold", || {
+            quota(&of(host)).as_deref() == Some("150000")
+        });
+    }
+    host.run(&["vm", "limit", &vm, "--cpu-max", "max"]);
+    wait("the limit to end", || {
+        let now = quota(&of(host));
+        now.as_deref() == Some("max") || now.as_deref() == Some("-1")
+    });
+    assert_eq!(host.vm(&vm)["protection"], "protected");
+}

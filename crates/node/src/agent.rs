@@ -180,6 +180,9 @@ impl Agent {
             if meta.hot && vm.copies().contains(me) {
                 instances.update_peers(id, vm, &pool.hosts)?;
             }
+            if let Err(error) = instances.set_limits(id, &vm.stored) {
+                tracing::warn!(%error, "limits");
+            }
             // The class may have been changed meanwhile.
             return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);
         }

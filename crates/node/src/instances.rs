@@ -7,6 +7,7 @@
 use crate::config::{Folders, NodeConfig, write_file};
 use crate::error::{IoContext, NodeError, Result};
 use crate::guard;
+use crate::limits::{self, VmLimits};
 use crate::pool::PoolVm;
 use crate::records::{HostInfo, InstanceReport, StoredVm, Takeover, now_ms};
 use rustix::process::{Pid, Signal, kill_process};
@@ -58,6 +59,9 @@ pub struct Meta {
     pub stopping: Option<(u64, bool)>,
     /// Its process.
     pub pid: Option<u32>,
+    /// The limits that were set for it.
+    #[serde(default)]
+    pub limits: VmLimits,
 }
 
 /// How an instance is begun.
@@ -212,6 +216,7 @@ impl Instances {
             started_ms: now_ms(),
             stopping: None,
             pid: None,
+            limits: VmLimits::default(),
         };
         // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
         self.write_meta(id, &meta)?;
@@ -228,6 +233,13 @@ impl Instances {
         };
         meta.pid = Some(child.id());
         self.write_meta(id, &meta)?;
+        // The others enter a cgroup by themselves, before they give up the right to.
+        if hot
+            && !config.vmm_args.iter().any(|a| a == "--cgroup=off")
+            && let Err(error) = limits::adopt(id, child.id())
+        {
+            tracing::warn!(%error, "limits of this VM cannot be set");
+        }
         let (ended, name) = (Arc::clone(&self.ended), id.clone());
         let waiter = move || {
             if let Ok(status) = child.wait() {
@@ -408,6 +420,22 @@ impl Instances {
         }
     }
 
+    /// Sets the limits of an instance's process, unless they are set.
+    ///
+    /// # Errors
+    /// They cannot be; or the run folder cannot be written.
+    pub fn set_limits(&self, id: &VmId, vm: &StoredVm) -> Result<()> {
+        let (Some(mut meta), Some(pid)) = (self.meta(id), self.pid(id)) else {
+            return Ok(());
+        };
+        if meta.limits == vm.limits {
+            return Ok(());
+        }
+        limits::set(id, pid, &vm.limits.read(vm.machine.memory_bytes)?)?;
+        meta.limits = vm.limits.clone();
+        self.write_meta(id, &meta)
+    }
+
     /// Puts an instance under the lease, or takes it out.
     ///
     /// # Errors
@@ -453,6 +481,7 @@ impl Instances {
     /// # Errors
     /// The run folder cannot be written.
     pub fn forget(&self, vm: &VmId) -> Result<()> {
+        limits::tidy(vm);
         match fs::remove_file(self.meta_path(vm)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).what(|| format!("forget VM {vm}")),
             _ => Ok(()),

@@ -30,6 +30,7 @@ pub mod http;
 mod instances;
 pub mod journal;
 mod leader;
+pub mod limits;
 mod measure;
 mod migrate;
 mod node;

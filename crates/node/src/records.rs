@@ -14,6 +14,7 @@
 //! All values are JSON. Fields that are added carry a default, so that hosts of the previous version can be read.
 
 use crate::error::{NodeError, Result};
+use crate::limits::VmLimits;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -209,6 +210,9 @@ pub struct StoredVm {
     pub machine: VmSpec,
     /// Its number: unique in the pool, small.
     pub index: u16,
+    /// What its processes may use of their hosts.
+    #[serde(default, skip_serializing_if = "VmLimits::is_empty")]
+    pub limits: VmLimits,
 }
 
 /// What the pool remembers about a VM beside the arbiter's record.

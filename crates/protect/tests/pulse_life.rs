@@ -167,3 +167,132 @@ fn it_moves_and_standbys_come_and_go() {
     pair.b.kill();
     assert_eq!(pair.one(), 31);
 }
+
+/// Bytes that a standby still lacks; none if it is not being filled.
+fn to_copy(instance: &Instance) -> Option<u64> {
+    let status = instance.status()?;
+    let members = status["protocol"]["members"].as_array()?.clone();
+    members.iter().find_map(|m| m["copying_bytes"].as_u64())
+}
+
+impl Pair {
+    /// Takes the standby away and begins to fill it anew, slowly.
+    fn begin_slow_move(&mut self) -> HostId {
+        let b = HostId::new("b").unwrap();
+        self.a.ask(&Request::RemovePeer { host: b.clone() });
+        let a = &self.a;
+        wait("unprotected", LONG, || {
+            a.status().unwrap()["protocol"]["phase"] == "Alone"
+        });
+        // One that has nothing: what the old one has could be enough.
+        self.b.kill();
+        self.b.ended(LONG);
+        self.b = self.site.spawn("b", false);
+        let slow = Request::CopyRate {
+            bytes_per_s: steadfast_protect::config::COPY_RATE_MIN,
+        };
+        assert_eq!(self.a.ask(&slow)["ok"], true);
+        let add = Request::AddPeer {
+            host: b.clone(),
+            paths: self.site.paths[0].to_vec(),
+            standby: true,
+        };
+        assert_eq!(self.a.ask(&add)["ok"], true);
+        let a = &self.a;
+        wait("the copy to begin", LONG, || {
+            to_copy(a).is_some_and(|left| left > 0)
+        });
+        b
+    }
+}
+
+/// A move whose copy never ends is cancelled: the VM runs on where it was, as before, and the move can be made again
+/// (FAULTS 42).
+#[test]
+fn a_move_that_cannot_end_is_cancelled_and_made_again() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("a_move_that_cannot_end_is_cancelled_and_made_again");
+    assert_eq!(pair.one(), 1);
+    let b = pair.begin_slow_move();
+    // What is not filled cannot be moved to: asked too early, nothing happens.
+    pair.a.ask(&Request::HandOver { to: b.clone() });
+    for n in 2..=20 {
+        assert_eq!(pair.one(), n);
+    }
+    assert!(to_copy(&pair.a).is_some(), "the copy was to be slow");
+    assert!(pair.a.role().0 && !pair.b.role().0);
+    assert_eq!(
+        pair.a.ask(&Request::RemovePeer { host: b.clone() })["was_peer"],
+        true
+    );
+    let a = &pair.a;
+    wait("cancelled", LONG, || {
+        let status = a.status().unwrap();
+        status["protocol"]["phase"] == "Alone" && to_copy(a).is_none()
+    });
+    for n in 21..=25 {
+        assert_eq!(pair.one(), n);
+    }
+    // Again, as fast as the link.
+    pair.a.ask(&Request::CopyRate { bytes_per_s: 0 });
+    let add = Request::AddPeer {
+        host: b.clone(),
+        paths: pair.site.paths[0].to_vec(),
+        standby: true,
+    };
+    assert_eq!(pair.a.ask(&add)["ok"], true);
+    let a = &pair.a;
+    wait("protected again", LONG, || a.role() == (true, true));
+    assert_eq!(pair.a.ask(&Request::HandOver { to: b })["ok"], true);
+    for n in 26..=40 {
+        assert_eq!(pair.one(), n);
+    }
+    let b = &pair.b;
+    wait("moved", LONG, || b.role().0);
+    no_stale_page(&pair.b);
+}
+
+/// The target of a move dies while it is filled: the VM does not notice, and the move can be made again. The source dies
+/// while the target is not yet filled: the target does not take over what it does not have (FAULTS 41).
+#[test]
+fn who_dies_in_a_move_takes_nothing_along() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("who_dies_in_a_move_takes_nothing_along");
+    assert_eq!(pair.one(), 1);
+    pair.begin_slow_move();
+    pair.b.kill();
+    for n in 2..=10 {
+        assert_eq!(pair.one(), n);
+    }
+    pair.b.ended(LONG);
+    pair.b = pair.site.spawn("b", false);
+    pair.a.ask(&Request::CopyRate { bytes_per_s: 0 });
+    let a = &pair.a;
+    wait("protected after the target's death", LONG, || {
+        a.role() == (true, true)
+    });
+    for n in 11..=20 {
+        assert_eq!(pair.one(), n);
+    }
+    no_stale_page(&pair.b);
+    pair.begin_slow_move();
+    assert_eq!(pair.one(), 21);
+    pair.a.kill();
+    pair.a.ended(LONG);
+    // Longer than the detector needs (160 ms) to declare a primary dead.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(700) {
+        let status = pair.b.status().unwrap();
+        assert_eq!(status["protocol"]["role"], "standby", "{status:#}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // What was not protected is lost with its host; it boots where it was.
+    pair.a = pair.site.spawn("a", true);
+    let a = &pair.a;
+    wait("protected again", LONG, || a.role() == (true, true));
+    assert_eq!(pair.one(), 1, "powered on anew");
+}

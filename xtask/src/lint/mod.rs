@@ -1,10 +1,12 @@
 //! Rules that the compiler does not know, checked over the files that git tracks.
 //!
 //! - [`imports`]: which crate may import which, from the table in `ARCHITECTURE.md`.
+//! - [`licences`]: nothing is linked in under a licence that `deny.toml` does not allow.
 //! - [`source`]: `unsafe` only in the places listed there, module docs, file lengths.
 //! - [`text`]: no words of the place where the project was made; links in documents lead somewhere.
 
 mod imports;
+mod licences;
 mod source;
 mod text;
 
@@ -74,6 +76,7 @@ pub fn run(root: &Path) -> Result<bool> {
     let mut findings = imports::check(&tree, &architecture)?;
     findings.extend(source::check(&tree, &architecture)?);
     findings.extend(text::check(&tree)?);
+    findings.extend(licences::check(&tree)?);
     for f in &findings {
         println!("lint: {f}");
     }

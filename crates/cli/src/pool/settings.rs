@@ -7,6 +7,7 @@ use steadfast_node::api::apps::{AppChange, AppStatus};
 use steadfast_node::api::settings::{PoolChange, VmChange};
 use steadfast_node::api::types::{HowToStop, NewClass, NewHealth};
 use steadfast_node::http::Method;
+use steadfast_node::limits::VmLimits;
 use steadfast_node::model::{Check, GroupRule, HealthPolicy, Keep, Remedy, Rung};
 use steadfast_types::{AppId, GroupId, VmId};
 
@@ -90,6 +91,34 @@ pub fn health(vm: &VmId, args: HealthArgs, on: &OnVm, json: bool) -> Outcome {
         policy: args.policy(),
     };
     let path = format!("/v1/vms/{vm}/health");
+    api(&on.folders, json)?.done(Method::POST, &path, on.dry_run, Some(&body))
+}
+
+#[derive(Args)]
+pub struct LimitArgs {
+    /// Share when CPUs are short: 1 to 10000, 100 is normal.
+    #[arg(long)]
+    cpu_weight: Option<u32>,
+    /// Most CPU time, in percent of one core, e.g. 150%; or max.
+    #[arg(long)]
+    cpu_max: Option<String>,
+    /// Most memory of guest and monitor together, e.g. 2GiB, or max.
+    #[arg(long)]
+    memory_max: Option<String>,
+    /// Most I/O per second on each of its disks: read=SIZE,write=SIZE,read-ops=N,write-ops=N, each optional; or max.
+    #[arg(long)]
+    io_max: Option<String>,
+}
+
+/// Runs `steadfast vm limit`.
+pub fn limit(vm: &VmId, args: LimitArgs, on: &OnVm, json: bool) -> Outcome {
+    let body = VmLimits {
+        cpu_weight: args.cpu_weight,
+        cpu_max: args.cpu_max,
+        memory_max: args.memory_max,
+        io_max: args.io_max,
+    };
+    let path = format!("/v1/vms/{vm}/limits");
     api(&on.folders, json)?.done(Method::POST, &path, on.dry_run, Some(&body))
 }
 

@@ -181,6 +181,11 @@ pub struct Pool {
 impl Pool {
     /// A pool of these hosts; names that begin with `w` are witnesses.
     pub fn new(names: &[&str], lease_ms: u64) -> Self {
+        Self::made(names, lease_ms, &["--vmm-arg=--cgroup=off"])
+    }
+
+    /// As [`Self::new`], with more settings of each host.
+    pub fn made(names: &[&str], lease_ms: u64, settings: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let random = std::collections::hash_map::RandomState::new();
         let random = std::hash::BuildHasher::hash_one(&random, folder.path());
@@ -198,16 +203,16 @@ impl Pool {
         let (etcd, lease) = (etcd().unwrap().display().to_string(), lease_ms.to_string());
         for (i, name) in names.iter().enumerate() {
             let address = pool.hosts[i].address.to_string();
-            let common = [
+            let mut common = vec![
                 "--name",
                 name,
                 "--address",
                 &address,
                 "--etcd-program",
                 &etcd,
-                "--vmm-arg=--cgroup=off",
                 "--vmm-arg=--user=0",
             ];
+            common.extend(settings);
             if i == 0 {
                 let init = [&["pool", "init", "test", "--lease-ms", &lease][..], &common].concat();
                 pool.hosts[0].run(&init);

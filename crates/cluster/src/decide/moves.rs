@@ -1,8 +1,8 @@
 //! Moves that are needed: off hosts that are emptied, off failing disks, apart from VMs that must be apart, and back home.
 //!
 //! A VM with standbys moves to one of them that is in sync: a planned promote, its old host becomes the standby. So it is
-//! unprotected for no longer than the switch. Then `protect` replaces the standby on the leaving host, and removes it only when
-//! the new one is in sync.
+//! unprotected for no longer than the switch. Before a drain `protect` has filled one more standby where there is room; afterwards it
+//! removes the one on the leaving host, and only when another is in sync.
 
 use super::fit::{Obstacle, Role};
 use super::world::{World, elapsed};
@@ -46,6 +46,15 @@ pub(crate) fn drain(w: &mut World) {
         let mut stuck = None;
         for v in w.by_priority(here.clone()) {
             if w.vms[v].owner != Some(h) || !w.vms[v].on() || w.vms[v].migrating.is_some() {
+                continue;
+            }
+            let filling = w.vms[v]
+                .standbys
+                .iter()
+                .find(|&&s| w.standby_counts(v, s) && !w.in_sync(v, s));
+            if let Some(&s) = filling.filter(|_| w.spare_wanted(v) > 0) {
+                let text = format!("its standby on {} is being filled first", w.hosts[s].id());
+                w.refuse(Some(v), Some(h), Wanted::Drain, Because::Other(text));
                 continue;
             }
             let why = format!("{} is being emptied", w.hosts[h].id());

@@ -6,7 +6,7 @@
 use super::fit::{Obstacle, Role};
 use super::world::World;
 use crate::action::{Action, Because, Wanted};
-use crate::model::{AlarmKey, HostAdmin, HostHealth, Phase, Resources};
+use crate::model::{AlarmKey, DrainWhy, HostAdmin, HostHealth, Phase, Resources};
 use crate::sabotage::Sabotage;
 
 /// Decides for all VMs, the most urgent first.
@@ -52,7 +52,9 @@ fn add(w: &mut World, v: usize, dead: &[usize]) {
     {
         have += 1;
     }
-    while have < wanted {
+    // One more than wanted, where there is room, while its host is emptied: it is in sync before the VM leaves.
+    let asked = wanted + w.spare_wanted(v);
+    while have < asked {
         // Room that a dead host's VMs still wait for is not free.
         let owed = |h: usize| {
             let room = w.hosts[h].free().minus(w.owed(v, h, dead));
@@ -61,13 +63,17 @@ fn add(w: &mut World, v: usize, dead: &[usize]) {
         };
         match w.best_of(v, Role::Standby, 0..w.hosts.len(), owed) {
             Ok(h) => {
-                let why = why_added(w, v, have, wanted);
+                let why = match have < wanted {
+                    true => why_added(w, v, have, wanted),
+                    false => "its host is being emptied: this one is filled before it leaves".into(),
+                };
                 let (vm, host) = (w.vms[v].id().clone(), w.host_id(h));
                 if !w.act(Action::AddStandby { vm, host }, why) {
                     return;
                 }
                 have += 1;
             }
+            Err(_) if have >= wanted => return,
             Err(none) => {
                 w.alarms_wanted
                     .insert(AlarmKey::VmDegraded(w.vms[v].id().clone()));
@@ -100,6 +106,7 @@ fn why_added(w: &World, v: usize, have: usize, wanted: usize) -> String {
 /// Removes what is more than wanted, the least useful first.
 fn remove_surplus(w: &mut World, v: usize) {
     let wanted = w.vms[v].vm.spec.standbys_wanted();
+    let kept = wanted + w.spare_wanted(v);
     loop {
         let listed = w.vms[v].standbys.clone();
         let good = w.good_standbys(v);
@@ -116,9 +123,9 @@ fn remove_surplus(w: &mut World, v: usize) {
         let removable = if w.broken(Sabotage::DrainUnprotects) && !counts {
             true
         } else if useful {
-            good > wanted
+            good > kept
         } else {
-            good >= wanted && listed.len() > wanted || empty_and_leaving || wanted == 0
+            good >= kept && listed.len() > kept || empty_and_leaving || wanted == 0
         };
         if !removable {
             return;
@@ -156,6 +163,21 @@ fn uselessness(w: &World, v: usize, h: usize) -> u32 {
 }
 
 impl World<'_> {
+    /// Standbys beyond those wanted while a VM waits to leave its host: a move takes its old host's copy along, so that without
+    /// one more it would be unprotected until another is filled. Not where the host is expected to fail: there it leaves at once.
+    pub(super) fn spare_wanted(&self, v: usize) -> usize {
+        let vm = &self.vms[v];
+        let leaves = |h: usize| {
+            let record = &self.hosts[h].host.record;
+            let waits = matches!(
+                record.admin,
+                HostAdmin::Draining(DrainWhy::Operator | DrainWhy::Upgrade)
+            );
+            waits && record.reachable() && self.hosts[h].host.status.prediction.is_none()
+        };
+        usize::from(vm.vm.spec.protection.hot() && vm.owner.is_some_and(leaves))
+    }
+
     /// Fullness of a host that has the standby already.
     fn score_as_standby(&self, v: usize, h: usize) -> (bool, u64) {
         let rack = self.hosts[h].rack;

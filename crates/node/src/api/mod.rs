@@ -79,6 +79,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         vms::protect,
         vms::migrate,
         vms::health,
+        vms::limits,
         settings::vm,
         settings::show,
         settings::pool,
@@ -96,6 +97,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::NewVm,
         types::NewClass,
         types::NewHealth,
+        crate::limits::VmLimits,
         settings::VmChange,
         settings::PoolChange,
         apps::AppStatus,
@@ -131,6 +133,7 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/vms/{vm}/protection", post(vms::protect))
         .route("/v1/vms/{vm}/migrate", post(vms::migrate))
         .route("/v1/vms/{vm}/health", post(vms::health))
+        .route("/v1/vms/{vm}/limits", post(vms::limits))
         .route("/v1/vms/{vm}/availability", get(handlers::availability))
         .route("/v1/vms/{vm}/console", get(vms::console))
         .route("/v1/vms/{vm}/settings", post(settings::vm))

@@ -7,6 +7,7 @@ use crate::config::StoreChoice;
 use crate::error::{IoContext, NodeError, Result, refused};
 use crate::http::ask;
 use crate::instances::{LINKS, PROTECTED_MAX};
+use crate::limits::VmLimits;
 use crate::migrate;
 use crate::node::Node;
 use crate::pool::Pool;
@@ -142,6 +143,7 @@ fn stored(new: &NewVm, index: u16) -> Result<StoredVm> {
         },
         machine,
         index,
+        limits: VmLimits::default(),
     })
 }
 
@@ -351,6 +353,32 @@ pub async fn protect(
     if !dry.dry_run {
         let text = format!("its class is {} now, before {}", wanted.name(), old.name());
         want(&node, &vm, text, move |v| v.record.protection = wanted).await?;
+    }
+    Ok(Json(Done {
+        plan,
+        dry_run: dry.dry_run,
+        task: None,
+    }))
+}
+
+/// Limit what a VM may use of its host; what is not given stays. Live.
+#[utoipa::path(post, path = "/v1/vms/{vm}/limits", request_body = VmLimits,
+    params(("vm" = String, Path), ("dry_run" = Option<bool>, Query)), responses((status = 200, body = Done)))]
+pub async fn limits(
+    State(node): Shared,
+    Path(vm): Path<VmId>,
+    Query(dry): Query<DryRun>,
+    Json(new): Json<VmLimits>,
+) -> Answer<Done> {
+    let pool = load(&node).await?;
+    let stored = &pool.vm_entry(&vm)?.stored;
+    let wanted = new.over(&stored.limits);
+    wanted.read(stored.machine.memory_bytes)?;
+    let text = serde_json::to_string(&wanted).unwrap_or_default();
+    let plan = vec![format!("limits of {vm}: {text}")];
+    if !dry.dry_run {
+        let text = plan.join("; ");
+        want(&node, &vm, text, move |v| v.limits = new.over(&v.limits)).await?;
     }
     Ok(Json(Done {
         plan,

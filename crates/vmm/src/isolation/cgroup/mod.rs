@@ -151,6 +151,21 @@ impl Cgroup {
         Ok(this)
     }
 
+    /// Makes the group of VM `name` under `parent` and moves process `pid` into it. Its folders go with [`Self::remove`].
+    ///
+    /// # Errors
+    /// [`CgroupError`]; nothing of it stays then.
+    pub fn adopt(parent: &Path, name: &VmId, pid: u32) -> Result<Self, CgroupError> {
+        Self::enter_in(mounted(), parent, name, &pid.to_string())
+    }
+
+    /// Removes the group of VM `name` under `parent`, if there is one and no process is left in it.
+    pub fn remove(parent: &Path, name: &VmId) {
+        for hierarchy in mounted() {
+            let _ = std::fs::remove_dir(hierarchy.mount.join(parent).join(name.as_str()));
+        }
+    }
+
     fn enter_in(
         hierarchies: Vec<Hierarchy>,
         parent: &Path,
