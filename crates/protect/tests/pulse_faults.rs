@@ -192,12 +192,15 @@ fn a_guest_that_dirties_everything_goes_on() {
     let mut duo = Duo::new(site, [None, None]);
     let pages = |d: &Duo| d.hosts[0].status().unwrap()["pages"].as_u64().unwrap();
     let before = pages(&duo);
-    // Less than this guest makes, even as deltas.
-    cables.iter().for_each(|c| c.slow(2_000_000));
+    // Much less than this guest makes, even as deltas; how much that is depends on the machine.
+    cables.iter().for_each(|c| c.slow(1_000_000));
     let (mut most, mut slowed) = (0, 0);
     let until = Instant::now() + LONG;
-    while pages(&duo) - before < 200_000 {
-        assert!(Instant::now() < until, "the guest makes no progress");
+    while pages(&duo) - before < 200_000 || slowed == 0 {
+        assert!(
+            Instant::now() < until,
+            "the guest makes no progress, or is not slowed down ({slowed} %, {most} bytes in flight) by cables that it outruns"
+        );
         duo.one();
         let status = duo.hosts[0].status().unwrap();
         most = most.max(status["protocol"]["lag_bytes"].as_u64().unwrap());
@@ -207,10 +210,6 @@ fn a_guest_that_dirties_everything_goes_on() {
     // The window's bound, and one epoch that was under way when it was reached.
     assert!(most <= (256 << 20) + (128 << 20), "{most} bytes in flight");
     println!("at most {most} bytes in flight, slowed down by at most {slowed} %");
-    assert!(
-        slowed > 0,
-        "a guest that is faster than its cables is slowed down"
-    );
     cables.iter().for_each(|c| c.slow(0));
     let held = duo.hosts[0].resident_bytes();
     assert!(

@@ -123,7 +123,10 @@ fn run(extent: &super::Extent<'_>) -> Result<Report> {
                 (_, true) => Goal::RatioAtLeast(1.0),
                 (_, false) => Goal::RatioAtMost(1.0),
             };
-            let case = format!("vcpus=1 ram={MEMORY_MIB}MiB rounds={rounds}");
+            let case = format!(
+                "beside {} vcpus=1 ram={MEMORY_MIB}MiB rounds={rounds}",
+                peer.name()
+            );
             let row = Row::new(NAME, metric, &case, middle(Monitor::Ours, index), unit)
                 .beside(peer.name(), middle(peer, index))
                 .goal(goal);

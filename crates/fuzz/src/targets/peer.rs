@@ -413,10 +413,11 @@ fn line(data: &[u8]) {
         let _ = stream.write_all(bytes);
         let _ = stream.shutdown(Shutdown::Write);
         let mut said = Vec::new();
-        match stream.read_to_end(&mut said) {
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => panic!("no answer and no end"),
-            _ => said,
-        }
+        let late = stream
+            .read_to_end(&mut said)
+            .is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock);
+        assert!(!late, "no answer and no end");
+        said
     };
     talk(data);
     let said = talk(b"{\"verb\":\"status\"}\n");
