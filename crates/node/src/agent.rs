@@ -181,7 +181,9 @@ impl Agent {
                 instances.update_peers(id, vm, &pool.hosts)?;
             }
             if let Err(error) = instances.set_limits(id, &vm.stored) {
-                tracing::warn!(%error, "limits");
+                let about = About::On(id.clone(), me.clone());
+                self.node
+                    .note(about, format!("its limits are not in force: {error}"));
             }
             // The class may have been changed meanwhile.
             return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);

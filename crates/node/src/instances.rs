@@ -420,10 +420,10 @@ impl Instances {
         }
     }
 
-    /// Sets the limits of an instance's process, unless they are set.
+    /// Sets the limits of an instance's process, unless that was tried.
     ///
     /// # Errors
-    /// They cannot be; or the run folder cannot be written.
+    /// They cannot be set (they are not tried again until they change, or the process does); or the run folder cannot be written.
     pub fn set_limits(&self, id: &VmId, vm: &StoredVm) -> Result<()> {
         let (Some(mut meta), Some(pid)) = (self.meta(id), self.pid(id)) else {
             return Ok(());
@@ -431,9 +431,9 @@ impl Instances {
         if meta.limits == vm.limits {
             return Ok(());
         }
-        limits::set(id, pid, &vm.limits.read(vm.machine.memory_bytes)?)?;
         meta.limits = vm.limits.clone();
-        self.write_meta(id, &meta)
+        self.write_meta(id, &meta)?;
+        limits::set(id, pid, &vm.limits.read(vm.machine.memory_bytes)?)
     }
 
     /// Puts an instance under the lease, or takes it out.
