@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::records::{json, parse};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use steadfast_cluster::events::{Event, Service, What};
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, VmId};
@@ -104,11 +104,12 @@ pub fn services(events: &[Told]) -> HashMap<VmId, Service> {
     events.iter().filter_map(change).collect()
 }
 
-/// Keys of the oldest events beyond `max`; not those that alone tell how a VM's service is.
+/// Keys of the oldest events beyond `max`; not those that alone tell how the service of a VM
+/// in `known` is.
 ///
 /// # Errors
 /// The store's.
-pub fn surplus(kv: &dyn Kv, max: usize) -> Result<Vec<String>> {
+pub fn surplus(kv: &dyn Kv, max: usize, known: &HashSet<VmId>) -> Result<Vec<String>> {
     let entries = kv.list(EVENTS)?.entries;
     let surplus = entries.len().saturating_sub(max);
     if surplus == 0 {
@@ -118,11 +119,12 @@ pub fn surplus(kv: &dyn Kv, max: usize) -> Result<Vec<String>> {
     for e in &entries {
         if let Ok(t) = parse::<Told>(&e.key, &e.value)
             && let (Some(vm), What::Service { .. }) = (t.event.vm, t.event.what)
+            && known.contains(&vm)
         {
             last.insert(vm, &e.key);
         }
     }
-    let keep: std::collections::HashSet<&str> = last.into_values().collect();
+    let keep: HashSet<&str> = last.into_values().collect();
     let old = entries[..surplus].iter().map(|e| &e.key);
     Ok(old.filter(|key| !keep.contains(key.as_str())).cloned().collect())
 }
@@ -155,8 +157,15 @@ mod tests {
         let now = services(&events);
         assert_eq!(now[&VmId::new("quiet").unwrap()], Service::Up);
         assert_eq!(now[&VmId::new("db").unwrap()], Service::Down);
-        let old = surplus(&*kv, 20).unwrap();
+        let known = ["quiet", "db"].map(|vm| VmId::new(vm).unwrap()).into();
+        let old = surplus(&*kv, 20, &known).unwrap();
         assert_eq!(old.len(), 1, "only the older change of db may go: {old:?}");
+        let all = surplus(&*kv, 20, &HashSet::new()).unwrap();
+        assert_eq!(
+            all.len(),
+            3,
+            "of VMs that are gone nothing is kept beyond: {all:?}"
+        );
         assert!(old[0].starts_with("e/000000000000011-"), "{old:?}");
     }
 }

@@ -117,14 +117,6 @@ impl Decider {
         self.remember_owners(&pool).await?;
         self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
-        {
-            let (watch, pool, observed) = (Arc::clone(&self.watch), pool.clone(), observed.clone());
-            let look = move |n: &Node| {
-                let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
-                watch.look(n, &pool, &observed, &silent_ms)
-            };
-            self.node.blocking(look).await?;
-        }
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
         for (vm, host) in self.begun.keys() {
@@ -141,6 +133,17 @@ impl Decider {
         let decisions = decide(&snapshot);
         for decision in decisions.actions {
             self.carry_out(&pool, decision).await;
+        }
+        // Telling takes a write of the store for each event: after what must not wait.
+        {
+            let (watch, pool, observed) = (Arc::clone(&self.watch), pool.clone(), observed.clone());
+            let look = move |n: &Node| {
+                let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+                watch.look(n, &pool, &observed, &silent_ms)
+            };
+            if let Err(error) = self.node.blocking(look).await {
+                tracing::warn!(%error, "what happened could not be told");
+            }
         }
         let refused: HashSet<String> = decisions.refusals.iter().map(ToString::to_string).collect();
         for r in decisions.refusals {
@@ -380,10 +383,11 @@ impl Decider {
             .filter(|t| t.ended_ms.is_some_and(|at| at + TASK_KEPT_MS < now_ms()))
             .map(|t| migrate::key(&t.id))
             .collect();
+        let known: HashSet<VmId> = pool.vms.keys().cloned().collect();
         self.node
             .blocking(move |n| {
                 let kv = n.kv();
-                let mut keys = journal::surplus(&*kv, EVENTS_MAX)?;
+                let mut keys = journal::surplus(&*kv, EVENTS_MAX, &known)?;
                 keys.extend(old);
                 for part in keys.chunks(steadfast_store::CHANGES_MAX) {
                     let delete = part.iter().fold(Commit::default(), |c, k| c.delete(k));

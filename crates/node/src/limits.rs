@@ -10,6 +10,9 @@ use steadfast_types::VmId;
 use steadfast_vmm::isolation::cgroup::{self, Cgroup, Limits, PARENT, limits};
 use utoipa::ToSchema;
 
+/// What a monitor needs beside guest RAM and its page tables, at the least.
+const OWN_BYTES: u64 = 256 << 20;
+
 /// Limits as they are written; what is not given is not limited by the pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -57,11 +60,11 @@ impl VmLimits {
         let memory = self.memory_max.as_deref().map(limits::parse_memory_max);
         let memory = memory.transpose().map_err(wrong)?;
         if let Some(limits::MemoryMax::Bytes(bytes)) = memory
-            && bytes < ram_bytes
+            && bytes < ram_bytes.saturating_add(ram_bytes / 16).saturating_add(OWN_BYTES)
         {
             return Err(NodeError::Refused(format!(
-                "{bytes} bytes are less than the guest's memory ({ram_bytes}): its process would be ended; give more, or a VM \
-                 with less memory"
+                "{bytes} bytes are less than the guest's memory ({ram_bytes}), a sixteenth of it and {OWN_BYTES} for the monitor: its \
+                 process would be ended; give more, or a VM with less memory"
             )));
         }
         Ok(Limits {

@@ -59,7 +59,7 @@ impl Watch {
             {
                 self.takeovers.insert(id.clone(), t.at_ms);
                 let about = || About::On(id.clone(), owner.clone());
-                let (from, why) = (t.at_ms.saturating_sub(t.gap_ms()), t.to_string());
+                let (from, why) = (t.at_ms.saturating_sub(t.gap_ms().max(1)), t.to_string());
                 node.event_at(
                     from,
                     about(),

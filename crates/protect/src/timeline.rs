@@ -15,6 +15,7 @@ use steadfast_types::HostId;
 #[derive(Default)]
 pub struct Timeline {
     heard: Vec<(HostId, u64)>,
+    suspected: Option<HostId>,
     silent_since_us: Option<u64>,
     suspected_us: Option<u64>,
     granted_us: Option<u64>,
@@ -25,10 +26,21 @@ pub struct Timeline {
 impl Timeline {
     /// Something arrived from a host.
     pub fn heard(&mut self, host: &HostId, now: u64) {
+        if self.granted_us.is_none() && self.suspected.as_ref() == Some(host) {
+            self.forget();
+        }
         match self.heard.iter_mut().find(|(h, _)| h == host) {
             Some((_, at)) => *at = now,
             None => self.heard.push((host.clone(), now)),
         }
+    }
+
+    /// The suspicion came to nothing, or what follows has nothing to do with it.
+    fn forget(&mut self) {
+        *self = Self {
+            heard: std::mem::take(&mut self.heard),
+            ..Self::default()
+        };
     }
 
     /// The protocol has news.
@@ -37,6 +49,7 @@ impl Timeline {
             Notice::Suspected(host) => {
                 self.silent_since_us = self.heard.iter().find(|(h, _)| h == host).map(|(_, at)| *at);
                 self.suspected_us = Some(now);
+                self.suspected = Some(host.clone());
                 (self.granted_us, self.running_us, self.released_us) = (None, None, None);
             }
             Notice::Granted(_) if self.granted_us.is_none() => self.granted_us = Some(now),
@@ -46,6 +59,10 @@ impl Timeline {
 
     /// A standby's guest runs.
     pub fn running(&mut self, now: u64) {
+        if self.granted_us.is_none() || self.running_us.is_some() {
+            // A planned promote, in a process that has taken over before.
+            return self.forget();
+        }
         self.running_us = Some(now);
     }
 
@@ -96,5 +113,24 @@ mod tests {
         assert_eq!(takeover["grant_us"], 40);
         assert_eq!(takeover["resume_us"], 10);
         assert_eq!(takeover["first_output_us"], 20);
+        // It was handed over since, and is handed back: no takeover.
+        t.running(9000);
+        assert!(t.status(9100)["takeover"].is_null());
+    }
+
+    #[test]
+    fn a_suspicion_that_comes_to_nothing_is_forgotten() {
+        let mut t = Timeline::default();
+        let a = HostId::new("a").unwrap();
+        t.heard(&a, 100);
+        t.notice(&Notice::Suspected(a.clone()), 260);
+        t.heard(&a, 280);
+        assert!(t.status(290)["takeover"].is_null());
+        t.notice(&Notice::Granted(Term(2)), 9000);
+        t.running(9001);
+        assert!(
+            t.status(9002)["takeover"]["detect_us"].is_null(),
+            "a planned promote has no part of it"
+        );
     }
 }

@@ -9,6 +9,9 @@ use crate::action::{Action, Because, Wanted};
 use crate::model::{AlarmKey, DrainWhy, HostAdmin, HostHealth, Phase, Resources};
 use crate::sabotage::Sabotage;
 
+/// Standbys that a VM can have at a time: the protocol's bound.
+const STANDBYS_MAX: usize = 3;
+
 /// Decides for all VMs, the most urgent first.
 pub(crate) fn protect(w: &mut World) {
     let dead: Vec<usize> = (0..w.hosts.len())
@@ -175,7 +178,14 @@ impl World<'_> {
             );
             waits && record.reachable() && self.hosts[h].host.status.prediction.is_none()
         };
-        usize::from(vm.vm.spec.protection.hot() && vm.owner.is_some_and(leaves))
+        // No more than a VM can have; those that do not count any more are listed until they are replaced.
+        let others = vm
+            .standbys
+            .iter()
+            .filter(|&&h| !self.standby_counts(v, h))
+            .count();
+        let room = vm.vm.spec.standbys_wanted() + others < STANDBYS_MAX;
+        usize::from(vm.vm.spec.protection.hot() && room && vm.owner.is_some_and(leaves))
     }
 
     /// Fullness of a host that has the standby already.

@@ -30,7 +30,7 @@ pub struct AppStatus {
     pub application: AppId,
     /// `running` when all its VMs run, `off` when all are off, else `partly`.
     pub state: String,
-    /// `protected` when every VM has what its class promises; else what is missing first.
+    /// `protected` when every VM is; `as promised` when each has what its class promises; `off`; else what is missing first.
     pub protection: String,
     /// How its VMs are kept: `free`, `together`, `apart`.
     pub keep: String,
@@ -91,7 +91,9 @@ fn status_of(pool: &Pool, app: &AppId) -> AppStatus {
     let whole = |v: &&VmStatus| !matches!(v.protection.as_str(), "protected" | "restart elsewhere" | "off");
     let protection = match vms.iter().find(whole) {
         _ if vms.is_empty() => "-".into(),
-        None => "protected".into(),
+        None if all("off") => "off".into(),
+        None if vms.iter().all(|v| v.protection == "protected") => "protected".into(),
+        None => "as promised".into(),
         Some(v) => format!("{}: {}", v.vm, v.protection),
     };
     AppStatus {

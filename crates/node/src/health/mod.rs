@@ -14,14 +14,14 @@ use crate::journal::About;
 use crate::migrate;
 use crate::node::Node;
 use crate::pool::Pool;
-use crate::records::ServiceReport;
+use crate::records::{ServiceReport, StoredTask, TaskState};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use steadfast_cluster::events::What;
 use steadfast_cluster::health::{Health, Means};
-use steadfast_cluster::model::{Check, HealthPolicy, MoveCause, Phase, Power, Remedy};
+use steadfast_cluster::model::{Check, HealthPolicy, MoveCause, Phase, Power, Remedy, Task};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::Request;
 use tokio::runtime::Handle;
@@ -57,10 +57,14 @@ impl Services {
             };
             let report = pool.reports.get(me).and_then(|r| r.instances.get(id));
             let runs = report.is_some_and(|i| i.phase == Phase::Running);
-            if vm.owner() != Some(me) || spec.power == Power::Off || !runs {
+            if vm.owner() != Some(me) || spec.power == Power::Off {
                 continue;
             }
             here.push(id);
+            if !runs {
+                // It starts, or its process was slow to answer: what was tried so far is not forgotten for that.
+                continue;
+            }
             let term = vm.term();
             let known = self.vms.get(id).is_some_and(|w| w.policy == *policy);
             if !known {
@@ -85,7 +89,6 @@ impl Services {
                 .cloned();
             let round = Round {
                 node: Arc::clone(node),
-                pool: pool.clone(),
                 vm: id.clone(),
                 me: me.clone(),
                 standby,
@@ -136,7 +139,6 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// One round of checks of a VM, and what follows.
 struct Round {
     node: Arc<Node>,
-    pool: Pool,
     vm: VmId,
     me: HostId,
     standby: Option<HostId>,
@@ -167,7 +169,27 @@ impl Round {
         }
     }
 
+    /// What was known when the round began may be over by now.
+    async fn still_wanted(&self) -> Option<Pool> {
+        let pool = self.node.blocking(|n| Pool::load(&*n.kv())).await.ok()?;
+        let vm = pool.vms.get(&self.vm)?;
+        let spec = &vm.stored.record;
+        let wanted = vm.owner() == Some(&self.me)
+            && spec.power == Power::On
+            && spec.health.as_ref() == Some(&self.policy);
+        let moving = |t: &StoredTask| {
+            let Task::Migrate { vm, .. } = &t.task else {
+                return false;
+            };
+            *vm == self.vm && t.state == TaskState::Running
+        };
+        (wanted && !pool.tasks.iter().any(moving)).then_some(pool)
+    }
+
     async fn remedy(&self, remedy: Remedy, why: String) {
+        let Some(pool) = self.still_wanted().await else {
+            return;
+        };
         let done = match remedy {
             Remedy::RebootVm => {
                 let vm = self.vm.clone();
@@ -178,7 +200,7 @@ impl Round {
                     .map(|_| "reboot the VM".to_owned())
             }
             Remedy::RollOver => match &self.standby {
-                Some(to) => migrate::begin(&self.node, &self.pool, &self.vm, &self.me, to, MoveCause::Relief)
+                Some(to) => migrate::begin(&self.node, &pool, &self.vm, &self.me, to, MoveCause::Relief)
                     .await
                     .map(|_| format!("roll over to {to}")),
                 None => return,
