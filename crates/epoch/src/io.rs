@@ -293,6 +293,8 @@ pub enum Notice {
     },
     /// A message of an old term or session was refused.
     Stale(HostId),
+    /// A message with numbers that no VM reaches was refused: the peer is broken.
+    Implausible(HostId),
     /// An epoch failed validation or did not fit; it is asked for again.
     AskedAgain(EpochRef),
     /// A command cannot be done now, and why.

@@ -63,6 +63,38 @@ pub struct Message {
     pub body: Body,
 }
 
+impl Message {
+    /// Whether every term and epoch in it is below [`Term::LIMIT`] and [`Epoch::LIMIT`]. Beyond them numbers would stop
+    /// growing, or a session's number (made of its term) would be one of the past: a peer that says such a thing is broken.
+    #[must_use]
+    pub fn is_plausible(&self) -> bool {
+        let e = |e: Epoch| e < Epoch::LIMIT;
+        let t = |t: Term| t < Term::LIMIT;
+        let r = |r: EpochRef| e(r.epoch) && t(r.term);
+        let c = |c: Cursors| e(c.sent) && e(c.committed) && e(c.released) && e(c.stable);
+        let body = match &self.body {
+            Body::Resume { after } | Body::Resend { after } => r(*after),
+            Body::Epoch(h) => r(h.epoch) && r(h.prev) && c(h.cursors),
+            Body::Heartbeat { cursors, .. } => c(*cursors),
+            Body::Handover { at, released } => r(*at) && e(*released),
+            Body::Welcome(w) => w.staged.is_none_or(r) && r(w.applied) && e(w.durable) && r(w.disk),
+            Body::Ack {
+                staged, durable, top, ..
+            } => r(*staged) && e(*durable) && t(*top),
+            Body::PollReply { staged, .. } => r(*staged),
+            Body::Hello
+            | Body::Join { .. }
+            | Body::Chunk { .. }
+            | Body::ChunkAck { .. }
+            | Body::Alive { .. }
+            | Body::NoSession
+            | Body::Fenced
+            | Body::Poll => true,
+        };
+        body && t(self.term) && self.session >> 24 < Term::LIMIT.0
+    }
+}
+
 /// The primary's cursors, carried by every epoch and heartbeat.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursors {

@@ -2,7 +2,7 @@
 
 use crate::Micros;
 use crate::arbiter::Instance;
-use crate::io::{Action, Event};
+use crate::io::{Action, Event, Notice};
 use crate::message::EpochRef;
 use crate::primary::{Primary, PrimaryStatus, PrimaryStep};
 use crate::settings::Settings;
@@ -53,6 +53,12 @@ impl Replica {
     /// Takes one event at a monotonic time and returns what to do, in order.
     pub fn handle(&mut self, now: Micros, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
+        if let Event::Message { from, message } = &event
+            && !message.is_plausible()
+        {
+            out.push(Action::Notice(Notice::Implausible(from.clone())));
+            return out;
+        }
         let blank = |disk| Standby::new(now, self.me.clone(), self.instance, self.settings.clone(), disk);
         let next = match &mut self.role {
             Role::Standby(s) => match s.handle(now, event, &mut out) {

@@ -216,3 +216,64 @@ fn one_of_two_acknowledgements_and_the_poll() {
     assert!(w.is_primary("b"), "only the one that has everything may go on");
     assert!(w.node("b").seen.promoted.unwrap().1.epoch.0 >= released);
 }
+
+/// A VM that has run for years has epochs beyond any that a loop over numbers could walk through.
+#[test]
+fn an_old_vm_gets_a_new_standby() {
+    let mut w = World::new(Settings::default(), &["a", "b"]);
+    let old = EpochRef::new(1 << 50, 1);
+    w.start_with_disk("a", old);
+    w.protected();
+    assert!(w.primary("a").progress().committed() > old.epoch);
+    w.output("a");
+    w.kill("a");
+    w.run(400);
+    assert!(w.is_primary("b"));
+    w.start("a");
+    w.give("b", Event::AddStandby(host("a")));
+    w.run(400);
+    assert_eq!(w.record.in_sync, vec![host("a")]);
+}
+
+/// Numbers that would saturate: refused whole, and nothing is believed of them.
+#[test]
+fn numbers_that_no_vm_reaches_are_refused() {
+    let mut w = World::new(Settings::default(), &["a", "b"]);
+    w.protected();
+    w.record_frames = true;
+    w.output("a");
+    w.run(20);
+    let recorded = std::mem::take(&mut w.recorded);
+    let before = w.node("b").replica.status();
+    let mut refused = 0;
+    for (from, _, m) in recorded.into_iter().filter(|(from, ..)| *from == host("a")) {
+        let mut forged = vec![Message {
+            term: Term::LIMIT,
+            ..m.clone()
+        }];
+        if let Body::Epoch(h) = m.body {
+            let body = Body::Epoch(EpochHeader {
+                epoch: EpochRef {
+                    epoch: Epoch::LIMIT,
+                    ..h.epoch
+                },
+                ..h
+            });
+            forged.push(Message { body, ..m.clone() });
+        }
+        for message in forged {
+            let from = from.clone();
+            let out = w.nodes.get_mut(&host("b")).unwrap().replica.handle(
+                w.now,
+                Event::Message {
+                    from: from.clone(),
+                    message,
+                },
+            );
+            assert_eq!(out, vec![Action::Notice(Notice::Implausible(from))]);
+            refused += 1;
+        }
+    }
+    assert!(refused > 2, "epochs and heartbeats were recorded: {refused}");
+    assert_eq!(w.node("b").replica.status(), before);
+}

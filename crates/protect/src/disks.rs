@@ -44,6 +44,8 @@ const STUCK: Duration = Duration::from_secs(5);
 const SAME_SOURCE: u64 = 1 << 32;
 /// Replaying a journal at a cold boot.
 const REPLAY: Duration = Duration::from_secs(120);
+/// The longest gap between a VM's disks that is filled with empty epochs at a cold boot.
+const EMPTY_EPOCHS_MAX: u64 = 4096;
 
 /// An operation and the volume that it belongs to.
 pub type NumberedOp = (u16, EpochOp);
@@ -333,7 +335,10 @@ impl Disks {
             replica.wait_synced(p.tip, REPLAY).map_err(&text)?;
             replica.commit(p.tip).map_err(&text)?;
             replica.common().wait_applied(p.tip, REPLAY).map_err(&text)?;
-            if p.tip > at.epoch {
+            // A new disk of an old VM has no account of what standbys lack, and one that is far behind has more to write
+            // into its journal than the copy that this costs.
+            let far = at.epoch.0.saturating_sub(p.tip.0) > EMPTY_EPOCHS_MAX;
+            if p.tip > at.epoch || far {
                 // The last of them ends the volume's threads.
                 drop(replica);
                 d.format(at)?;

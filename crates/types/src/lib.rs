@@ -47,6 +47,16 @@ counter!(
     Term
 );
 
+impl Epoch {
+    /// No VM gets here: a thousand epochs a second for two million years. What says so is broken.
+    pub const LIMIT: Self = Self(1 << 56);
+}
+
+impl Term {
+    /// No VM gets here: a failover every millisecond for two years. What says so is broken.
+    pub const LIMIT: Self = Self(1 << 36);
+}
+
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*

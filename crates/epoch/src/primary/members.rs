@@ -271,10 +271,14 @@ impl Primary {
     fn rate(&mut self, now: Micros, i: usize, through: Epoch) {
         let Some(f) = self.window.get(through) else { return };
         let took = now.saturating_sub(f.sealed_at).max(1);
-        let bytes: u64 = (self.members[i].staged.0 + 1..=through.0)
-            .filter_map(|e| self.window.get(Epoch(e)))
-            .map(|f| f.bytes)
-            .sum();
+        // Over what is in the window, not over the numbers: after a full copy a standby goes from zero to where a VM that
+        // runs for months is.
+        let staged = self.members[i].staged;
+        let bytes = self
+            .window
+            .iter()
+            .filter(|f| f.epoch.epoch > staged && f.epoch.epoch <= through)
+            .fold(0, |sum: u64, f| sum.saturating_add(f.bytes));
         self.cutting.link_rate(bytes, took);
     }
 

@@ -96,9 +96,13 @@ impl World {
     }
 
     pub fn start(&mut self, h: &str) {
+        self.start_with_disk(h, EpochRef::ZERO);
+    }
+
+    pub fn start_with_disk(&mut self, h: &str, disk: EpochRef) {
         self.instances += 1_000_000;
         let i = Instance(self.instances);
-        let replica = Replica::new(self.now, host(h), i, self.settings.clone(), EpochRef::ZERO);
+        let replica = Replica::new(self.now, host(h), i, self.settings.clone(), disk);
         self.nodes.insert(
             host(h),
             Node {
