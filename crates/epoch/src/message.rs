@@ -64,8 +64,9 @@ pub struct Message {
 }
 
 impl Message {
-    /// Whether every term and epoch in it is below [`Term::LIMIT`] and [`Epoch::LIMIT`]. Beyond them numbers would stop
-    /// growing, or a session's number (made of its term) would be one of the past: a peer that says such a thing is broken.
+    /// Whether a sound peer could say it. Every term and epoch is below [`Term::LIMIT`] and [`Epoch::LIMIT`]: beyond them
+    /// numbers would stop growing, or a session's number (made of its term) would be one of the past. An epoch follows the
+    /// one before it: a copy that ends with one that follows a later one would be a window that goes round in a circle.
     #[must_use]
     pub fn is_plausible(&self) -> bool {
         let e = |e: Epoch| e < Epoch::LIMIT;
@@ -74,7 +75,10 @@ impl Message {
         let c = |c: Cursors| e(c.sent) && e(c.committed) && e(c.released) && e(c.stable);
         let body = match &self.body {
             Body::Resume { after } | Body::Resend { after } => r(*after),
-            Body::Epoch(h) => r(h.epoch) && r(h.prev) && c(h.cursors),
+            Body::Epoch(h) => {
+                let follows = h.prev.epoch.next() == h.epoch.epoch && h.prev.term <= h.epoch.term;
+                r(h.epoch) && r(h.prev) && c(h.cursors) && follows
+            }
             Body::Heartbeat { cursors, .. } => c(*cursors),
             Body::Handover { at, released } => r(*at) && e(*released),
             Body::Welcome(w) => w.staged.is_none_or(r) && r(w.applied) && e(w.durable) && r(w.disk),

@@ -252,14 +252,17 @@ fn numbers_that_no_vm_reaches_are_refused() {
             ..m.clone()
         }];
         if let Body::Epoch(h) = m.body {
-            let body = Body::Epoch(EpochHeader {
-                epoch: EpochRef {
-                    epoch: Epoch::LIMIT,
-                    ..h.epoch
-                },
-                ..h
-            });
-            forged.push(Message { body, ..m.clone() });
+            let epoch = |epoch, term| EpochRef { epoch, term };
+            let limit = epoch(Epoch::LIMIT, h.epoch.term);
+            for (at, prev) in [
+                (limit, epoch(Epoch::LIMIT.prev(), h.epoch.term)),
+                (h.epoch, h.epoch),
+                (h.epoch, limit),
+                (h.epoch, epoch(h.prev.epoch, h.epoch.term.next())),
+            ] {
+                let body = Body::Epoch(EpochHeader { epoch: at, prev, ..h });
+                forged.push(Message { body, ..m.clone() });
+            }
         }
         for message in forged {
             let from = from.clone();
