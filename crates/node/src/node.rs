@@ -31,6 +31,10 @@ pub struct Node {
     pub wake: Notify,
     /// Names this run of the daemon.
     pub run: u64,
+    /// What it runs.
+    pub version: String,
+    /// Another program is in its place: the daemon becomes that one.
+    pub become_new: Notify,
     config: RwLock<NodeConfig>,
     kv: RwLock<Arc<dyn Kv>>,
 }
@@ -51,6 +55,8 @@ impl Node {
             instances: Instances::new(folders.clone(), config.clone(), program.clone()),
             wake: Notify::new(),
             run,
+            version: crate::upgrade::own_version()?,
+            become_new: Notify::new(),
             kv: RwLock::new(kv),
             config: RwLock::new(config),
             program,

@@ -24,6 +24,7 @@ pub mod artifacts;
 pub mod error;
 pub mod etcd;
 pub mod failover;
+pub mod faults;
 pub mod host;
 pub mod inside;
 pub mod link;

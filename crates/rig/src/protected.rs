@@ -81,6 +81,43 @@ impl<'r> Protected<'r> {
         self.spawn(on, false)
     }
 
+    /// Starts it again from the disk that this server has, after all its instances were lost.
+    pub fn start_again(&mut self, on: &Server) -> Result<()> {
+        self.spawn(on, true)
+    }
+
+    /// A standby with the disk that this server has: what it lacks is copied, not all.
+    pub fn follow(&mut self, on: &Server) -> Result<()> {
+        self.spawn(on, false)
+    }
+
+    /// Its newest process on a server.
+    ///
+    /// # Errors
+    /// None was started there.
+    pub fn pid(&self, on: &Server) -> Result<u32> {
+        self.pids[self.index(on)?].ok_or_else(|| {
+            RigError::Unknown(format!("{} has no process of VM {}", on.name(), self.plan.name))
+        })
+    }
+
+    /// Whether an instance was started there, which may have ended since.
+    pub fn was_started(&self, on: &Server) -> bool {
+        self.pid(on).is_ok()
+    }
+
+    /// The server has lost its power, and with it the instance.
+    pub fn lost(&mut self, on: &Server) -> Result<()> {
+        let index = self.index(on)?;
+        self.pids[index] = None;
+        Ok(())
+    }
+
+    /// Sends a signal (`KILL`, `STOP`, ...) to that process.
+    pub fn signal(&self, on: &Server, signal: &str) -> Result<()> {
+        on.exec(&format!("kill -{signal} {}", self.pid(on)?)).map(|_| ())
+    }
+
     /// Its disk's image in each server.
     pub fn disk(&self) -> String {
         format!("/data/{}.raw", self.plan.name)
@@ -198,7 +235,11 @@ impl<'r> Protected<'r> {
     /// True while the process on this server is there.
     pub fn is_alive(&self, on: &Server) -> Result<bool> {
         match self.pids[self.index(on)?] {
-            Some(pid) => Ok(on.shell(&format!("kill -0 {pid}"), SHORT)?.success()),
+            // After a power loss the number may be another's.
+            Some(pid) => {
+                let alive = format!("tr '\\0' ' ' < /proc/{pid}/cmdline | grep -q 'steadfast vmm'");
+                Ok(on.shell(&alive, SHORT)?.success())
+            }
             None => Ok(false),
         }
     }

@@ -10,6 +10,7 @@ pub mod join;
 pub mod serve;
 pub mod settings;
 pub mod types;
+pub mod upgrade;
 pub mod vms;
 
 use crate::error::NodeError;
@@ -89,6 +90,8 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         apps::stop,
         apps::protect,
         vms::console,
+        upgrade::start,
+        upgrade::stop,
     ),
     components(schemas(
         types::PoolStatus,
@@ -107,6 +110,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::Done,
         types::NewToken,
         types::Availability,
+        upgrade::Program,
         crate::records::StoredTask,
         crate::records::TaskState,
     ))
@@ -149,8 +153,14 @@ pub fn router(node: Arc<Node>) -> Router {
             get(|| async { Json(serde_json::json!({"ok": true})) }),
         )
         .route("/internal/v1/act", post(handlers::act))
+        .route("/internal/v1/programs/{version}", get(upgrade::program))
         .merge(joining(node.clone()))
         .layer(axum::extract::DefaultBodyLimit::max(BODY_MAX))
+        .merge(
+            Router::new()
+                .route("/v1/upgrade", post(upgrade::start).delete(upgrade::stop))
+                .layer(axum::extract::DefaultBodyLimit::max(crate::upgrade::PROGRAM_MAX)),
+        )
         .with_state(node)
 }
 

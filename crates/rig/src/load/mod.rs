@@ -268,6 +268,29 @@ impl Load {
     }
 }
 
+impl Load {
+    /// Ends the clients of a guest that lost its power: their errors are no news. Waits for the service, and audits: every write
+    /// that was answered is there, once. Gives their count.
+    ///
+    /// # Errors
+    /// A write that was answered and is not there, or twice; a service that does not come back within `bound`.
+    pub fn audit_after_loss(self, bound: Duration) -> Result<u64> {
+        self.stop.store(true, Ordering::Release);
+        // Their connections end with a reset of the new guest, or with the bound of an operation.
+        for Background { thread, .. } in self.threads {
+            let _ = thread.join();
+        }
+        let _ = self.session.stop();
+        redis::Redis::connect(&self.client, self.address, bound)
+            .what(|| "redis, after the loss".to_string())?;
+        let mut writes = 0;
+        for progress in &self.writers {
+            writes += redis::audit(&self.client, self.address, progress).what(|| "the audit".to_string())?;
+        }
+        Ok(writes)
+    }
+}
+
 fn background(name: String, work: impl FnOnce() -> io::Result<()> + Send + 'static) -> Result<Background> {
     let thread = std::thread::Builder::new()
         .name(name.clone())
