@@ -47,6 +47,8 @@ enum Verb {
     Events(pool::EventsArgs),
     /// How available a VM was: up, degraded, down, nines, longest gap.
     Availability(pool::AvailabilityArgs),
+    /// Try a VM's standby: an isolated copy of it is started, checked, and thrown away. The VM runs on.
+    Drill(pool::DrillArgs),
     /// The daemon of this host.
     Node(pool::NodeArgs),
     /// Ends `restart` VMs when this host has lost its lease; started by the daemon.
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         Verb::Pool(verb) => pool::pool(verb, cli.json),
         Verb::Host(verb) => pool::host(verb, cli.json),
         Verb::App(verb) => pool::settings::app(verb, cli.json),
+        Verb::Drill(args) => pool::drill(&args, cli.json),
         Verb::Protect(args) => pool::protect(args, cli.json),
         Verb::Migrate(args) => pool::migrate(args, cli.json),
         Verb::Events(args) => pool::events(&args, cli.json),

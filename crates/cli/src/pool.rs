@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use steadfast_node::Folders;
+use steadfast_node::api::drill::DrillSchedule;
 use steadfast_node::api::types::{
     Availability, Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
 };
@@ -20,7 +21,7 @@ use steadfast_node::api::vms::{Console, Shown};
 use steadfast_node::config::Ports;
 use steadfast_node::http::{Method, Target, ask};
 use steadfast_node::journal::Told;
-use steadfast_node::records::{StoredTask, Timings};
+use steadfast_node::records::{DrillReport, StoredTask, Timings};
 use steadfast_node::setup::{self, HostChoice};
 use steadfast_protect::EtcdSpec;
 use steadfast_types::{HostId, SiteId, VmId};
@@ -485,6 +486,69 @@ pub struct OnVm {
     dry_run: bool,
     #[command(flatten)]
     folders: FolderArgs,
+}
+
+#[derive(Args)]
+pub struct DrillArgs {
+    vm: VmId,
+    /// Drill it by itself from now on: a number with s, m, h or d, for example 1d; or `off`.
+    #[arg(long, value_parser = every)]
+    every: Option<Every>,
+    /// Only show the last report.
+    #[arg(long, conflicts_with = "every")]
+    last: bool,
+    #[command(flatten)]
+    folders: FolderArgs,
+}
+
+/// How often; none: never.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Every(Option<u64>);
+
+fn every(text: &str) -> Result<Every, String> {
+    if text == "off" {
+        return Ok(Every(None));
+    }
+    let (number, unit) = text.split_at(text.len().saturating_sub(1));
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86400,
+        _ => return Err("give a number with s, m, h or d, for example 1d, or `off`".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{number:?} is no number"))?;
+    Ok(Every(Some(number.saturating_mul(seconds).saturating_mul(1000))))
+}
+
+/// A drill copies the VM's memory and waits for its service.
+const DRILL_BOUND: Duration = Duration::from_secs(320);
+
+/// Runs `steadfast drill VM`: the exit code is 0 only if the drill passed.
+pub fn drill(args: &DrillArgs, json: bool) -> Outcome {
+    let api = api(&args.folders, json)?;
+    let path = format!("/v1/vms/{}/drill", args.vm);
+    if let Some(Every(every_ms)) = args.every {
+        let body = DrillSchedule { every_ms };
+        return api.done(Method::POST, &format!("{path}/schedule"), false, Some(&body));
+    }
+    let report: Option<DrillReport> = if args.last {
+        api.get(&path)?
+    } else {
+        let asked = ask(&api.target, Method::POST, &path, None::<&()>, DRILL_BOUND);
+        Some(api.runtime.block_on(asked)?)
+    };
+    let Some(report) = report else {
+        return Err(format!("VM {} was never drilled: steadfast drill {0}", args.vm).into());
+    };
+    api.print(&report, |r| {
+        let checks: String = r.checks.iter().map(|c| format!("  {c}\n")).collect();
+        format!("{r}\n{checks}")
+    })?;
+    Ok(match report.ok {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
 }
 
 /// Runs `steadfast protect`.

@@ -307,3 +307,89 @@ fn the_pool_is_upgraded_and_back() {
         "{tasks}"
     );
 }
+
+/// A standby is tried while the VM runs on; a drill that fails is a problem until one succeeds.
+#[test]
+fn a_standby_is_drilled() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::new(&["a", "b"], LEASE_MS);
+    let ft = pool.client("f");
+    pool.create("f", "ft");
+    wait("f to be protected", || protected(&pool, "f"));
+    ft.answer("", Instant::now());
+    ft.forget_gap();
+    let epoch = |report: &serde_json::Value| report["epoch"].as_u64().unwrap();
+    let first = pool.other("").json(&["drill", "f"]);
+    assert!(first["ok"] == true && epoch(&first) > 0, "{first}");
+    println!("{first}");
+    let primary = host_of(&pool, "f").unwrap();
+    assert_ne!(first["host"], primary.as_str(), "the standby is drilled");
+    let second = pool.other("").json(&["drill", "f"]);
+    assert!(
+        second["ok"] == true && epoch(&second) > epoch(&first),
+        "the standby goes on between drills: {second}"
+    );
+    println!(
+        "f: longest time without an answer during two drills {:?}",
+        ft.seen().longest
+    );
+    assert!(protected(&pool, "f") && ft.seen().boots == 0);
+    let gone = |pool: &Pool| {
+        let all = pool.hosts.iter().flat_map(common::Host::processes);
+        let left: Vec<_> = all.filter(|(_, line)| line.contains("--restore")).collect();
+        assert!(left.is_empty(), "{left:?}");
+    };
+    gone(&pool);
+
+    // No room for the copy: it fails, is told, and does nothing to the VM.
+    let folder = pool
+        .hosts
+        .iter()
+        .find(|h| h.name != primary)
+        .unwrap()
+        .folder
+        .join("data/drill");
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::write(&folder, "in the way").unwrap();
+    let out = pool.other("").try_run(&["drill", "f"]);
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(!out.status.success() && said.contains("drill FAILED"), "{said}");
+    let status = pool.other("").run_anyway(&["status"]);
+    assert!(status.contains("VM f: its last drill FAILED"), "{status}");
+    std::fs::remove_file(&folder).unwrap();
+    pool.other("").run(&["drill", "f"]);
+    pool.other("").run(&["drill", "f", "--last"]);
+    wait("all to be well", || {
+        pool.other("").try_run(&["status"]).status.success()
+    });
+    let events = pool.other("").run(&["events", "--subject", "f"]);
+    assert!(
+        events.contains("drill passed") && events.contains("drill FAILED"),
+        "{events}"
+    );
+    gone(&pool);
+
+    pool.create("n", "none");
+    let out = pool.other("").try_run(&["drill", "n"]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        !out.status.success() && said.contains("no standby that could take over"),
+        "{said}"
+    );
+
+    // By itself: one more soon, and then not again for a day.
+    let at = |pool: &Pool| {
+        pool.other("").json(&["drill", "f", "--last"])["at_ms"]
+            .as_u64()
+            .unwrap()
+    };
+    let before = at(&pool);
+    let said = pool.other("").try_run(&["drill", "f", "--every", "5s"]);
+    assert!(!said.status.success(), "once a minute at most");
+    pool.other("").run(&["drill", "f", "--every", "1m"]);
+    wait("a drill that is due", || at(&pool) > before);
+    pool.other("").run(&["drill", "f", "--every", "off"]);
+    assert!(protected(&pool, "f") && ft.seen().boots == 0);
+}

@@ -372,6 +372,7 @@ impl Decider {
     }
 
     async fn keep_house(&self, pool: &Pool) -> Result<()> {
+        crate::drill::due(&self.node, pool);
         let spec = self.node.config().store_spec(&self.node.folders);
         if matches!(
             self.node.config().store,

@@ -22,6 +22,7 @@ mod agent;
 pub mod api;
 pub mod config;
 mod daemon;
+pub mod drill;
 mod error;
 mod etcd;
 mod guard;

@@ -59,7 +59,7 @@ fn busy_ticks() -> Option<u64> {
 }
 
 /// Total and available memory, bytes.
-fn memory() -> Option<(u64, u64)> {
+pub(crate) fn memory() -> Option<(u64, u64)> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let value = |name: &str| {
         let line = text.lines().find_map(|l| l.strip_prefix(name))?;

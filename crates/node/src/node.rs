@@ -10,7 +10,7 @@ use crate::relocate::ReadOnly;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::{Event, What};
 use steadfast_store::Kv;
@@ -35,6 +35,10 @@ pub struct Node {
     pub version: String,
     /// Another program is in its place: the daemon becomes that one.
     pub become_new: Notify,
+    /// Drills that are due are held one at a time.
+    pub drilling: tokio::sync::Mutex<()>,
+    /// One drill at a time on this host.
+    pub drill_here: Mutex<()>,
     config: RwLock<NodeConfig>,
     kv: RwLock<Arc<dyn Kv>>,
 }
@@ -57,6 +61,8 @@ impl Node {
             run,
             version: crate::upgrade::own_version()?,
             become_new: Notify::new(),
+            drilling: tokio::sync::Mutex::new(()),
+            drill_here: Mutex::new(()),
             kv: RwLock::new(kv),
             config: RwLock::new(config),
             program,

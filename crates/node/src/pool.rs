@@ -2,8 +2,8 @@
 
 use crate::error::Result;
 use crate::records::{
-    CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState, Timings,
-    VmMemory, WATCHED, now_ms, parse,
+    CA, DrillReport, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS,
+    TaskState, Timings, VmMemory, WATCHED, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use steadfast_cluster::health;
@@ -23,6 +23,8 @@ pub struct PoolVm {
     pub record: Option<VmRecord>,
     /// The rest.
     pub memory: VmMemory,
+    /// Its last drill.
+    pub drill: Option<DrillReport>,
 }
 
 impl PoolVm {
@@ -52,6 +54,9 @@ impl PoolVm {
         self.record.as_ref().map_or(Term::ZERO, |r| r.term)
     }
 }
+
+/// What the store has of a VM: specification, arbiter's record, state, last drill.
+type Parts = (Option<StoredVm>, Option<VmRecord>, VmMemory, Option<DrillReport>);
 
 /// See the module.
 #[derive(Clone, Default)]
@@ -98,7 +103,7 @@ impl Pool {
                 tracing::error!(%error, key, "a value in the store is left out");
             }
         }
-        let mut parts: BTreeMap<VmId, (Option<StoredVm>, Option<VmRecord>, VmMemory)> = BTreeMap::new();
+        let mut parts: BTreeMap<VmId, Parts> = BTreeMap::new();
         for entry in kv.list("vm/")?.entries {
             let mut path = entry.key.split('/').skip(1);
             let (Some(Ok(id)), Some(part)) = (path.next().map(VmId::new), path.next()) else {
@@ -111,6 +116,7 @@ impl Pool {
                     .map(|v| vm.1 = Some(v))
                     .map_err(|e| crate::error::NodeError::Refused(e.to_string())),
                 "state" => parse(&entry.key, &entry.value).map(|v| vm.2 = v),
+                "drill" => parse(&entry.key, &entry.value).map(|v| vm.3 = Some(v)),
                 _ => Ok(()),
             };
             if let Err(error) = done {
@@ -119,7 +125,7 @@ impl Pool {
         }
         pool.vms = parts
             .into_iter()
-            .filter_map(|(id, (stored, record, memory))| {
+            .filter_map(|(id, (stored, record, memory, drill))| {
                 let stored = stored?;
                 Some((
                     id,
@@ -127,6 +133,7 @@ impl Pool {
                         stored,
                         record,
                         memory,
+                        drill,
                     },
                 ))
             })

@@ -48,6 +48,12 @@ pub fn host_report(host: &HostId) -> String {
     format!("p/host/{host}/report")
 }
 
+/// Key of a VM's last drill.
+#[must_use]
+pub fn vm_drill(vm: &VmId) -> String {
+    format!("vm/{vm}/drill")
+}
+
 /// Key of a VM's specification.
 #[must_use]
 pub fn vm_spec(vm: &VmId) -> String {
@@ -213,6 +219,38 @@ pub struct StoredVm {
     /// What its processes may use of their hosts.
     #[serde(default, skip_serializing_if = "VmLimits::is_empty")]
     pub limits: VmLimits,
+    /// How often it is drilled by itself, ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drill_every_ms: Option<u64>,
+}
+
+/// How a drill went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DrillReport {
+    /// When, wall clock, ms.
+    pub at_ms: u64,
+    /// The standby's host.
+    #[schema(value_type = String)]
+    pub host: HostId,
+    /// Whether the copy ran and passed.
+    pub ok: bool,
+    /// In words.
+    pub text: String,
+    /// The epoch that was run.
+    pub epoch: u64,
+    /// How long it took to copy what the standby holds, ms.
+    pub copy_ms: u64,
+    /// The whole of it, ms.
+    pub took_ms: u64,
+    /// What each check of the VM's health policy said.
+    pub checks: Vec<String>,
+}
+
+impl std::fmt::Display for DrillReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let how = if self.ok { "drill passed" } else { "drill FAILED" };
+        write!(f, "{how} in {} ms: {}", self.took_ms, self.text)
+    }
 }
 
 /// What the pool remembers about a VM beside the arbiter's record.

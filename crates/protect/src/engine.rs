@@ -8,6 +8,7 @@
 use crate::audit::Audit;
 use crate::codec;
 use crate::config::ProtectSpec;
+use crate::copy_out::CopyOut;
 use crate::disk_engine::Care;
 use crate::disks::Disks;
 use crate::failpoint::Failpoint;
@@ -151,6 +152,7 @@ pub struct Engine {
     pub(crate) audit: Option<Audit>,
     /// Pages that differed from the digest of their epoch; and epochs compared.
     pub(crate) audited: (u64, u64),
+    pub(crate) copy_out: Option<CopyOut>,
 }
 
 impl Engine {
@@ -237,6 +239,7 @@ impl Engine {
             cut_failures: 0,
             audit,
             audited: (0, 0),
+            copy_out: None,
         })
     }
 
@@ -287,6 +290,7 @@ impl Engine {
                     .unwrap_or_else(PoisonError::into_inner)
                     .flush_output();
                 self.disks_moved()?;
+                self.bound_copy()?;
                 console = Instant::now();
                 self.close_links();
                 if let Some(ended) = self.end_step()? {
@@ -390,6 +394,7 @@ impl Engine {
             Action::BeginJoin { join } => self.begin_join(join),
             Action::StoreChunk { join, seq } => self.store_chunk(join, seq),
             Action::Stage { epoch, flush } => self.stage(epoch, flush),
+            Action::Apply { through } if self.apply_waits(through) => {}
             Action::Apply { through } => self.apply(through),
             Action::Truncate { after } => self.truncate(after),
             Action::Speculate { at } => self.note(format!("speculation at {at} is not enabled")),
@@ -465,6 +470,7 @@ impl Engine {
                 len,
             } => self.disk_ask(id, volume, offset, len),
             Input::DiskServed(host, id, got) => self.aside(&host, &crate::aside::Aside::Block { id, got }),
+            Input::CopiedOut(done) => self.copied_out(done)?,
             Input::DiskCopied(join, result) => {
                 let events = self.disks.copied(join, result);
                 events.into_iter().try_for_each(|e| self.step(e))?;

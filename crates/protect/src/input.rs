@@ -45,6 +45,8 @@ pub enum Input {
     DiskServed(HostId, u64, crate::ask::Answer),
     /// The end of this full copy of all disks is done, or why not.
     DiskCopied(u64, Result<(), String>),
+    /// The copy of what a standby holds is made, or why not.
+    CopiedOut(Result<serde_json::Value, String>),
 }
 
 /// The queue's sending side.

@@ -5,6 +5,7 @@
 //! store   the arbiter's record          primary  cut, copy, release     standby  stage, apply, promote
 //! peer    a link and its streams        run      the process around it
 //! disks   volumes of writable disks     block    what their devices stand on    timeline   when what happened
+//! copy_out  what a standby holds, as a saved VM, for a drill
 //! ask, aside   blocks of other hosts' replicas      disk_care, disk_engine, scrubber   faults, repair, pace of copies
 //! ```
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
@@ -16,6 +17,7 @@ mod audit;
 mod block;
 pub mod codec;
 pub mod config;
+pub mod copy_out;
 mod disk_care;
 mod disk_engine;
 mod disks;

@@ -63,6 +63,11 @@ impl Engine {
                 let known = self.remove_peer(&host.clone())?;
                 json!({"ok": true, "was_peer": known})
             }
+            // Answered when it is done.
+            Request::CopyState { folder } => {
+                self.copy_state(&folder.clone(), &call.answer);
+                return Ok(None);
+            }
             Request::CopyRate { bytes_per_s } => match self.set_copy_rate(*bytes_per_s) {
                 Ok(()) => json!({"ok": true}),
                 Err(why) => failure(&why),

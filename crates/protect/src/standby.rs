@@ -34,6 +34,7 @@ impl PageSink for RamSink<'_> {
 
 impl Engine {
     pub(crate) fn begin_join(&mut self, join: u64) {
+        self.spoil_copy("the standby is filled anew");
         self.note(format!("full copy {join} begins"));
         self.staged.clear();
         self.state.clear();
@@ -157,6 +158,7 @@ impl Engine {
     /// This instance is the primary now: the machine goes on from exactly epoch `at`.
     pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
         let began = Instant::now();
+        self.spoil_copy("the standby took over");
         let _never = self.staged.split_off(&at.epoch.next());
         let whole = self.apply_memory(at.epoch);
         // I3: better no guest than one whose memory is of two instants.

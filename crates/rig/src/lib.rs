@@ -30,6 +30,7 @@ pub mod inside;
 pub mod link;
 pub mod load;
 pub mod netif;
+pub mod pool;
 pub mod protected;
 pub mod rig;
 pub mod switch;

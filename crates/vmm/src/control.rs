@@ -82,6 +82,12 @@ pub enum Request {
         /// Bytes a second; 0: as fast as the link.
         bytes_per_s: u64,
     },
+    /// Write what a standby of a protected VM holds into this folder, which is there and empty: a saved VM, `state`, and its
+    /// disks. For a drill. The VM runs on, and protected.
+    CopyState {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// End the VM at once.
     Stop,
     /// Bytes for the serial port.

@@ -486,6 +486,7 @@ impl Process<'_> {
             Request::HandOver { .. }
             | Request::AddPeer { .. }
             | Request::RemovePeer { .. }
+            | Request::CopyState { .. }
             | Request::CopyRate { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,

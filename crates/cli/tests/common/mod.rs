@@ -89,6 +89,11 @@ impl Host {
         text
     }
 
+    /// What it prints, however it ends.
+    pub fn run_anyway(&self, args: &[&str]) -> String {
+        String::from_utf8_lossy(&self.try_run(args).stdout).into_owned()
+    }
+
     /// What a verb answers with --json, whatever its exit code; nothing if it cannot be asked.
     pub fn json(&self, args: &[&str]) -> Value {
         let out = self.command().arg("--json").args(args).output().unwrap();

@@ -5,6 +5,7 @@
 //! and bodies in time and size (I9).
 
 pub mod apps;
+pub mod drill;
 pub mod handlers;
 pub mod join;
 pub mod serve;
@@ -90,6 +91,9 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         apps::stop,
         apps::protect,
         vms::console,
+        drill::run,
+        drill::last,
+        drill::schedule,
         upgrade::start,
         upgrade::stop,
     ),
@@ -111,6 +115,8 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::NewToken,
         types::Availability,
         upgrade::Program,
+        drill::DrillSchedule,
+        crate::records::DrillReport,
         crate::records::StoredTask,
         crate::records::TaskState,
     ))
@@ -139,6 +145,9 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/vms/{vm}/health", post(vms::health))
         .route("/v1/vms/{vm}/limits", post(vms::limits))
         .route("/v1/vms/{vm}/availability", get(handlers::availability))
+        .route("/v1/vms/{vm}/drill", get(drill::last).post(drill::run))
+        .route("/v1/vms/{vm}/drill/schedule", post(drill::schedule))
+        .route("/internal/v1/drill/{vm}", post(drill::here))
         .route("/v1/vms/{vm}/console", get(vms::console))
         .route("/v1/vms/{vm}/settings", post(settings::vm))
         .route("/v1/settings", get(settings::show).post(settings::pool))

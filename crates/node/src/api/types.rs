@@ -233,6 +233,12 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         let failed = v.service.as_ref().filter(|s| s.starts_with("failed"))?;
         Some(format!("the service in VM {} {failed}", v.vm))
     }));
+    problems.extend(pool.vms.iter().filter_map(|(vm, entry)| {
+        let failed = entry.drill.as_ref().filter(|d| !d.ok)?;
+        Some(format!(
+            "VM {vm}: its last {failed}; try again: steadfast drill {vm}"
+        ))
+    }));
     let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
     if leader.is_none() {
         problems.push("no host decides for the pool".into());

@@ -11,7 +11,7 @@ use crate::limits::VmLimits;
 use crate::migrate;
 use crate::node::Node;
 use crate::pool::Pool;
-use crate::records::{StoredVm, VmMemory, json, update, vm_spec, vm_state};
+use crate::records::{StoredVm, VmMemory, json, update, vm_drill, vm_spec, vm_state};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use hyper::Method;
@@ -120,6 +120,7 @@ fn stored(new: &NewVm, index: u16) -> Result<StoredVm> {
     });
     let baseline = Some(machine.cpu.name()).filter(|n| n.starts_with("x86-64"));
     Ok(StoredVm {
+        drill_every_ms: None,
         record: VmSpecRecord {
             id: machine.name.clone(),
             resources: Resources {
@@ -206,6 +207,7 @@ pub async fn delete(State(node): Shared, Path(vm): Path<VmId>, Query(dry): Query
             let commit = Commit::default()
                 .delete(vm_spec(&vm))
                 .delete(vm_state(&vm))
+                .delete(vm_drill(&vm))
                 .delete(RecordStore::key(&vm))
                 .delete(index_key(index));
             n.kv().commit(&commit)?;

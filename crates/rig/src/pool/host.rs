@@ -1,0 +1,121 @@
+//! A host of a pool: a simulated server with the daemon.
+
+use crate::error::{Result, RigError};
+use crate::failover::ensure;
+use crate::host::server::Server;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+const BOUND: Duration = Duration::from_secs(120);
+/// The daemon's folders. What must outlive the server's power is on its data disk.
+const FOLDERS: &str = "STEADFAST_DATA_DIR=/data/steadfast STEADFAST_RUN_DIR=/run/steadfast";
+
+/// See the module.
+#[derive(Clone)]
+pub struct PoolHost<'r> {
+    /// Where.
+    pub server: &'r Server,
+}
+
+impl<'r> PoolHost<'r> {
+    /// On this server.
+    #[must_use]
+    pub fn new(server: &'r Server) -> Self {
+        Self { server }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &'r str {
+        self.server.name()
+    }
+
+    /// `steadfast ARGUMENTS`, which must succeed.
+    ///
+    /// # Errors
+    /// What it said.
+    pub fn run(&self, arguments: &str) -> Result<String> {
+        self.server
+            .exec_within(&format!("{FOLDERS} steadfast {arguments}"), BOUND)
+    }
+
+    /// `steadfast --json ARGUMENTS`, whatever its exit code; nothing while it does not answer.
+    ///
+    /// # Errors
+    /// The server cannot be asked.
+    pub fn json(&self, arguments: &str) -> Result<Option<Value>> {
+        let command = format!("{FOLDERS} steadfast --json {arguments}");
+        let output = self.server.shell(&command, BOUND)?;
+        Ok(serde_json::from_slice(&output.stdout).ok())
+    }
+
+    fn own_arguments(&self) -> Result<String> {
+        let address = |nic: &str| {
+            let found = self.server.address(nic);
+            found.ok_or_else(|| RigError::Unknown(format!("server {} has no NIC {nic}", self.name())))
+        };
+        let (one, other) = (address("repl0")?, address("repl1")?);
+        Ok(format!(
+            "--name {} --address {one} --replication {one} --replication {other}",
+            self.name()
+        ))
+    }
+
+    /// Makes a pool of it, and starts its daemon.
+    ///
+    /// # Errors
+    /// What `pool init` said.
+    pub fn init(&self, lease: Duration) -> Result<()> {
+        self.run(&format!(
+            "pool init rig --lease-ms {} {}",
+            lease.as_millis(),
+            self.own_arguments()?
+        ))?;
+        self.start_daemon()
+    }
+
+    /// Lets it join the pool of `first`: the token there, the command here.
+    ///
+    /// # Errors
+    /// What `pool join` said last.
+    pub fn join(&self, first: &PoolHost<'_>, witness: bool) -> Result<()> {
+        let token = first.json("pool token")?.unwrap_or_default();
+        let (Some(at), Some(secret)) = (token["address"].as_str(), token["token"].as_str()) else {
+            return Err(RigError::malformed("pool token", token));
+        };
+        let witness = if witness { "--witness" } else { "" };
+        let join = format!(
+            "pool join {at} --token {secret} {witness} {}",
+            self.own_arguments()?
+        );
+        // One member of etcd after the other has to catch up.
+        let began = Instant::now();
+        while let Err(error) = self.run(&join) {
+            ensure(began.elapsed() < BOUND, || error.to_string())?;
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        self.start_daemon()
+    }
+
+    /// Starts the daemon, and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not; with the end of its log.
+    pub fn start_daemon(&self) -> Result<()> {
+        let log = "/data/steadfast-node.log";
+        self.server.spawn(
+            &format!("env {FOLDERS} STEADFAST_LOG=info NO_COLOR=1 steadfast node"),
+            log,
+        )?;
+        let began = Instant::now();
+        while self.json("pool status")?.is_none() {
+            ensure(began.elapsed() < BOUND, || {
+                let said = self.server.shell(&format!("tail -n 20 {log}"), BOUND);
+                let said = said.map_or_else(|e| e.to_string(), |o| o.text());
+                format!("the daemon of {} does not answer; it said: {said}", self.name())
+            })?;
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    }
+}

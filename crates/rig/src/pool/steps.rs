@@ -1,0 +1,414 @@
+//! The steps of the play.
+
+use super::{Options, PoolHost, Report};
+use crate::error::{Result, RigError};
+use crate::failover::{Tell, ensure, ms};
+use crate::host::qemu::DiskCache;
+use crate::rig::Rig;
+use crate::vm::{CPU, Counting, Mini};
+use serde_json::Value;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+const BOOT_BOUND: Duration = Duration::from_secs(180);
+const BOUND: Duration = Duration::from_secs(300);
+const ANSWER: Duration = Duration::from_secs(60);
+/// Simulated servers share few real CPUs: one that is well may not get to renew its lease for seconds.
+const LEASE: Duration = Duration::from_secs(20);
+const CLASSES: [&str; 4] = ["ft", "restart", "checkpoint", "none"];
+
+/// A VM of the play.
+struct Guest {
+    name: String,
+    class: usize,
+    mini: Mini,
+    session: Option<Counting>,
+}
+
+struct Stage<'a, 'r> {
+    rig: &'r Rig,
+    hosts: Vec<PoolHost<'r>>,
+    guests: Vec<Guest>,
+    tell: &'a mut dyn Tell,
+}
+
+pub(super) fn play(options: &Options, tell: &mut dyn Tell) -> Result<Report> {
+    tell.doing("four simulated servers start");
+    let rig = Rig::builder()
+        .servers(4)
+        .memory_mib(options.server_mib)
+        .mini_guest(true)
+        .data_cache(DiskCache::Unsafe)
+        .start_without_waiting()?;
+    for server in rig.servers() {
+        server.wait_ready(BOOT_BOUND)?;
+    }
+    tell.done("four servers are up: Debian, KVM, two replication networks, one for clients");
+    let mut stage = Stage {
+        rig: &rig,
+        hosts: rig.servers().iter().map(PoolHost::new).collect(),
+        guests: Vec::new(),
+        tell,
+    };
+    let mut report = Report::default();
+    let played = stage.play(options, &mut report);
+    if let Err(error) = played {
+        return Err(RigError::Unknown(format!("{error}; {}", stage.story())));
+    }
+    drop(stage);
+    rig.end();
+    ensure(rig.servers().iter().all(|s| !s.is_on()), || {
+        "a server does not go off".to_string()
+    })?;
+    Ok(report)
+}
+
+impl Stage<'_, '_> {
+    fn play(&mut self, options: &Options, report: &mut Report) -> Result<()> {
+        self.form(report)?;
+        self.place(options, report)?;
+        self.kill(report)?;
+        self.bring_back(report)?;
+        self.drain(report)?;
+        for guest in &mut self.guests {
+            let Some(session) = guest.session.take() else {
+                continue;
+            };
+            report.steps += session.steps();
+            session
+                .stop()
+                .map_err(|e| RigError::Unknown(format!("session of {}: {e}", guest.name)))?;
+        }
+        self.tell.done(&format!(
+            "{} steps over the {} sessions of the ft VMs: none lost, none repeated, no connection reset",
+            report.steps, options.vms[0]
+        ));
+        Ok(())
+    }
+
+    fn form(&mut self, report: &mut Report) -> Result<()> {
+        self.tell.doing("a pool is made");
+        let began = Instant::now();
+        let (first, others) = self.hosts.split_first().ok_or_else(none)?;
+        first.init(LEASE)?;
+        for (i, host) in others.iter().enumerate() {
+            host.join(first, i == 2)?;
+        }
+        self.wait("four hosts that are up", |s| {
+            let hosts = s["hosts"].as_array()?;
+            (hosts.len() == 4 && hosts.iter().all(|h| h["health"] == "up") && s["leader"].is_string())
+                .then_some(())
+        })?;
+        report.formed = began.elapsed();
+        self.tell.done(&format!(
+            "a pool of s1, s2, s3 and the witness s4: `pool init` and three `pool join` ({:.0} s)",
+            report.formed.as_secs_f64()
+        ));
+        Ok(())
+    }
+
+    fn place(&mut self, options: &Options, report: &mut Report) -> Result<()> {
+        let began = Instant::now();
+        for (class, count) in options.vms.iter().enumerate() {
+            for i in 0..*count {
+                let name = format!("{}{i}", CLASSES[class]);
+                self.tell.doing(&format!("VM {name} is made"));
+                let number = self.guests.len() as u8;
+                let address = Ipv4Addr::new(10, 90, 0, 120 + number);
+                self.hosts[0].run(&format!(
+                    "vm create --name {name} --class {} --memory 64MiB --cpu {CPU} --rng false --nic br0 \
+                     --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
+                     --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000'",
+                    CLASSES[class],
+                    crate::inside::mini::WORD,
+                ))?;
+                self.guests.push(Guest {
+                    name,
+                    class,
+                    mini: Mini::new(self.rig.client()?, address),
+                    session: None,
+                });
+            }
+        }
+        self.tell.doing("they boot, and standbys are filled");
+        self.well("all VMs running and protected")?;
+        for guest in &mut self.guests {
+            guest.mini.status(ANSWER)?;
+            if guest.class == 0 {
+                let session = guest.mini.counter(ANSWER)?.go_on(Duration::from_millis(100));
+                guest.session = Some(session.map_err(|e| RigError::Unknown(e.to_string()))?);
+            }
+        }
+        report.placed = began.elapsed();
+        let counts: Vec<String> = CLASSES
+            .iter()
+            .zip(options.vms)
+            .map(|(c, n)| format!("{n} {c}"))
+            .collect();
+        self.tell.done(&format!(
+            "{} VMs run, every Linux answers, all that shall be protected is ({:.0} s): {}",
+            self.guests.len(),
+            report.placed.as_secs_f64(),
+            counts.join(", ")
+        ));
+        self.show()
+    }
+
+    /// The server with the most VMs that must survive loses its power.
+    fn kill(&mut self, report: &mut Report) -> Result<()> {
+        let on = |host: &str, class: usize, vms: &[Value]| {
+            let here = |v: &&Value| v["host"] == host && v["class"] == CLASSES[class];
+            vms.iter().filter(here).count()
+        };
+        let status = self.status()?;
+        let vms = status["vms"].as_array().cloned().unwrap_or_default();
+        let victim = self.hosts[..3]
+            .iter()
+            .max_by_key(|h| {
+                on(h.name(), 0, &vms).min(1) * 100 + on(h.name(), 1, &vms) * 10 + on(h.name(), 0, &vms)
+            })
+            .ok_or_else(none)?
+            .clone();
+        let counts = [0, 1, 2, 3].map(|c| on(victim.name(), c, &vms));
+        report.killed = (victim.name().to_string(), counts);
+        ensure(counts[0] > 0 && counts[1] > 0, || {
+            format!("no server runs both an ft and a restart VM: {vms:?}")
+        })?;
+        self.tell.doing(&format!("{} is killed", victim.name()));
+        self.look_away();
+        let killed = Instant::now();
+        victim.server.kill()?;
+        // At the clients: the sessions go on, and what was booted again answers.
+        for guest in self.guests.iter().filter(|g| g.class == 0) {
+            let session = guest.session.as_ref().ok_or_else(none)?;
+            let steps = session.steps();
+            session
+                .wait_steps(steps + 5, ANSWER)
+                .map_err(|e| RigError::Unknown(format!("session of {}: {e}", guest.name)))?;
+        }
+        report.ft_longest = self.longest();
+        let lost: Vec<String> = vms
+            .iter()
+            .filter(|v| v["host"] == victim.name() && v["class"] == "restart")
+            .filter_map(|v| v["vm"].as_str().map(str::to_string))
+            .collect();
+        self.wait("every restart VM to run elsewhere", |s| {
+            let vms = s["vms"].as_array()?;
+            let runs = |name: &String| {
+                let vm = vms.iter().find(|v| v["vm"] == name.as_str());
+                vm.is_some_and(|v| v["state"] == "running" && v["host"] != victim.name())
+            };
+            lost.iter().all(runs).then_some(())
+        })?;
+        for guest in self.guests.iter().filter(|g| lost.contains(&g.name)) {
+            guest.mini.status(BOOT_BOUND)?;
+        }
+        report.restarted = killed.elapsed();
+        self.wait("every ft VM to be protected again", |s| {
+            let vms = s["vms"].as_array()?;
+            let mut hot = vms
+                .iter()
+                .filter(|v| v["class"] == "ft" || v["class"] == "checkpoint");
+            hot.all(|v| v["protection"] == "protected").then_some(())
+        })?;
+        report.protected = killed.elapsed();
+        self.tell.done(&format!(
+            "{} was killed with {} ft and {} restart VMs on it; nobody typed anything",
+            victim.name(),
+            counts[0],
+            counts[1]
+        ));
+        self.tell.more(&format!(
+            "ft: sessions went on, longest wait {}; restart: answered elsewhere after {:.0} s; all protected again after {:.0} s",
+            ms(report.ft_longest),
+            report.restarted.as_secs_f64(),
+            report.protected.as_secs_f64()
+        ));
+        self.show()
+    }
+
+    fn bring_back(&mut self, report: &mut Report) -> Result<()> {
+        let name = report.killed.0.clone();
+        self.tell.doing(&format!("{name} is powered on"));
+        let began = Instant::now();
+        let host = self.host(&name)?;
+        host.server.start()?;
+        host.start_daemon()?;
+        self.well("the pool to be well again")?;
+        report.returned = began.elapsed();
+        self.tell.done(&format!(
+            "{name} is powered on, and used again ({:.0} s)",
+            report.returned.as_secs_f64()
+        ));
+        self.show()
+    }
+
+    /// Where most ft VMs run.
+    fn drain(&mut self, report: &mut Report) -> Result<()> {
+        let status = self.status()?;
+        let vms = status["vms"].as_array().cloned().unwrap_or_default();
+        // A `none` VM cannot be moved while it runs: its host waits for somebody to stop it.
+        for vm in vms
+            .iter()
+            .filter(|v| v["class"] == "none" || v["class"] == "restart")
+        {
+            let name = vm["vm"].as_str().unwrap_or_default();
+            self.hosts[0].run(&format!("vm stop {name}"))?;
+        }
+        self.wait("what cannot be moved to be off", |s| {
+            let mut cold = s["vms"]
+                .as_array()?
+                .iter()
+                .filter(|v| v["class"] == "none" || v["class"] == "restart");
+            cold.all(|v| v["state"] == "off").then_some(())
+        })?;
+        let count = |host: &str| {
+            vms.iter()
+                .filter(|v| v["host"] == host && v["class"] == "ft")
+                .count()
+        };
+        let host = self.hosts[..3]
+            .iter()
+            .max_by_key(|h| count(h.name()))
+            .ok_or_else(none)?
+            .clone();
+        let moved = count(host.name());
+        ensure(moved > 0, || format!("no server runs an ft VM: {vms:?}"))?;
+        self.tell.doing(&format!("{} is drained", host.name()));
+        let before = self.degraded()?;
+        self.look_away();
+        let began = Instant::now();
+        self.hosts[0].run(&format!("host drain {}", host.name()))?;
+        self.wait("an empty host", |s| {
+            let hosts = s["hosts"].as_array()?;
+            let found = hosts.iter().find(|h| h["host"] == host.name())?;
+            (found["admin"] == "maintenance").then_some(())
+        })?;
+        report.drained = began.elapsed();
+        self.wait("every ft VM to be protected elsewhere", |s| {
+            let vms = s["vms"].as_array()?;
+            let mut hot = vms.iter().filter(|v| v["class"] == "ft");
+            hot.all(|v| v["protection"] == "protected" && v["host"] != host.name())
+                .then_some(())
+        })?;
+        report.drain_longest = self.longest();
+        let worst = self
+            .degraded()?
+            .iter()
+            .zip(&before)
+            .map(|(a, b)| a.saturating_sub(*b))
+            .max();
+        report.drain_degraded = worst.unwrap_or_default();
+        self.tell.done(&format!(
+            "{} is empty: {moved} ft VMs moved under load in {:.0} s; longest wait of a session {}, longest without a standby {}",
+            host.name(),
+            report.drained.as_secs_f64(),
+            ms(report.drain_longest),
+            ms(report.drain_degraded)
+        ));
+        Ok(())
+    }
+
+    /// How long each ft VM was without a standby so far.
+    fn degraded(&self) -> Result<Vec<Duration>> {
+        let of = |guest: &Guest| {
+            let found = self.asker()?.json(&format!("availability {}", guest.name))?;
+            let value = found.unwrap_or_default();
+            let ms = value["degraded_ms"].as_u64();
+            ms.map(Duration::from_millis)
+                .ok_or_else(|| RigError::malformed("availability", value))
+        };
+        self.guests.iter().filter(|g| g.class == 0).map(of).collect()
+    }
+
+    fn host(&self, name: &str) -> Result<PoolHost<'_>> {
+        let found = self.hosts.iter().find(|h| h.name() == name);
+        found.cloned().ok_or_else(none)
+    }
+
+    /// A host that is on, to ask about the pool.
+    fn asker(&self) -> Result<&PoolHost<'_>> {
+        let found = self.hosts.iter().find(|h| h.server.is_ready());
+        found.ok_or_else(none)
+    }
+
+    fn status(&self) -> Result<Value> {
+        Ok(self.asker()?.json("pool status")?.unwrap_or_default())
+    }
+
+    fn look_away(&self) {
+        for session in self.guests.iter().filter_map(|g| g.session.as_ref()) {
+            session.take_longest();
+        }
+    }
+
+    fn longest(&self) -> Duration {
+        let sessions = self.guests.iter().filter_map(|g| g.session.as_ref());
+        sessions.map(Counting::longest).max().unwrap_or_default()
+    }
+
+    fn well(&self, what: &str) -> Result<()> {
+        self.wait(what, |s| (s["healthy"] == true).then_some(()))
+    }
+
+    /// Waits until the pool says so; a session that ended ends it.
+    fn wait<T>(&self, what: &str, wanted: impl Fn(&Value) -> Option<T>) -> Result<T> {
+        let began = Instant::now();
+        loop {
+            let status = self.status()?;
+            if let Some(found) = wanted(&status) {
+                return Ok(found);
+            }
+            if let Some(guest) = self
+                .guests
+                .iter()
+                .find(|g| g.session.as_ref().is_some_and(Counting::ended))
+            {
+                return Err(RigError::Unknown(format!("the session of {} broke", guest.name)));
+            }
+            if began.elapsed() > BOUND {
+                return Err(RigError::Timeout {
+                    what: what.to_string(),
+                    after_ms: began.elapsed().as_millis() as u64,
+                    detail: format!("; the pool says {status}"),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn show(&mut self) -> Result<()> {
+        let status = self.status()?;
+        let vms = status["vms"].as_array().cloned().unwrap_or_default();
+        for host in &self.hosts[..3] {
+            let mut here: Vec<&str> = Vec::new();
+            for vm in vms.iter().filter(|v| v["host"] == host.name()) {
+                here.extend(vm["vm"].as_str());
+            }
+            self.tell.more(&format!("{}: {}", host.name(), here.join(" ")));
+        }
+        Ok(())
+    }
+
+    /// What the pool and the daemons said last, for who looks for a fault.
+    fn story(&self) -> String {
+        let mut text = String::new();
+        for host in self.hosts.iter().filter(|h| h.server.is_ready()) {
+            let tail = "tail -n 12 /data/steadfast-node.log; uptime; free -m | sed -n 2p";
+            let said = host
+                .server
+                .shell(tail, ANSWER)
+                .map_or_else(|e| e.to_string(), |o| o.text());
+            text.push_str(&format!("\n--- {}\n{said}", host.name()));
+        }
+        if let Ok(asker) = self.asker() {
+            let events = asker.run("events --limit 60").unwrap_or_else(|e| e.to_string());
+            text.push_str(&format!("\n--- events\n{events}"));
+        }
+        text
+    }
+}
+
+fn none() -> RigError {
+    RigError::Unknown("there is none".to_string())
+}
