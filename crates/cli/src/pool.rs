@@ -8,7 +8,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::error::Error;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -166,8 +165,6 @@ pub enum PoolVerb {
         #[command(flatten)]
         folders: FolderArgs,
     },
-    /// Upgrade all hosts, one after the other, each drained before; protection is kept. Stops at the first that fails
-    Upgrade(UpgradeArgs),
     /// Change the pool's settings; without any, show them.
     Set(settings::PoolSetArgs),
     /// Give a placement group its rule.
@@ -316,45 +313,9 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
         PoolVerb::Cancel { task, folders } => {
             api(&folders, json)?.done(Method::DELETE, &format!("/v1/tasks/{task}"), false, None::<&()>)
         }
-        PoolVerb::Upgrade(args) => upgrade(&args, json),
         PoolVerb::Set(args) => settings::set_pool(args, json),
         PoolVerb::Group(args) => settings::group(args, json),
     }
-}
-
-#[derive(Args)]
-pub struct UpgradeArgs {
-    /// The program that all hosts shall run; by default the one that this command is.
-    #[arg(long)]
-    binary: Option<PathBuf>,
-    /// Call the upgrade off: hosts that were emptied for it are used again.
-    #[arg(long, conflicts_with = "binary")]
-    stop: bool,
-    /// Only print the plan.
-    #[arg(long, conflicts_with = "stop")]
-    dry_run: bool,
-    #[command(flatten)]
-    folders: FolderArgs,
-}
-
-/// How long a program may take to the daemon.
-const UPLOAD_BOUND: Duration = Duration::from_secs(300);
-
-/// Runs `steadfast pool upgrade`.
-fn upgrade(args: &UpgradeArgs, json: bool) -> Outcome {
-    let api = api(&args.folders, json)?;
-    if args.stop {
-        return api.done(Method::DELETE, "/v1/upgrade", false, None::<&()>);
-    }
-    let path = match &args.binary {
-        Some(path) => path.clone(),
-        None => std::env::current_exe()?,
-    };
-    let program = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let to = format!("/v1/upgrade?dry_run={}", args.dry_run);
-    let sent = steadfast_node::http::upload(&api.target, &to, program, UPLOAD_BOUND);
-    let done: Done = api.runtime.block_on(sent)?;
-    api.print(&done, show::done)
 }
 
 fn external(endpoints: Vec<String>, tls: &[PathBuf]) -> EtcdSpec {
@@ -659,17 +620,11 @@ pub fn node(args: &NodeArgs) -> Outcome {
         .enable_all()
         .worker_threads(2)
         .build()?;
-    let done = runtime.block_on(steadfast_node::run(folders, program.clone()));
+    let done = runtime.block_on(steadfast_node::run(folders, program));
     // A thread that waits for a VM's process must not hold the daemon.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    match done? {
-        steadfast_node::Next::End => Ok(ExitCode::SUCCESS),
-        // The same process, so that whoever started it (systemd, say) need not know.
-        steadfast_node::Next::Exec => {
-            let arguments = std::env::args_os().skip(1);
-            Err(std::process::Command::new(program).args(arguments).exec().into())
-        }
-    }
+    done?;
+    Ok(ExitCode::SUCCESS)
 }
 
 #[derive(Args)]

@@ -23,7 +23,6 @@ impl Alone {
         let [x, y, z, ..] = random.to_le_bytes();
         let address = Ipv4Addr::new(127, x.max(1), y, z.clamp(1, 254));
         let mut host = Host {
-            program: env!("CARGO_BIN_EXE_steadfast").into(),
             name: "a".into(),
             address,
             folder: folder.path().join("a"),
@@ -234,7 +233,6 @@ fn strangers_get_nothing_but_join_and_that_only_with_a_token() {
     assert!(said.contains("fingerprint"), "{said}");
     let join = |token: &str| {
         let mut other = Host {
-            program: env!("CARGO_BIN_EXE_steadfast").into(),
             name: "b".into(),
             address: alone.host.address,
             folder: alone.folder.path().join("b"),

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{OWN_PROGRAM, Pool, possible, wait, wait_for};
+use common::{Pool, possible, wait, wait_for};
 use std::time::{Duration, Instant};
 
 /// Short, so that tests are; longer than any pause of a busy machine.
@@ -217,95 +217,6 @@ fn a_host_is_drained_and_used_again() {
     wait("all to be well", || {
         pool.other("").try_run(&["status"]).status.success()
     });
-}
-
-/// All hosts get another program, one after the other, and the old one again; the VM stays protected and never stops.
-#[test]
-fn the_pool_is_upgraded_and_back() {
-    if !possible() {
-        return;
-    }
-    let pool = Pool::made(
-        &["a", "b", "c"],
-        LEASE_MS,
-        &["--vmm-arg=--cgroup=off", OWN_PROGRAM],
-    );
-    let ft = pool.client("f");
-    pool.create("f", "ft");
-    wait("f to be protected", || protected(&pool, "f"));
-    let versions = || -> Vec<String> {
-        let hosts = pool.other("").status()["hosts"].clone();
-        let of = |h: &serde_json::Value| h["version"].as_str().unwrap_or_default().to_owned();
-        hosts.as_array().into_iter().flatten().map(of).collect()
-    };
-    let old = versions();
-    assert_eq!(old.len(), 3, "{old:?}");
-
-    // What is no program is refused before anything is touched.
-    let garbage = pool.path("garbage");
-    std::fs::write(&garbage, "no program").unwrap();
-    let path = garbage.to_str().unwrap();
-    let out = pool.other("").try_run(&["pool", "upgrade", "--binary", path]);
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(
-        !out.status.success() && said.contains("not a steadfast that runs here"),
-        "{said}"
-    );
-
-    // The same program with something at its end is another build.
-    let mut bytes = std::fs::read(env!("CARGO_BIN_EXE_steadfast")).unwrap();
-    let before = bytes.clone();
-    bytes.extend_from_slice(b"another build");
-    let new = pool.path("steadfast-new");
-    let degraded_ms = || {
-        let found = pool.other("").json(&["availability", "f"]);
-        found["degraded_ms"].as_u64().unwrap()
-    };
-    for (name, bytes) in [("new", bytes), ("old", before)] {
-        std::fs::write(&new, bytes).unwrap();
-        let path = new.to_str().unwrap();
-        let before = versions();
-        let plan = pool
-            .other("")
-            .run(&["pool", "upgrade", "--binary", path, "--dry-run"]);
-        assert!(plan.contains("3 to go, 0 run it"), "{plan}");
-        assert_eq!(versions(), before, "--dry-run changes nothing");
-        ft.forget_gap();
-        let (began, without) = (Instant::now(), degraded_ms());
-        pool.other("").run(&["pool", "upgrade", "--binary", path]);
-        wait(&format!("all hosts to run the {name} program"), || {
-            let now = versions();
-            now.len() == 3 && now.iter().all(|v| *v == now[0] && *v != before[0])
-        });
-        wait("all to be well again", || {
-            let well = pool.other("").try_run(&["status"]).status.success();
-            let hosts = pool.other("").status()["hosts"].clone();
-            let in_use = |h: &serde_json::Value| h["admin"] == "in use";
-            well && hosts.as_array().is_some_and(|all| all.iter().all(in_use))
-        });
-        println!(
-            "{name}: all hosts after {:?}; f without a standby for {} ms (as seen once a second), longest time without an answer {:?}",
-            began.elapsed(),
-            degraded_ms() - without,
-            ft.seen().longest
-        );
-        assert_eq!(ft.seen().boots, 0, "f never stopped");
-    }
-    assert_eq!(versions(), old, "back to where it was");
-    let events = pool.other("").run(&["events", "--limit", "200"]);
-    assert!(events.contains("an upgrade of all hosts to"), "{events}");
-    // Nothing is left to call off.
-    let tasks = pool.other("").json(&["pool", "tasks"]);
-    let upgrades: Vec<_> = tasks
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|t| t["id"].as_str().is_some_and(|id| id.starts_with("upgrade-")))
-        .collect();
-    assert!(
-        upgrades.len() == 6 && upgrades.iter().all(|t| t["state"] == "done"),
-        "{tasks}"
-    );
 }
 
 /// A standby is tried while the VM runs on; a drill that fails is a problem until one succeeds.

@@ -113,7 +113,7 @@ impl Agent {
                 instance.service = Some(service);
             }
         }
-        let status = self.measure.status(&node.version);
+        let status = self.measure.status(&node.folders.data);
         let starved = status.starved;
         let report = HostReport {
             seq: self.seq,

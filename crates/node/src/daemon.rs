@@ -16,20 +16,11 @@ use tokio::signal::unix::{SignalKind, signal};
 /// How long the store may take to answer at start-up before the daemon says so.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What follows on the end of a daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Nothing.
-    End,
-    /// The program that is in its place now, in this process.
-    Exec,
-}
-
-/// Runs until told to end (SIGTERM, SIGINT), or a part of it ends, or it was upgraded.
+/// Runs until told to end (SIGTERM, SIGINT), or a part of it ends.
 ///
 /// # Errors
 /// The host is in no pool, another daemon runs, or an address cannot be bound.
-pub async fn run(folders: Folders, program: PathBuf) -> Result<Next> {
+pub async fn run(folders: Folders, program: PathBuf) -> Result<()> {
     let config = NodeConfig::load(&folders)?;
     std::fs::create_dir_all(&folders.run).what(|| format!("make {}", folders.run.display()))?;
     let path = folders.data.join("daemon.lock");
@@ -59,16 +50,12 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<Next> {
     };
     tracing::info!(host = %config.host, pool = config.pool, api = %config.api(), "the daemon runs");
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok(Next::End),
-        _ = interrupt.recv() => Ok(Next::End),
-        () = node.become_new.notified() => {
-            tracing::info!("another program is in place; this process becomes it");
-            Ok(Next::Exec)
-        }
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
         () = Agent::new(Arc::clone(&node)).run() => refused("the agent ended"),
         () = decider => refused("the decider ended"),
-        done = serve::unix(Arc::clone(&node)) => done.map(|()| Next::End),
-        done = serve::tls(Arc::clone(&node)) => done.map(|()| Next::End),
+        done = serve::unix(Arc::clone(&node)) => done,
+        done = serve::tls(Arc::clone(&node)) => done,
     };
     let resigned = node.blocking(|n| {
         let _ = std::fs::remove_file(n.folders.socket());

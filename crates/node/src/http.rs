@@ -1,4 +1,4 @@
-//! A small HTTP client: one request, one answer, JSON or bytes, bounded in time and size; over the daemon's unix socket or over TLS.
+//! A small HTTP client: one JSON request, one JSON answer, bounded in time and size; over the daemon's unix socket or over TLS.
 
 use crate::error::{NodeError, Result};
 use http_body_util::{BodyExt, Full, Limited};
@@ -52,28 +52,6 @@ struct Failure {
     error: String,
 }
 
-/// Gets bytes, at most `max` of them, within `bound`.
-///
-/// # Errors
-/// As those of [`ask`].
-pub async fn fetch(target: &Target, path: &str, max: usize, bound: Duration) -> Result<Bytes> {
-    exchange(target, Method::GET, path, Bytes::new(), max, bound).await
-}
-
-/// Sends bytes; the answer is JSON. Waits at most `bound`.
-///
-/// # Errors
-/// As those of [`ask`].
-pub async fn upload<A: DeserializeOwned>(
-    target: &Target,
-    path: &str,
-    body: Vec<u8>,
-    bound: Duration,
-) -> Result<A> {
-    let bytes = exchange(target, Method::POST, path, body.into(), ANSWER_MAX, bound).await?;
-    read(target, &bytes)
-}
-
 /// Asks, and waits at most `bound` for the whole answer.
 ///
 /// # Errors
@@ -85,90 +63,71 @@ pub async fn ask<A: DeserializeOwned>(
     body: Option<&impl Serialize>,
     bound: Duration,
 ) -> Result<A> {
-    let bytes = match body {
-        Some(body) => serde_json::to_vec(body).map_err(|e| failed(target, e.to_string()))?,
-        None => Vec::new(),
+    let failed = |why: String| NodeError::Peer {
+        at: target.name(),
+        why,
     };
-    let bytes = exchange(target, method, path, bytes.into(), ANSWER_MAX, bound).await?;
-    read(target, &bytes)
-}
-
-fn failed(target: &Target, why: String) -> NodeError {
-    let at = target.name();
-    NodeError::Peer { at, why }
-}
-
-fn read<A: DeserializeOwned>(target: &Target, bytes: &[u8]) -> Result<A> {
-    serde_json::from_slice(bytes).map_err(|e| failed(target, format!("an answer that is none: {e}")))
-}
-
-/// One request and its whole answer, which must say that all is well.
-async fn exchange(
-    target: &Target,
-    method: Method,
-    path: &str,
-    body: Bytes,
-    max: usize,
-    bound: Duration,
-) -> Result<Bytes> {
-    let wrong = |why: String| failed(target, why);
     let whole = async {
         let (status, bytes) = match target {
             Target::Unix(socket) => {
                 let stream = UnixStream::connect(socket).await.map_err(|e| {
-                    wrong(format!(
+                    failed(format!(
                         "{e}; does the daemon run? start it with `steadfast node`"
                     ))
                 })?;
-                send(stream, method, path, body, max).await.map_err(wrong)?
+                send(stream, method, path, body).await.map_err(failed)?
             }
             Target::Tls { at, name, config } => {
-                let stream = TcpStream::connect(at).await.map_err(|e| wrong(e.to_string()))?;
+                let stream = TcpStream::connect(at).await.map_err(|e| failed(e.to_string()))?;
                 let _ = stream.set_nodelay(true);
                 let tls = TlsConnector::from(Arc::clone(config));
                 let stream = tls
                     .connect(name.clone(), stream)
                     .await
-                    .map_err(|e| wrong(e.to_string()))?;
-                send(stream, method, path, body, max).await.map_err(wrong)?
+                    .map_err(|e| failed(e.to_string()))?;
+                send(stream, method, path, body).await.map_err(failed)?
             }
         };
         if status.is_success() {
-            return Ok(bytes);
+            return serde_json::from_slice(&bytes)
+                .map_err(|e| failed(format!("an answer that is none: {e}")));
         }
         match serde_json::from_slice::<Failure>(&bytes) {
             Ok(failure) => Err(NodeError::Refused(failure.error)),
-            Err(_) => Err(wrong(format!("it answered {status}"))),
+            Err(_) => Err(failed(format!("it answered {status}"))),
         }
     };
     tokio::time::timeout(bound, whole)
         .await
-        .map_err(|_| wrong(format!("no answer within {} s", bound.as_secs_f32())))?
+        .map_err(|_| failed(format!("no answer within {} s", bound.as_secs_f32())))?
 }
 
 async fn send(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     method: Method,
     path: &str,
-    body: Bytes,
-    max: usize,
+    body: Option<&impl Serialize>,
 ) -> std::result::Result<(StatusCode, Bytes), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|e| text(&e))?;
     let driver = tokio::spawn(connection);
+    let bytes = match body {
+        Some(body) => serde_json::to_vec(body).map_err(|e| text(&e))?,
+        None => Vec::new(),
+    };
     let request = Request::builder()
         .method(method)
         .uri(path)
         .header("host", "steadfast")
         .header("content-type", "application/json")
-        .body(Full::new(body))
+        .body(Full::new(Bytes::from(bytes)))
         .map_err(|e| text(&e))?;
     let done = async {
         let response = sender.send_request(request).await.map_err(|e| text(&e))?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), max);
+        let body = Limited::new(response.into_body(), ANSWER_MAX);
         let bytes = body.collect().await.map_err(|e| text(&e))?.to_bytes();
         Ok((status, bytes))
     };

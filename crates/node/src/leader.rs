@@ -9,7 +9,7 @@
 //! action that was carried out, and each refusal that is new, is an event.
 
 use crate::agent::mark_stopped;
-use crate::error::Result;
+use crate::error::{NodeError, Result};
 use crate::etcd;
 use crate::http::ask;
 use crate::journal::{self, About, EVENTS_MAX};
@@ -18,7 +18,6 @@ use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
-use crate::upgrade;
 use crate::watch::Watch;
 use hyper::Method;
 use std::collections::{HashMap, HashSet};
@@ -118,7 +117,6 @@ impl Decider {
         self.remember_owners(&pool).await?;
         self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
-        upgrade::progress(&self.node, &pool).await?;
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
         for (vm, host) in self.begun.keys() {
@@ -495,7 +493,10 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
             .await
             .map(|_| true),
         Action::CancelMigration { vm, to } => migrate::cancel(node, pool, vm, to).await.map(|()| true),
-        Action::UpgradeHost { host, to } => upgrade::begin(node, pool, host, to).await.map(|()| true),
+        Action::UpgradeHost { .. } => Err(NodeError::Refused(
+            "upgrading a host by itself is not there yet: install the new binary and restart its daemon"
+                .into(),
+        )),
         Action::RaiseAlarm { alarm } => set_alarm(node, alarm, true).await,
         Action::ClearAlarm { alarm } => set_alarm(node, alarm, false).await,
     }

@@ -42,11 +42,10 @@ pub mod records;
 mod relocate;
 pub mod setup;
 pub mod tls;
-pub mod upgrade;
 mod watch;
 
 pub use config::Folders;
-pub use daemon::{Next, run};
+pub use daemon::run;
 pub use error::{NodeError, Result};
 pub use guard::run as run_guard;
 pub use steadfast_cluster::model;

@@ -21,7 +21,7 @@ pub struct Measure {
 
 impl Measure {
     /// Now.
-    pub fn status(&mut self, version: &str) -> HostStatus {
+    pub fn status(&mut self, _data: &Path) -> HostStatus {
         let mut status = HostStatus::default();
         if let Some(busy) = busy_ticks() {
             let now = Instant::now();
@@ -37,7 +37,7 @@ impl Measure {
         status.load.memory_bytes = memory().map_or(0, |(total, free)| total.saturating_sub(free));
         status.starved = starved();
         status.versions = Versions {
-            steadfast: version.into(),
+            steadfast: env!("CARGO_PKG_VERSION").into(),
             wire_min: 1,
             wire_max: 1,
         };

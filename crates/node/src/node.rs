@@ -31,10 +31,6 @@ pub struct Node {
     pub wake: Notify,
     /// Names this run of the daemon.
     pub run: u64,
-    /// What it runs.
-    pub version: String,
-    /// Another program is in its place: the daemon becomes that one.
-    pub become_new: Notify,
     /// Drills that are due are held one at a time.
     pub drilling: tokio::sync::Mutex<()>,
     /// One drill at a time on this host.
@@ -59,8 +55,6 @@ impl Node {
             instances: Instances::new(folders.clone(), config.clone(), program.clone()),
             wake: Notify::new(),
             run,
-            version: crate::upgrade::own_version()?,
-            become_new: Notify::new(),
             drilling: tokio::sync::Mutex::new(()),
             drill_here: Mutex::new(()),
             kv: RwLock::new(kv),

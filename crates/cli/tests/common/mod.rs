@@ -15,8 +15,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// Among the settings of a pool: each host has a copy of the program, which it may replace.
-pub const OWN_PROGRAM: &str = "(own program)";
 /// Bound for what takes seconds on a quiet machine.
 pub const LONG: Duration = Duration::from_secs(120);
 
@@ -53,8 +51,6 @@ pub struct Host {
     pub address: Ipv4Addr,
     pub folder: PathBuf,
     pub daemon: Option<Child>,
-    /// What it runs.
-    pub program: PathBuf,
 }
 
 impl Host {
@@ -63,7 +59,7 @@ impl Host {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_steadfast"));
         command
             .env("STEADFAST_DATA_DIR", self.folder.join("data"))
             .env("STEADFAST_RUN_DIR", self.run_folder())
@@ -204,20 +200,11 @@ impl Pool {
             address: Ipv4Addr::new(127, x.max(1), y, i as u8 + 1),
             folder: folder.path().join(name),
             daemon: None,
-            program: env!("CARGO_BIN_EXE_steadfast").into(),
         });
         let mut pool = Self {
             hosts: hosts.collect(),
             folder,
         };
-        if settings.contains(&OWN_PROGRAM) {
-            for host in &mut pool.hosts {
-                std::fs::create_dir_all(&host.folder).unwrap();
-                let own = host.folder.join("steadfast");
-                std::fs::copy(&host.program, &own).unwrap();
-                host.program = own;
-            }
-        }
         let (etcd, lease) = (etcd().unwrap().display().to_string(), lease_ms.to_string());
         for (i, name) in names.iter().enumerate() {
             let address = pool.hosts[i].address.to_string();
@@ -230,7 +217,7 @@ impl Pool {
                 &etcd,
                 "--vmm-arg=--user=0",
             ];
-            common.extend(settings.iter().filter(|s| **s != OWN_PROGRAM));
+            common.extend(settings);
             if i == 0 {
                 let init = [&["pool", "init", "test", "--lease-ms", &lease][..], &common].concat();
                 pool.hosts[0].run(&init);

@@ -17,7 +17,7 @@ use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use std::sync::Arc;
 use steadfast_cluster::availability::report;
-use steadfast_cluster::model::{DrainWhy, HostAdmin, Task};
+use steadfast_cluster::model::{DrainWhy, HostAdmin};
 use steadfast_cluster::{Action, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -264,12 +264,7 @@ pub async fn cancel_task(State(node): Shared, Path(task): Path<String>) -> Answe
     if found.state != TaskState::Running {
         return refused(format!("task {task} has ended: {}", found.text)).map_err(Failure);
     }
-    match &found.task {
-        Task::Upgrade { host, .. } => {
-            crate::upgrade::end(&node, &task, host, TaskState::Cancelled, "cancelled").await?;
-        }
-        Task::Migrate { .. } => migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?,
-    }
+    migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?;
     Ok(Json(Done {
         plan: vec![format!("{task} is cancelled")],
         ..Done::default()
@@ -320,11 +315,6 @@ pub fn ca(node: &Node) -> Result<Pair> {
 
 /// The leader asks this host to do something.
 pub async fn act(State(node): Shared, Json(action): Json<Action>) -> Answer<serde_json::Value> {
-    match action {
-        Action::UpgradeHost { host, to } if host == node.host() => {
-            crate::upgrade::install(&node, &to).await?
-        }
-        action => node.blocking(move |n| crate::agent::act(n, &action)).await?,
-    }
+    node.blocking(move |n| crate::agent::act(n, &action)).await?;
     Ok(Json(serde_json::json!({"ok": true})))
 }

@@ -11,7 +11,6 @@ pub mod join;
 pub mod serve;
 pub mod settings;
 pub mod types;
-pub mod upgrade;
 pub mod vms;
 
 use crate::error::NodeError;
@@ -94,8 +93,6 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         drill::run,
         drill::last,
         drill::schedule,
-        upgrade::start,
-        upgrade::stop,
     ),
     components(schemas(
         types::PoolStatus,
@@ -114,7 +111,6 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::Done,
         types::NewToken,
         types::Availability,
-        upgrade::Program,
         drill::DrillSchedule,
         crate::records::DrillReport,
         crate::records::StoredTask,
@@ -162,14 +158,8 @@ pub fn router(node: Arc<Node>) -> Router {
             get(|| async { Json(serde_json::json!({"ok": true})) }),
         )
         .route("/internal/v1/act", post(handlers::act))
-        .route("/internal/v1/programs/{version}", get(upgrade::program))
         .merge(joining(node.clone()))
         .layer(axum::extract::DefaultBodyLimit::max(BODY_MAX))
-        .merge(
-            Router::new()
-                .route("/v1/upgrade", post(upgrade::start).delete(upgrade::stop))
-                .layer(axum::extract::DefaultBodyLimit::max(crate::upgrade::PROGRAM_MAX)),
-        )
         .with_state(node)
 }
 
