@@ -259,6 +259,11 @@ impl Mini {
         }
     }
 
+    /// Its address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
     fn connect(&self, port: u16, bound: Duration) -> Result<TcpStream> {
         let what = || format!("connect to {}:{port}", self.address);
         let stream = self

@@ -39,6 +39,8 @@ const START_BOUND: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_secs(2);
 /// How long a service may take to pass in the copy: its clients are gone, and it was stopped in the middle of things.
 const SERVICE_BOUND: Duration = Duration::from_secs(60);
+/// CPU time that a guest uses that runs without ever leaving, in ticks of 10 ms.
+const TICKS: u64 = 20;
 /// Between two looks.
 const AGAIN: Duration = Duration::from_millis(200);
 
@@ -251,7 +253,8 @@ struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    /// It runs: its vCPUs leave the guest again and again, and the guest has neither panicked nor started anew.
+    /// It runs: its vCPUs leave the guest again and again, or (in a guest that never does) use their CPU; and the guest has
+    /// neither panicked nor started anew.
     fn progress(&mut self, socket: &Path) -> Result<()> {
         let (began, mut first) = (Instant::now(), None);
         loop {
@@ -270,10 +273,15 @@ impl Copy<'_> {
                 serde_json::Value::Array(all) => Some(all.iter().filter_map(serde_json::Value::as_u64).sum()),
                 one => one.as_u64(),
             };
-            match (first, exits) {
-                (Some((at, from)), Some(now)) if now > from && Instant::now() > at => return Ok(()),
+            let now: Option<(u64, u64)> = exits.map(|e| (e, cpu_ticks(self.child.id())));
+            match (first, now) {
+                (Some((at, (e, t))), Some((exits, ticks))) if exits > e || ticks >= t + TICKS => {
+                    if Instant::now() > at {
+                        return Ok(());
+                    }
+                }
                 (None, Some(now)) if status["state"] == "running" => {
-                    first = Some((Instant::now() + LOOK, now))
+                    first = Some((Instant::now() + LOOK, now));
                 }
                 _ => {}
             }
@@ -304,6 +312,20 @@ impl Copy<'_> {
         };
         [tail("log"), tail("console"), tail("debugcon")].join(" | ")
     }
+}
+
+/// CPU time of a process so far, in ticks.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // After the name, which may hold anything: state is field 3, utime 14, stime 15.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let of = |n: usize| {
+        fields
+            .split_whitespace()
+            .nth(n - 3)
+            .and_then(|f| f.parse::<u64>().ok())
+    };
+    of(14).unwrap_or_default() + of(15).unwrap_or_default()
 }
 
 impl Drop for Copy<'_> {

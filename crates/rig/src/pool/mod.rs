@@ -42,6 +42,8 @@ pub struct Report {
     pub formed: Duration,
     /// From the first `vm create` to ten VMs that run, protected where they shall be.
     pub placed: Duration,
+    /// A drill of one of them.
+    pub drill: Duration,
     /// The server that was killed, and how many VMs of each class ran there.
     pub killed: (String, [usize; 4]),
     /// The longest silence of an `ft` VM's session.

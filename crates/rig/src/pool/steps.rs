@@ -67,6 +67,7 @@ impl Stage<'_, '_> {
     fn play(&mut self, options: &Options, report: &mut Report) -> Result<()> {
         self.form(report)?;
         self.place(options, report)?;
+        self.drill(report)?;
         self.kill(report)?;
         self.bring_back(report)?;
         self.drain(report)?;
@@ -152,6 +153,38 @@ impl Stage<'_, '_> {
             counts.join(", ")
         ));
         self.show()
+    }
+
+    /// The standby of an ft VM is tried: an isolated copy of it, whose service is checked from its own island.
+    fn drill(&mut self, report: &mut Report) -> Result<()> {
+        let Some(guest) = self.guests.iter().find(|g| g.class == 0) else {
+            return Ok(());
+        };
+        let name = guest.name.clone();
+        self.tell.doing(&format!("{name} is drilled"));
+        let at = guest.mini.address();
+        let port = crate::vm::COUNT_PORT;
+        self.hosts[0].run(&format!("vm health {name} --tcp {at}:{port} --do alert"))?;
+        self.look_away();
+        let drilled = self.hosts[0].json(&format!("drill {name}"))?.unwrap_or_default();
+        let checks = drilled["checks"].as_array().cloned().unwrap_or_default();
+        let passed = |c: &Value| c.as_str().is_some_and(|c| c.ends_with("passed"));
+        ensure(
+            drilled["ok"] == true && checks.len() == 1 && checks.iter().all(passed),
+            || format!("the drill: {drilled}"),
+        )?;
+        report.drill = Duration::from_millis(drilled["took_ms"].as_u64().unwrap_or_default());
+        let session = guest.session.as_ref().ok_or_else(none)?;
+        session
+            .wait_steps(session.steps() + 5, ANSWER)
+            .map_err(|e| RigError::Unknown(format!("session of {name}: {e}")))?;
+        self.tell.done(&format!(
+            "{name} was drilled ({:.1} s): {}; its clients' longest wait meanwhile {}",
+            report.drill.as_secs_f64(),
+            drilled["text"].as_str().unwrap_or_default(),
+            ms(self.longest())
+        ));
+        Ok(())
     }
 
     /// The server with the most VMs that must survive loses its power.
