@@ -11,7 +11,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use steadfast_node::Folders;
 use steadfast_node::api::types::{
     Availability, Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
 };
@@ -21,6 +20,7 @@ use steadfast_node::http::{Method, Target, ask};
 use steadfast_node::journal::Told;
 use steadfast_node::records::{StoredTask, Timings};
 use steadfast_node::setup::{self, HostChoice};
+use steadfast_node::{Ended, Folders, binary};
 use steadfast_protect::EtcdSpec;
 use steadfast_types::{HostId, SiteId, VmId};
 use steadfast_vmm::spec::VmSpec;
@@ -544,6 +544,9 @@ pub fn stop(vm: &VmId, now: bool, on: &OnVm, json: bool) -> Option<Outcome> {
 
 #[derive(Args)]
 pub struct NodeArgs {
+    /// Only say which binary this is, as JSON, and whether it could serve this host.
+    #[arg(long, hide = true)]
+    describe: bool,
     #[command(flatten)]
     folders: FolderArgs,
 }
@@ -551,16 +554,22 @@ pub struct NodeArgs {
 /// Runs `steadfast node`.
 pub fn node(args: &NodeArgs) -> Outcome {
     let folders = args.folders.folders()?;
+    if args.describe {
+        println!("{}", serde_json::to_string(&binary::describe(&folders)?)?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let program = std::env::current_exe()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(2)
         .build()?;
-    let done = runtime.block_on(steadfast_node::run(folders, program));
+    let done = runtime.block_on(steadfast_node::run(folders, program.clone()));
     // A thread that waits for a VM's process must not hold the daemon.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    done?;
-    Ok(ExitCode::SUCCESS)
+    match done? {
+        Ended::Told => Ok(ExitCode::SUCCESS),
+        Ended::Replaced => Err(binary::become_new(&program).into()),
+    }
 }
 
 #[derive(Args)]

@@ -4,6 +4,7 @@
 //! Everything is level-triggered: each round compares what the store says with what runs here. An action begins something (a
 //! process is started, an instance is marked as stopping); rounds carry it on, also after a restart of the daemon.
 
+use crate::binary;
 use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::guard::{self, boot_ms};
@@ -292,8 +293,25 @@ pub fn act(node: &Node, action: &Action) -> Result<()> {
             let request = Request::HandOver { to: to.clone() };
             node.instances.ask(vm, &request, HANDOVER_BOUND).map(|_| ())
         }
+        Action::UpgradeHost { host, to } if *host == me => replace_binary(node, to),
         other => refused(format!("{other}: not for host {me}")),
     }
+}
+
+/// Puts another binary in place, and has the daemon become it once this request is answered.
+fn replace_binary(node: &Node, to: &str) -> Result<()> {
+    let own = &binary::own().version;
+    if own == to {
+        return Ok(());
+    }
+    binary::install(&node.folders, to, &node.program)?;
+    node.note(
+        &node.host(),
+        format!("its binary is {to} now, {own} is kept; the daemon becomes it"),
+    );
+    // The permit stays until somebody waits for it.
+    node.replaced.notify_one();
+    Ok(())
 }
 
 fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {

@@ -20,6 +20,7 @@
 
 mod agent;
 pub mod api;
+pub mod binary;
 pub mod config;
 mod daemon;
 mod error;
@@ -41,10 +42,11 @@ pub mod records;
 mod relocate;
 pub mod setup;
 pub mod tls;
+mod upgrade;
 mod watch;
 
 pub use config::Folders;
-pub use daemon::run;
+pub use daemon::{Ended, run};
 pub use error::{NodeError, Result};
 pub use guard::run as run_guard;
 pub use steadfast_cluster::model;

@@ -29,6 +29,8 @@ pub struct Node {
     pub client: Arc<ClientConfig>,
     /// Wakes the leader's loop.
     pub wake: Notify,
+    /// `program` is another binary now: the daemon shall become it.
+    pub replaced: Notify,
     /// Names this run of the daemon.
     pub run: u64,
     config: RwLock<NodeConfig>,
@@ -50,6 +52,7 @@ impl Node {
             client: crate::tls::client(&folders.tls())?,
             instances: Instances::new(folders.clone(), config.clone(), program.clone()),
             wake: Notify::new(),
+            replaced: Notify::new(),
             run,
             kv: RwLock::new(kv),
             config: RwLock::new(config),

@@ -9,6 +9,7 @@
 //! vm/ID/record       term and owner: the arbiter's, see protect::store  changed by compare-and-swap only
 //! vm/ID/state        standbys, failures, home                           changed by the leader and the hosts
 //! e/TIME-HOST-N      events                                             see journal.rs
+//! p/upgrade          the last rolling upgrade: from, to: the way back      changed by people
 //! p/watched          when a leader last looked at all VMs, ms           written by the leader
 //! ```
 //! All values are JSON. Fields that are added carry a default, so that hosts of the previous version can be read.
@@ -33,6 +34,8 @@ pub const TIMINGS: &str = "p/timings";
 pub const LEADER: &str = "p/leader";
 /// When a leader last looked at all VMs, wall clock, ms.
 pub const WATCHED: &str = "p/watched";
+/// The last rolling upgrade: from which version to which.
+pub const UPGRADE: &str = "p/upgrade";
 /// The CA, with its key.
 pub const CA: &str = "p/ca";
 

@@ -209,6 +209,16 @@ pub enum Task {
         /// Since when, pool time in ms.
         since_ms: u64,
     },
+    /// The pool goes from one version to another, host by host. What is to be done for it follows from
+    /// [`PoolSettings::upgrade_to`]; this is what people look at and cancel.
+    RollingUpgrade {
+        /// From which version.
+        from: String,
+        /// To which version.
+        to: String,
+        /// Since when, pool time in ms.
+        since_ms: u64,
+    },
 }
 
 /// Names an alarm: the same key is the same alarm.

@@ -11,13 +11,13 @@ use crate::pool::Pool;
 use crate::records::{
     CA, HostInfo, StoredTask, StoredToken, TaskState, get, host_info, host_report, json, now_ms, update,
 };
-use crate::{etcd, migrate};
+use crate::{etcd, migrate, upgrade};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use std::sync::Arc;
 use steadfast_cluster::availability::report;
-use steadfast_cluster::model::{DrainWhy, HostAdmin};
+use steadfast_cluster::model::{DrainWhy, HostAdmin, Task};
 use steadfast_cluster::{Action, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -264,7 +264,17 @@ pub async fn cancel_task(State(node): Shared, Path(task): Path<String>) -> Answe
     if found.state != TaskState::Running {
         return refused(format!("task {task} has ended: {}", found.text)).map_err(Failure);
     }
-    migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?;
+    match &found.task {
+        Task::Upgrade { .. } => {
+            return refused("a host that replaces its binary is not stopped in the middle; cancel the rolling upgrade itself")
+                .map_err(Failure);
+        }
+        Task::RollingUpgrade { .. } => {
+            let text = "cancelled; hosts that run the new version keep it";
+            upgrade::end(&node, found, TaskState::Cancelled, text).await?;
+        }
+        Task::Migrate { .. } => migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?,
+    }
     Ok(Json(Done {
         plan: vec![format!("{task} is cancelled")],
         ..Done::default()
