@@ -2,6 +2,7 @@
 
 pub mod settings;
 mod show;
+mod upgrade;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -164,6 +165,8 @@ pub enum PoolVerb {
         #[command(flatten)]
         folders: FolderArgs,
     },
+    /// Bring all hosts to another binary, one after the other, while protected VMs go on.
+    Upgrade(upgrade::UpgradeArgs),
     /// Change the pool's settings; without any, show them.
     Set(settings::PoolSetArgs),
     /// Give a placement group its rule.
@@ -312,6 +315,7 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
         PoolVerb::Cancel { task, folders } => {
             api(&folders, json)?.done(Method::DELETE, &format!("/v1/tasks/{task}"), false, None::<&()>)
         }
+        PoolVerb::Upgrade(args) => upgrade::upgrade(&args, json),
         PoolVerb::Set(args) => settings::set_pool(args, json),
         PoolVerb::Group(args) => settings::group(args, json),
     }
