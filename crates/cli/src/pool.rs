@@ -125,6 +125,9 @@ pub enum PoolVerb {
         /// Milliseconds in which a host must renew its lease; `restart` VMs of a dead host wait for it.
         #[arg(long, default_value_t = Timings::default().lease_ms)]
         lease_ms: u64,
+        /// Milliseconds that a host's certificate lives; its daemon renews it when a third is left.
+        #[arg(long, default_value_t = Timings::default().certificate_ms)]
+        certificate_ms: u64,
     },
     /// Let this host join a pool. Then start `steadfast node`.
     Join {
@@ -264,10 +267,12 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
             etcd,
             etcd_tls,
             lease_ms,
+            certificate_ms,
         } => {
             let external = (!etcd.is_empty()).then(|| external(etcd, &etcd_tls));
             let timings = Timings {
                 lease_ms,
+                certificate_ms,
                 ..Timings::default()
             };
             setup::init(&host.folders.folders()?, &pool, host.choice()?, external, timings)?;

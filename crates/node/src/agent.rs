@@ -15,7 +15,7 @@ use crate::measure::Measure;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
-use crate::{etcd, records};
+use crate::{certs, etcd, records};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,6 +48,7 @@ pub struct Agent {
     started: HashMap<VmId, Instant>,
     member: etcd::Member,
     services: Services,
+    certificates: certs::Keeper,
 }
 
 impl Agent {
@@ -61,6 +62,7 @@ impl Agent {
             started: HashMap::new(),
             member: etcd::Member::new(node.folders.clone()),
             services: Services::default(),
+            certificates: certs::Keeper::default(),
             node,
         }
     }
@@ -128,6 +130,10 @@ impl Agent {
         let kv = node.kv();
         kv.commit(&Commit::default().put(host_report(&config.host), json(&report)?))?;
         let pool = Pool::load(&*kv)?;
+        drop(kv);
+        if let Err(error) = self.certificates.look(&node, &pool) {
+            tracing::error!(%error, "this host's certificates could not be kept; tried again");
+        }
         if config.witness {
             return Ok(pool.timings.report_ms);
         }

@@ -107,7 +107,7 @@ fn digest_of(path: &Path) -> Result<String> {
 pub fn describe(folders: &Folders) -> Result<Description> {
     if NodeConfig::exists(folders) {
         let config = NodeConfig::load(folders)?;
-        crate::tls::client(&folders.tls())?;
+        crate::tls::client(&folders.tls(), &folders.crl())?;
         tracing::debug!(host = %config.host, "its settings can be read");
     }
     Ok(Description::own())

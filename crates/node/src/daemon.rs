@@ -46,6 +46,7 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<Ended> {
         return refused(format!("a daemon runs with {} already", folders.data.display()));
     }
     let witness = config.witness;
+    crate::certs::check(&folders, &config)?;
     let node = Arc::new(Node::new(folders, config.clone(), program)?);
     start_store(&node, &config).await?;
     let mut terminate = signal(SignalKind::terminate()).what(|| "wait for SIGTERM".into())?;

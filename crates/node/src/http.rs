@@ -81,9 +81,30 @@ pub async fn ask_with<A: DeserializeOwned>(
     body: (&str, Bytes),
     bound: Duration,
 ) -> Result<A> {
-    let failed = |why: String| NodeError::Peer {
-        at: target.name(),
-        why,
+    let failed = |mut why: String| {
+        let way_out = [
+            (
+                "CertificateRevoked",
+                "this host was taken out of the pool; let it join again under another --data",
+            ),
+            (
+                "CertificateExpired",
+                "are the clocks right? a host that was away for too long must join again",
+            ),
+            (
+                "certificate expired",
+                "are the clocks right? a host that was away for too long must join again",
+            ),
+        ];
+        for (sign, way) in way_out {
+            if why.contains(sign) {
+                why = format!("{why}: {way}");
+            }
+        }
+        NodeError::Peer {
+            at: target.name(),
+            why,
+        }
     };
     let whole = async {
         let (status, bytes) = match target {

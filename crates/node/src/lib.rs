@@ -21,6 +21,7 @@
 mod agent;
 pub mod api;
 pub mod binary;
+pub mod certs;
 pub mod config;
 mod daemon;
 mod error;

@@ -2,8 +2,8 @@
 
 use crate::error::Result;
 use crate::records::{
-    CA, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState, Timings,
-    VmMemory, WATCHED, now_ms, parse,
+    CA, CRL, Crl, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS, TaskState,
+    Timings, VmMemory, WATCHED, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use steadfast_cluster::health;
@@ -74,6 +74,8 @@ pub struct Pool {
     pub tasks: Vec<StoredTask>,
     /// Alarms that are up.
     pub alarms: BTreeSet<AlarmKey>,
+    /// Certificates that are revoked.
+    pub crl: Option<Crl>,
 }
 
 impl Pool {
@@ -91,6 +93,7 @@ impl Pool {
                 TIMINGS => parse(key, value).map(|v| pool.timings = v),
                 LEADER => parse(key, value).map(|v| pool.leader = Some(v)),
                 CA => Ok(()),
+                CRL => parse(key, value).map(|v| pool.crl = Some(v)),
                 WATCHED => parse(key, value).map(|v| pool.watched_ms = Some(v)),
                 _ => pool.take(key, value),
             };

@@ -9,6 +9,7 @@
 //! vm/ID/record       term and owner: the arbiter's, see protect::store  changed by compare-and-swap only
 //! vm/ID/state        standbys, failures, home                           changed by the leader and the hosts
 //! e/TIME-HOST-N      events                                             see journal.rs
+//! p/cert/HOST/SERIAL a certificate that was given out, and when it ends; p/crl those that are revoked
 //! p/upgrade          the last rolling upgrade: from, to: the way back      changed by people
 //! p/watched          when a leader last looked at all VMs, ms           written by the leader
 //! ```
@@ -34,6 +35,8 @@ pub const TIMINGS: &str = "p/timings";
 pub const LEADER: &str = "p/leader";
 /// When a leader last looked at all VMs, wall clock, ms.
 pub const WATCHED: &str = "p/watched";
+/// The list of revoked certificates.
+pub const CRL: &str = "p/crl";
 /// The last rolling upgrade: from which version to which.
 pub const UPGRADE: &str = "p/upgrade";
 /// The CA, with its key.
@@ -79,6 +82,8 @@ pub struct Timings {
     pub lease_margin_ms: u64,
     /// A leader that was not heard of for so long is replaced.
     pub leader_ms: u64,
+    /// How long a host's certificate lives; renewed when a third is left.
+    pub certificate_ms: u64,
 }
 
 impl Default for Timings {
@@ -90,6 +95,7 @@ impl Default for Timings {
             lease_ms: 10_000,
             lease_margin_ms: 4000,
             leader_ms: 5000,
+            certificate_ms: 365 * 86_400_000,
         }
     }
 }
@@ -245,6 +251,17 @@ pub struct Leader {
     pub host: Option<HostId>,
     /// Grows as long as it lives.
     pub seq: u64,
+}
+
+/// The certificates that are revoked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Crl {
+    /// Grows with each change.
+    pub number: u64,
+    /// Their numbers, and when each would have ended, wall clock, ms.
+    pub revoked: BTreeMap<String, u64>,
+    /// The list as the pool's CA signed it.
+    pub pem: String,
 }
 
 /// A token that lets a host in.

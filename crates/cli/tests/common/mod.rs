@@ -194,6 +194,11 @@ impl Pool {
 
     /// As [`Self::made`]; each host has a copy of `program` of its own.
     pub fn with(names: &[&str], lease_ms: u64, settings: &[&str], program: Option<&Path>) -> Self {
+        Self::begun(names, &["--lease-ms", &lease_ms.to_string()], settings, program)
+    }
+
+    /// As [`Self::with`], with settings of the pool.
+    pub fn begun(names: &[&str], of_pool: &[&str], settings: &[&str], program: Option<&Path>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let random = std::collections::hash_map::RandomState::new();
         let random = std::hash::BuildHasher::hash_one(&random, folder.path());
@@ -217,7 +222,7 @@ impl Pool {
                 host.program = Some(own);
             }
         }
-        let (etcd, lease) = (etcd().unwrap().display().to_string(), lease_ms.to_string());
+        let etcd = etcd().unwrap().display().to_string();
         for (i, name) in names.iter().enumerate() {
             let address = pool.hosts[i].address.to_string();
             let mut common = vec![
@@ -231,7 +236,7 @@ impl Pool {
             ];
             common.extend(settings);
             if i == 0 {
-                let init = [&["pool", "init", "test", "--lease-ms", &lease][..], &common].concat();
+                let init = [&["pool", "init", "test"][..], of_pool, &common].concat();
                 pool.hosts[0].run(&init);
             } else {
                 let token = pool.hosts[0].json(&["pool", "token"]);

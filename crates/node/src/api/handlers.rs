@@ -6,12 +6,12 @@ use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::journal::{self, EVENTS_MAX, Told};
 use crate::node::Node;
-use crate::pki::{Pair, Token, fingerprint_of_pem};
+use crate::pki::{Token, fingerprint_of_pem};
 use crate::pool::Pool;
 use crate::records::{
     CA, HostInfo, StoredTask, StoredToken, TaskState, get, host_info, host_report, json, now_ms, update,
 };
-use crate::{etcd, migrate, upgrade};
+use crate::{certs, etcd, migrate, upgrade};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use serde::Deserialize;
@@ -141,6 +141,8 @@ pub async fn remove_host(
     }
     if !dry.dry_run {
         let config = node.config();
+        let name = host.clone();
+        node.blocking(move |n| certs::revoke(&*n.kv(), &name)).await?;
         if matches!(config.store, StoreChoice::Managed { .. }) {
             etcd::remove(&config.store_spec(&node.folders), host.as_str()).await?;
         }
@@ -311,16 +313,6 @@ pub fn new_token(node: &Node, address: String) -> Result<NewToken> {
         address,
         expires_ms,
     })
-}
-
-/// The pool's CA from the store. Blocks.
-///
-/// # Errors
-/// The store's.
-pub fn ca(node: &Node) -> Result<Pair> {
-    let found: Option<(String, String)> = get(&*node.kv(), CA)?;
-    let (certificate, key) = found.ok_or_else(|| NodeError::NotFound("CA in the store".into()))?;
-    Ok(Pair { certificate, key })
 }
 
 /// The leader asks this host to do something.

@@ -418,6 +418,9 @@ pub struct JoinAnswer {
     pub ca: String,
     /// Its certificate, PEM.
     pub certificate: String,
+    /// Those that are revoked, PEM.
+    #[serde(default)]
+    pub crl: String,
     /// The store as it reaches it.
     pub store: StoreChoice,
 }
