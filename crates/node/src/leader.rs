@@ -470,7 +470,7 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
                     Ok(old.map(|mut info| {
                         match &action {
                             Action::MarkHealth { health, .. } => info.record.health = *health,
-                            Action::MarkAdmin { admin, .. } => info.record.admin = *admin,
+                            Action::MarkAdmin { admin, .. } => info.set_admin(*admin),
                             _ => {}
                         }
                         info

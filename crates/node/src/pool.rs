@@ -167,6 +167,7 @@ impl Pool {
                 Some(seen) => seen.get(id).copied().unwrap_or(info.record.health),
                 None => info.record.health,
             };
+            status.admin_since_ms = info.admin_since_ms;
             let record = info.record.clone();
             (id.clone(), Host { record, status })
         });

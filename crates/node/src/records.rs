@@ -22,7 +22,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
-use steadfast_cluster::model::{Home, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord};
+use steadfast_cluster::model::{
+    Home, HostAdmin, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord,
+};
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::spec::VmSpec;
@@ -114,6 +116,19 @@ pub struct HostInfo {
     /// Its etcd member, for clients.
     #[serde(default)]
     pub etcd: Option<String>,
+    /// Since when `record.admin` is what it is, wall clock, ms.
+    #[serde(default)]
+    pub admin_since_ms: Option<u64>,
+}
+
+impl HostInfo {
+    /// Changes what is wanted of it.
+    pub fn set_admin(&mut self, admin: HostAdmin) {
+        if self.record.admin != admin {
+            self.record.admin = admin;
+            self.admin_since_ms = Some(now_ms());
+        }
+    }
 }
 
 /// What a host measures and runs.
@@ -242,6 +257,18 @@ pub struct VmMemory {
     pub start_failures: BTreeMap<HostId, StartFailures>,
     /// Where it was before a drain.
     pub home: Option<Home>,
+    /// What was tried for its service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tried: Option<StoredTried>,
+}
+
+/// What was tried for a VM's service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredTried {
+    /// Under which policy: a hash.
+    pub policy: String,
+    /// What.
+    pub tried: steadfast_cluster::health::Tried,
 }
 
 /// Who decides.

@@ -112,6 +112,7 @@ pub fn init(
         api: config.api(),
         replication: config.replication(),
         etcd: None,
+        admin_since_ms: None,
     };
     let settings = PoolSettings {
         name: pool.into(),

@@ -75,7 +75,7 @@ async fn set_admin(node: &Arc<Node>, host: HostId, admin: HostAdmin, dry_run: bo
         node.blocking(move |n| {
             update(&*n.kv(), &key, |old: Option<HostInfo>| {
                 Ok(old.map(|mut info| {
-                    info.record.admin = admin;
+                    info.set_admin(admin);
                     info
                 }))
             })?;

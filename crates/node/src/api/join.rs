@@ -122,6 +122,7 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
             true => vec![request.address],
             false => request.replication.clone(),
         },
+        admin_since_ms: None,
         etcd: own_etcd.then(|| {
             format!(
                 "https://{}",

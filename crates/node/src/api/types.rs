@@ -6,7 +6,7 @@ use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use steadfast_cluster::health::State;
-use steadfast_cluster::model::{HealthPolicy, HostAdmin, HostHealth, Phase, Power, Protection};
+use steadfast_cluster::model::{AlarmKey, HealthPolicy, HostAdmin, HostHealth, Phase, Power, Protection};
 use steadfast_types::{HostId, SiteId, VmId};
 use steadfast_vmm::spec::VmSpec;
 use utoipa::ToSchema;
@@ -232,6 +232,12 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
     problems.extend(vms.iter().filter_map(|v| {
         let failed = v.service.as_ref().filter(|s| s.starts_with("failed"))?;
         Some(format!("the service in VM {} {failed}", v.vm))
+    }));
+    problems.extend(pool.alarms.iter().filter_map(|alarm| match alarm {
+        AlarmKey::DrainStuck(host) => Some(format!(
+            "host {host} cannot be emptied; see `steadfast pool plan` and `steadfast events --subject {host}`"
+        )),
+        _ => None,
     }));
     let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
     if leader.is_none() {
