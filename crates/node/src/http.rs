@@ -147,7 +147,11 @@ async fn send(
     path: &str,
     (kind, bytes): (&str, Bytes),
 ) -> std::result::Result<(StatusCode, Bytes), String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
+    // What TLS says comes with the first answer, as the cause of an error that only names the connection.
+    let text = |e: &dyn std::error::Error| {
+        let causes = std::iter::successors(e.source(), |e| e.source());
+        causes.fold(e.to_string(), |text, cause| format!("{text}: {cause}"))
+    };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|e| text(&e))?;
@@ -163,7 +167,7 @@ async fn send(
         let response = sender.send_request(request).await.map_err(|e| text(&e))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX);
-        let bytes = body.collect().await.map_err(|e| text(&e))?.to_bytes();
+        let bytes = body.collect().await.map_err(|e| text(&*e))?.to_bytes();
         Ok((status, bytes))
     };
     let answer = done.await;
