@@ -2,6 +2,7 @@
 
 pub mod settings;
 mod show;
+mod upgrade;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -11,7 +12,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use steadfast_node::Folders;
 use steadfast_node::api::drill::DrillSchedule;
 use steadfast_node::api::types::{
     Availability, Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
@@ -22,6 +22,7 @@ use steadfast_node::http::{Method, Target, ask};
 use steadfast_node::journal::Told;
 use steadfast_node::records::{DrillReport, StoredTask, Timings};
 use steadfast_node::setup::{self, HostChoice};
+use steadfast_node::{Ended, Folders, binary};
 use steadfast_protect::EtcdSpec;
 use steadfast_types::{HostId, SiteId, VmId};
 use steadfast_vmm::spec::VmSpec;
@@ -125,6 +126,9 @@ pub enum PoolVerb {
         /// Milliseconds in which a host must renew its lease; `restart` VMs of a dead host wait for it.
         #[arg(long, default_value_t = Timings::default().lease_ms)]
         lease_ms: u64,
+        /// Milliseconds that a host's certificate lives; its daemon renews it when a third is left.
+        #[arg(long, default_value_t = Timings::default().certificate_ms)]
+        certificate_ms: u64,
     },
     /// Let this host join a pool. Then start `steadfast node`.
     Join {
@@ -165,6 +169,8 @@ pub enum PoolVerb {
         #[command(flatten)]
         folders: FolderArgs,
     },
+    /// Bring all hosts to another binary, one after the other, while protected VMs go on.
+    Upgrade(upgrade::UpgradeArgs),
     /// Change the pool's settings; without any, show them.
     Set(settings::PoolSetArgs),
     /// Give a placement group its rule.
@@ -262,10 +268,12 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
             etcd,
             etcd_tls,
             lease_ms,
+            certificate_ms,
         } => {
             let external = (!etcd.is_empty()).then(|| external(etcd, &etcd_tls));
             let timings = Timings {
                 lease_ms,
+                certificate_ms,
                 ..Timings::default()
             };
             setup::init(&host.folders.folders()?, &pool, host.choice()?, external, timings)?;
@@ -313,6 +321,7 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
         PoolVerb::Cancel { task, folders } => {
             api(&folders, json)?.done(Method::DELETE, &format!("/v1/tasks/{task}"), false, None::<&()>)
         }
+        PoolVerb::Upgrade(args) => upgrade::upgrade(&args, json),
         PoolVerb::Set(args) => settings::set_pool(args, json),
         PoolVerb::Group(args) => settings::group(args, json),
     }
@@ -608,6 +617,9 @@ pub fn stop(vm: &VmId, now: bool, on: &OnVm, json: bool) -> Option<Outcome> {
 
 #[derive(Args)]
 pub struct NodeArgs {
+    /// Only say which binary this is, as JSON, and whether it could serve this host.
+    #[arg(long, hide = true)]
+    describe: bool,
     #[command(flatten)]
     folders: FolderArgs,
 }
@@ -615,16 +627,22 @@ pub struct NodeArgs {
 /// Runs `steadfast node`.
 pub fn node(args: &NodeArgs) -> Outcome {
     let folders = args.folders.folders()?;
+    if args.describe {
+        println!("{}", serde_json::to_string(&binary::describe(&folders)?)?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let program = std::env::current_exe()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(2)
         .build()?;
-    let done = runtime.block_on(steadfast_node::run(folders, program));
+    let done = runtime.block_on(steadfast_node::run(folders, program.clone()));
     // A thread that waits for a VM's process must not hold the daemon.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    done?;
-    Ok(ExitCode::SUCCESS)
+    match done? {
+        Ended::Told => Ok(ExitCode::SUCCESS),
+        Ended::Replaced => Err(binary::become_new(&program).into()),
+    }
 }
 
 #[derive(Args)]

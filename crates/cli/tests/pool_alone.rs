@@ -27,6 +27,7 @@ impl Alone {
             address,
             folder: folder.path().join("a"),
             daemon: None,
+            program: None,
         };
         host.run(&[
             "pool",
@@ -237,6 +238,7 @@ fn strangers_get_nothing_but_join_and_that_only_with_a_token() {
             address: alone.host.address,
             folder: alone.folder.path().join("b"),
             daemon: None,
+            program: None,
         };
         let address = alone.host.address.to_string();
         let out = other.try_run(&[

@@ -13,9 +13,9 @@ fn a_service_that_fails_is_remedied_and_then_reported() {
     if !possible() {
         return;
     }
-    let pool = Pool::new(&["a"], 6000);
-    let host = pool.other("");
+    let mut pool = Pool::new(&["a"], 6000);
     pool.create("x", "none");
+    let host = pool.other("");
     // What the checks find: the test's own socket stands for the service in the guest.
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
     let at = service.local_addr().unwrap();
@@ -51,6 +51,16 @@ fn a_service_that_fails_is_remedied_and_then_reported() {
         "{text}"
     );
     assert_eq!(resets(), Some(1), "the ladder has one reboot");
+    // The next daemon goes on where this one stood: it has found the service failed only when nothing is left to try.
+    pool.host("a").stop_daemon();
+    pool.host("a").start_daemon();
+    let host = pool.other("");
+    let service_of = || host.vm("x")["service"].as_str().unwrap_or_default().to_owned();
+    let resets = || host.json(&["vm", "status", "x"])["guest_resets"].as_u64();
+    wait("the service to be found failed again", || {
+        service_of().starts_with("failed")
+    });
+    assert_eq!(resets(), Some(1), "nothing is tried twice");
     let service = TcpListener::bind(at).unwrap();
     wait("the service to be well again", || service_of() == "healthy");
     wait("the pool to be well again", || {

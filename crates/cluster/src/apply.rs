@@ -206,6 +206,7 @@ pub fn settle(snapshot: &mut Snapshot) {
                     h.status.versions.steadfast = to;
                 }
             }
+            Task::RollingUpgrade { .. } => {}
         }
     }
     let Snapshot { hosts, vms, .. } = snapshot;

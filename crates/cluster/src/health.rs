@@ -52,7 +52,53 @@ pub struct Health {
     alerted: bool,
 }
 
+/// What was tried so far, in wall-clock time: it outlives the process that tried it, and the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tried {
+    rung: usize,
+    tries: u8,
+    remedies: VecDeque<u64>,
+    in_a_row: u32,
+    next_ms: u64,
+    alerted: bool,
+}
+
 impl Health {
+    /// What was tried so far. `wall_ms` is the wall clock at `now_ms`.
+    #[must_use]
+    pub fn tried(&self, now_ms: u64, wall_ms: u64) -> Tried {
+        let wall = |t: u64| match t {
+            0 => 0,
+            t => (wall_ms + t.saturating_sub(now_ms)).saturating_sub(now_ms.saturating_sub(t)),
+        };
+        Tried {
+            rung: self.rung,
+            tries: self.tries,
+            remedies: self.remedies.iter().map(|t| wall(*t)).collect(),
+            in_a_row: self.in_a_row,
+            next_ms: wall(self.next_ms),
+            alerted: self.alerted,
+        }
+    }
+
+    /// Goes on where another one, on another host or before a restart, stood; failures do not count for a while, as after a start.
+    #[must_use]
+    pub fn resumed(policy: HealthPolicy, tried: &Tried, now_ms: u64, wall_ms: u64) -> Self {
+        let most = policy.backoff_max_ms.max(policy.backoff_ms);
+        let here = |t: u64| now_ms.saturating_sub(wall_ms.saturating_sub(t));
+        let bound = usize::from(policy.remedies_max);
+        Self {
+            rung: tried.rung,
+            tries: tried.tries,
+            remedies: tried.remedies.iter().take(bound).map(|t| here(*t)).collect(),
+            in_a_row: tried.in_a_row,
+            // A clock that is wrong must not hold a remedy up for longer than a pause can be.
+            next_ms: now_ms.saturating_add(tried.next_ms.saturating_sub(wall_ms).min(most)),
+            alerted: tried.alerted,
+            ..Self::new(policy, now_ms)
+        }
+    }
+
     /// From the start of the VM.
     #[must_use]
     pub fn new(policy: HealthPolicy, now_ms: u64) -> Self {
@@ -238,6 +284,46 @@ mod tests {
         assert_eq!(first.len(), 1);
         let later = play(&mut h, 25_000, 32_000, ALL, bad(30_000));
         assert_eq!(later[0].1, Remedy::RestartService);
+    }
+
+    /// Another host, with another clock, goes on where the first one stood.
+    #[test]
+    fn what_was_tried_goes_along() {
+        let whole = |moved_at: Option<u64>| {
+            let mut h = Health::new(HealthPolicy::default(), 0);
+            let (mut clock, mut done) = (0, Vec::new());
+            for s in (0..3_000).step_by(5) {
+                if moved_at == Some(s) {
+                    let tried = h.tried(clock + s * 1000, 9_000_000 + s * 1000);
+                    let text = serde_json::to_string(&tried).unwrap();
+                    let tried: Tried = serde_json::from_str(&text).unwrap();
+                    clock = 77_000;
+                    h = Health::resumed(
+                        HealthPolicy::default(),
+                        &tried,
+                        clock + s * 1000,
+                        9_000_000 + s * 1000,
+                    );
+                }
+                done.extend(h.result(clock + s * 1000, false, ALL));
+            }
+            done
+        };
+        let unmoved = whole(None);
+        for at in (0..3_000).step_by(35) {
+            let moved = whole(Some(at));
+            let (Some(Remedy::Alert), true) =
+                (moved.last(), moved.starts_with(&unmoved[..unmoved.len() - 1]))
+            else {
+                panic!("moved at {at} s: {moved:?}, else {unmoved:?}");
+            };
+            let remedies = moved.iter().filter(|r| **r != Remedy::Alert).count();
+            assert_eq!(
+                remedies,
+                unmoved.len() - 1,
+                "moved at {at} s: nothing is tried twice"
+            );
+        }
     }
 
     #[test]

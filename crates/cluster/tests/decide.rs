@@ -505,6 +505,30 @@ fn a_drain_that_cannot_go_on_says_why() {
 }
 
 #[test]
+fn a_drain_that_waits_for_too_long_has_an_alarm() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    s.now_ms = 10_000_000;
+    let from = s.vms[&v("a")].state.owner.clone().unwrap();
+    for standby in s.vms.get_mut(&v("a")).unwrap().state.standbys.values_mut() {
+        standby.in_sync = false;
+    }
+    let bound = s.pool.limits.drain_alarm_ms;
+    let mut alarm_after = |ms: u64| {
+        let host = s.hosts.get_mut(&from).unwrap();
+        host.record.admin = HostAdmin::Draining(DrainWhy::Operator);
+        host.status.admin_since_ms = Some(s.now_ms - ms);
+        let raised = decide(&s).actions.into_iter();
+        raised
+            .filter(|d| matches!(&d.action, Action::RaiseAlarm { alarm } if *alarm == AlarmKey::DrainStuck(from.clone())))
+            .map(|d| d.why)
+            .next()
+    };
+    assert_eq!(alarm_after(bound - 1), None, "it waits");
+    let why = alarm_after(bound + 1).expect("an alarm");
+    assert!(why.contains("is being filled"), "{why}");
+}
+
+#[test]
 fn a_host_that_predicts_its_failure_is_evacuated() {
     let mut s = small(
         4,

@@ -4,6 +4,7 @@
 //! Everything is level-triggered: each round compares what the store says with what runs here. An action begins something (a
 //! process is started, an instance is marked as stopping); rounds carry it on, also after a restart of the daemon.
 
+use crate::binary;
 use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::guard::{self, boot_ms};
@@ -14,7 +15,7 @@ use crate::measure::Measure;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
-use crate::{etcd, records};
+use crate::{certs, etcd, records};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ pub struct Agent {
     started: HashMap<VmId, Instant>,
     member: etcd::Member,
     services: Services,
+    certificates: certs::Keeper,
 }
 
 impl Agent {
@@ -60,6 +62,7 @@ impl Agent {
             started: HashMap::new(),
             member: etcd::Member::new(node.folders.clone()),
             services: Services::default(),
+            certificates: certs::Keeper::default(),
             node,
         }
     }
@@ -127,6 +130,10 @@ impl Agent {
         let kv = node.kv();
         kv.commit(&Commit::default().put(host_report(&config.host), json(&report)?))?;
         let pool = Pool::load(&*kv)?;
+        drop(kv);
+        if let Err(error) = self.certificates.look(&node, &pool) {
+            tracing::error!(%error, "this host's certificates could not be kept; tried again");
+        }
         if config.witness {
             return Ok(pool.timings.report_ms);
         }
@@ -292,8 +299,25 @@ pub fn act(node: &Node, action: &Action) -> Result<()> {
             let request = Request::HandOver { to: to.clone() };
             node.instances.ask(vm, &request, HANDOVER_BOUND).map(|_| ())
         }
+        Action::UpgradeHost { host, to } if *host == me => replace_binary(node, to),
         other => refused(format!("{other}: not for host {me}")),
     }
+}
+
+/// Puts another binary in place, and has the daemon become it once this request is answered.
+fn replace_binary(node: &Node, to: &str) -> Result<()> {
+    let own = &binary::own().version;
+    if own == to {
+        return Ok(());
+    }
+    binary::install(&node.folders, to, &node.program)?;
+    node.note(
+        &node.host(),
+        format!("its binary is {to} now, {own} is kept; the daemon becomes it"),
+    );
+    // The permit stays until somebody waits for it.
+    node.replaced.notify_one();
+    Ok(())
 }
 
 fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {

@@ -36,6 +36,12 @@ impl Folders {
         }
     }
 
+    /// The list of revoked certificates.
+    #[must_use]
+    pub fn crl(&self) -> PathBuf {
+        self.data.join("ca.crl")
+    }
+
     fn config(&self) -> PathBuf {
         self.data.join("node.json")
     }

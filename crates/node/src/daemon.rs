@@ -15,12 +15,24 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// How long the store may take to answer at start-up before the daemon says so.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Answers under way get so long before the daemon becomes another binary.
+const LAST_ANSWERS: Duration = Duration::from_millis(300);
 
-/// Runs until told to end (SIGTERM, SIGINT), or a part of it ends.
+/// Why a daemon ended in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Told,
+    /// Its binary was replaced: the process shall become the new one ([`crate::binary::become_new`]).
+    Replaced,
+}
+
+/// Runs until told to end (SIGTERM, SIGINT), its binary is replaced, or a part of it ends.
 ///
 /// # Errors
 /// The host is in no pool, another daemon runs, or an address cannot be bound.
-pub async fn run(folders: Folders, program: PathBuf) -> Result<()> {
+pub async fn run(folders: Folders, program: PathBuf) -> Result<Ended> {
+    crate::binary::adopt_children();
     let config = NodeConfig::load(&folders)?;
     std::fs::create_dir_all(&folders.run).what(|| format!("make {}", folders.run.display()))?;
     let path = folders.data.join("daemon.lock");
@@ -34,6 +46,7 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<()> {
         return refused(format!("a daemon runs with {} already", folders.data.display()));
     }
     let witness = config.witness;
+    crate::certs::check(&folders, &config)?;
     let node = Arc::new(Node::new(folders, config.clone(), program)?);
     start_store(&node, &config).await?;
     let mut terminate = signal(SignalKind::terminate()).what(|| "wait for SIGTERM".into())?;
@@ -48,14 +61,16 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<()> {
             Decider::new(node).run().await;
         }
     };
-    tracing::info!(host = %config.host, pool = config.pool, api = %config.api(), "the daemon runs");
+    let version = &crate::binary::own().version;
+    tracing::info!(host = %config.host, pool = config.pool, api = %config.api(), version, "the daemon runs");
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(Ended::Told),
+        _ = interrupt.recv() => Ok(Ended::Told),
+        () = replaced(&node) => Ok(Ended::Replaced),
         () = Agent::new(Arc::clone(&node)).run() => refused("the agent ended"),
         () = decider => refused("the decider ended"),
-        done = serve::unix(Arc::clone(&node)) => done,
-        done = serve::tls(Arc::clone(&node)) => done,
+        done = serve::unix(Arc::clone(&node)) => done.map(|()| Ended::Told),
+        done = serve::tls(Arc::clone(&node)) => done.map(|()| Ended::Told),
     };
     let resigned = node.blocking(|n| {
         let _ = std::fs::remove_file(n.folders.socket());
@@ -64,6 +79,13 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<()> {
     let _ = tokio::time::timeout(Duration::from_secs(3), resigned).await;
     drop(lock);
     ended
+}
+
+/// Until the binary was replaced, and a moment longer, in which whoever asked for it gets the answer. (If that is lost, the version
+/// that this host reports tells.)
+async fn replaced(node: &Node) {
+    node.replaced.notified().await;
+    tokio::time::sleep(LAST_ANSWERS).await;
 }
 
 /// Starts this host's etcd member, and waits a little for it. A store that does not answer is no reason to end: the VMs run, and

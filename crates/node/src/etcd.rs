@@ -116,6 +116,12 @@ impl Member {
             command.arg(format!("--{side}cert-file={}", tls.certificate.display()));
             command.arg(format!("--{side}key-file={}", tls.key.display()));
         }
+        // It reads the list anew for each connection, and needs it to be there.
+        let crl = self.folders.crl();
+        if crl.is_file() {
+            command.arg(format!("--client-crl-file={}", crl.display()));
+            command.arg(format!("--peer-crl-file={}", crl.display()));
+        }
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -3,7 +3,7 @@
 use crate::error::{NodeError, Result};
 use http_body_util::{BodyExt, Full, Limited};
 pub use hyper::Method;
-use hyper::body::Bytes;
+pub use hyper::body::Bytes;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
@@ -63,9 +63,48 @@ pub async fn ask<A: DeserializeOwned>(
     body: Option<&impl Serialize>,
     bound: Duration,
 ) -> Result<A> {
-    let failed = |why: String| NodeError::Peer {
-        at: target.name(),
-        why,
+    let bytes = match body {
+        Some(body) => serde_json::to_vec(body).map_err(|e| NodeError::Refused(e.to_string()))?,
+        None => Vec::new(),
+    };
+    ask_with(target, method, path, ("application/json", bytes.into()), bound).await
+}
+
+/// As [`ask`], with a body of another kind.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn ask_with<A: DeserializeOwned>(
+    target: &Target,
+    method: Method,
+    path: &str,
+    body: (&str, Bytes),
+    bound: Duration,
+) -> Result<A> {
+    let failed = |mut why: String| {
+        let way_out = [
+            (
+                "CertificateRevoked",
+                "this host was taken out of the pool; let it join again under another --data",
+            ),
+            (
+                "CertificateExpired",
+                "are the clocks right? a host that was away for too long must join again",
+            ),
+            (
+                "certificate expired",
+                "are the clocks right? a host that was away for too long must join again",
+            ),
+        ];
+        for (sign, way) in way_out {
+            if why.contains(sign) {
+                why = format!("{why}: {way}");
+            }
+        }
+        NodeError::Peer {
+            at: target.name(),
+            why,
+        }
     };
     let whole = async {
         let (status, bytes) = match target {
@@ -106,29 +145,29 @@ async fn send(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     method: Method,
     path: &str,
-    body: Option<&impl Serialize>,
+    (kind, bytes): (&str, Bytes),
 ) -> std::result::Result<(StatusCode, Bytes), String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
+    // What TLS says comes with the first answer, as the cause of an error that only names the connection.
+    let text = |e: &dyn std::error::Error| {
+        let causes = std::iter::successors(e.source(), |e| e.source());
+        causes.fold(e.to_string(), |text, cause| format!("{text}: {cause}"))
+    };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|e| text(&e))?;
     let driver = tokio::spawn(connection);
-    let bytes = match body {
-        Some(body) => serde_json::to_vec(body).map_err(|e| text(&e))?,
-        None => Vec::new(),
-    };
     let request = Request::builder()
         .method(method)
         .uri(path)
         .header("host", "steadfast")
-        .header("content-type", "application/json")
-        .body(Full::new(Bytes::from(bytes)))
+        .header("content-type", kind)
+        .body(Full::new(bytes))
         .map_err(|e| text(&e))?;
     let done = async {
         let response = sender.send_request(request).await.map_err(|e| text(&e))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX);
-        let bytes = body.collect().await.map_err(|e| text(&e))?.to_bytes();
+        let bytes = body.collect().await.map_err(|e| text(&*e))?.to_bytes();
         Ok((status, bytes))
     };
     let answer = done.await;

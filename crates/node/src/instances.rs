@@ -344,6 +344,7 @@ impl Instances {
                 ca: tls.ca,
                 certificate: tls.certificate,
                 key: tls.key,
+                crl: Some(self.folders.crl()).filter(|p| p.is_file()),
             }),
             suspect_ms: SUSPECT_MS,
             max_interval_us: match vm.record.protection {

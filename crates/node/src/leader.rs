@@ -9,7 +9,7 @@
 //! action that was carried out, and each refusal that is new, is an event.
 
 use crate::agent::mark_stopped;
-use crate::error::{NodeError, Result};
+use crate::error::Result;
 use crate::etcd;
 use crate::http::ask;
 use crate::journal::{self, About, EVENTS_MAX};
@@ -18,6 +18,7 @@ use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
+use crate::upgrade;
 use crate::watch::Watch;
 use hyper::Method;
 use std::collections::{HashMap, HashSet};
@@ -25,7 +26,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::What;
 use steadfast_cluster::model::{AlarmKey, HostHealth, Instance, Phase, Power};
-use steadfast_cluster::{Action, Decision, decide};
+use steadfast_cluster::{Action, Decision, Wanted, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
 
@@ -62,6 +63,8 @@ pub struct Decider {
     /// Actions that failed lately, and how: tried again each round, told again only now and then.
     failing: Arc<Mutex<HashMap<String, (String, Instant)>>>,
     watch: Arc<Mutex<Watch>>,
+    /// What a rolling upgrade waited for in the last round.
+    upgrade_waits: Option<String>,
     running_since: HashMap<VmId, u64>,
     /// Starts that were sent lately: their hosts may not have reported them yet.
     begun: HashMap<(VmId, HostId), Instant>,
@@ -81,6 +84,7 @@ impl Decider {
             told: HashSet::new(),
             failing: Arc::default(),
             watch: Arc::default(),
+            upgrade_waits: None,
             running_since: HashMap::new(),
             begun: HashMap::new(),
             round: 0,
@@ -117,6 +121,7 @@ impl Decider {
         self.remember_owners(&pool).await?;
         self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
+        upgrade::progress(&self.node, &pool, &self.upgrade_waits).await?;
         let mut snapshot = pool.snapshot(Some(&observed));
         self.begun.retain(|_, at| at.elapsed() < UNREPORTED);
         for (vm, host) in self.begun.keys() {
@@ -131,6 +136,9 @@ impl Decider {
             }
         }
         let decisions = decide(&snapshot);
+        let waits = decisions.refusals.iter();
+        let mut waits = waits.filter(|r| matches!(r.wanted, Wanted::Upgrade | Wanted::Drain));
+        self.upgrade_waits = waits.next().map(|r| r.because.to_string());
         for decision in decisions.actions {
             self.carry_out(&pool, decision).await;
         }
@@ -463,7 +471,7 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
                     Ok(old.map(|mut info| {
                         match &action {
                             Action::MarkHealth { health, .. } => info.record.health = *health,
-                            Action::MarkAdmin { admin, .. } => info.record.admin = *admin,
+                            Action::MarkAdmin { admin, .. } => info.set_admin(*admin),
                             _ => {}
                         }
                         info
@@ -493,10 +501,7 @@ async fn perform(node: &Arc<Node>, pool: &Pool, action: &Action) -> Result<bool>
             .await
             .map(|_| true),
         Action::CancelMigration { vm, to } => migrate::cancel(node, pool, vm, to).await.map(|()| true),
-        Action::UpgradeHost { .. } => Err(NodeError::Refused(
-            "upgrading a host by itself is not there yet: install the new binary and restart its daemon"
-                .into(),
-        )),
+        Action::UpgradeHost { host, to } => upgrade::host(node, pool, host, to).await.map(|()| true),
         Action::RaiseAlarm { alarm } => set_alarm(node, alarm, true).await,
         Action::ClearAlarm { alarm } => set_alarm(node, alarm, false).await,
     }

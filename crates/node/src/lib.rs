@@ -20,6 +20,8 @@
 
 mod agent;
 pub mod api;
+pub mod binary;
+pub mod certs;
 pub mod config;
 mod daemon;
 pub mod drill;
@@ -42,10 +44,11 @@ pub mod records;
 mod relocate;
 pub mod setup;
 pub mod tls;
+mod upgrade;
 mod watch;
 
 pub use config::Folders;
-pub use daemon::run;
+pub use daemon::{Ended, run};
 pub use error::{NodeError, Result};
 pub use guard::run as run_guard;
 pub use steadfast_cluster::model;

@@ -36,10 +36,11 @@ impl Measure {
         status.load.cpu_milli = self.cpu_milli;
         status.load.memory_bytes = memory().map_or(0, |(total, free)| total.saturating_sub(free));
         status.starved = starved();
+        let own = crate::binary::own();
         status.versions = Versions {
-            steadfast: env!("CARGO_PKG_VERSION").into(),
-            wire_min: 1,
-            wire_max: 1,
+            steadfast: own.version.clone(),
+            wire_min: own.wire_min,
+            wire_max: own.wire_max,
         };
         status
     }

@@ -7,6 +7,7 @@
 //! A move of a VM without the engine of protection (`none`, `restart`) is refused: it would need a stop of the guest.
 
 use crate::error::{NodeError, Result, refused};
+use crate::journal::About;
 use crate::leader::{change_standbys, send};
 use crate::node::Node;
 use crate::pool::Pool;
@@ -72,7 +73,16 @@ pub async fn begin(
         text: "begun".into(),
         ended_ms: None,
     };
-    let (key, value) = (key(&task.id), json(&task)?);
+    keep(node, &task).await?;
+    Ok(task)
+}
+
+/// Writes a new task down.
+///
+/// # Errors
+/// There is one of this name, or the store's.
+pub async fn keep(node: &Arc<Node>, task: &StoredTask) -> Result<()> {
+    let (key, value) = (key(&task.id), json(task)?);
     node.blocking(move |n| {
         let done = n
             .kv()
@@ -82,8 +92,7 @@ pub async fn begin(
             false => Err(NodeError::Conflict("the task".into())),
         }
     })
-    .await?;
-    Ok(task)
+    .await
 }
 
 /// Ends a move that is under way.
@@ -110,18 +119,20 @@ pub async fn set(node: &Arc<Node>, id: &str, state: TaskState, text: &str) -> Re
         let mut subject = None;
         update(&*n.kv(), &task_key, |old: Option<StoredTask>| {
             Ok(old.filter(|t| t.state == TaskState::Running).map(|mut t| {
-                let Task::Migrate { vm, .. } = &t.task else {
-                    return t;
+                let about = match &t.task {
+                    Task::Migrate { vm, .. } => About::Vm(vm.clone()),
+                    Task::Upgrade { host, .. } => About::Host(host.clone()),
+                    Task::RollingUpgrade { .. } => About::Pool,
                 };
-                subject = Some((vm.clone(), format!("{}: {text}", t.id)));
+                subject = Some((about, format!("{}: {text}", t.id)));
                 t.state = state;
                 t.text = text.clone();
                 t.ended_ms = (state != TaskState::Running).then(now_ms);
                 t
             }))
         })?;
-        if let Some((vm, text)) = subject.filter(|_| state != TaskState::Running) {
-            n.note(&vm, text);
+        if let Some((about, text)) = subject.filter(|_| state != TaskState::Running) {
+            n.note(about, text);
         }
         Ok(())
     })

@@ -1,21 +1,22 @@
 //! What the parts of a daemon share.
 
-use crate::config::{Folders, NodeConfig};
+use crate::config::{Folders, NodeConfig, StoreChoice};
 use crate::error::{NodeError, Result};
 use crate::http::Target;
 use crate::instances::Instances;
 use crate::journal::{self, About, Told};
 use crate::records::{HostInfo, now_ms};
 use crate::relocate::ReadOnly;
-use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ServerConfig};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::{Event, What};
 use steadfast_store::Kv;
 use steadfast_types::HostId;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 /// See the module.
 pub struct Node {
@@ -25,10 +26,13 @@ pub struct Node {
     pub program: PathBuf,
     /// Its VM processes.
     pub instances: Instances,
-    /// For requests to other hosts.
-    pub client: Arc<ClientConfig>,
+    tls: RwLock<Tls>,
+    /// Numbers of certificates whose connections are to be closed.
+    revoked: watch::Sender<BTreeSet<String>>,
     /// Wakes the leader's loop.
     pub wake: Notify,
+    /// `program` is another binary now: the daemon shall become it.
+    pub replaced: Notify,
     /// Names this run of the daemon.
     pub run: u64,
     /// Drills that are due are held one at a time.
@@ -37,6 +41,22 @@ pub struct Node {
     pub drill_here: Mutex<()>,
     config: RwLock<NodeConfig>,
     kv: RwLock<Arc<dyn Kv>>,
+}
+
+/// TLS with this host's certificate.
+#[derive(Clone)]
+struct Tls {
+    server: Arc<ServerConfig>,
+    client: Arc<ClientConfig>,
+}
+
+impl Tls {
+    fn load(folders: &Folders) -> Result<Self> {
+        Ok(Self {
+            server: crate::tls::server(&folders.tls(), &folders.crl())?,
+            client: crate::tls::client(&folders.tls(), &folders.crl())?,
+        })
+    }
 }
 
 impl Node {
@@ -51,9 +71,11 @@ impl Node {
             source,
         })?;
         Ok(Self {
-            client: crate::tls::client(&folders.tls())?,
+            tls: RwLock::new(Tls::load(&folders)?),
+            revoked: watch::Sender::new(BTreeSet::new()),
             instances: Instances::new(folders.clone(), config.clone(), program.clone()),
             wake: Notify::new(),
+            replaced: Notify::new(),
             run,
             drilling: tokio::sync::Mutex::new(()),
             drill_here: Mutex::new(()),
@@ -143,6 +165,44 @@ impl Node {
             .map_err(|e| NodeError::Refused(format!("a task of the daemon ended: {e}")))?
     }
 
+    /// TLS for the API's listener, as of now.
+    #[must_use]
+    pub fn server_tls(&self) -> Arc<ServerConfig> {
+        self.tls
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .server
+            .clone()
+    }
+
+    /// Reads this host's certificate and the list of revoked ones anew, also for the store.
+    ///
+    /// # Errors
+    /// They cannot be read. Those in use stay.
+    pub fn reload_tls(&self) -> Result<()> {
+        let tls = Tls::load(&self.folders)?;
+        *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
+        let config = self.config();
+        if matches!(config.store, StoreChoice::Managed { .. }) {
+            let kv = steadfast_store::open(&config.store_spec(&self.folders))?;
+            *self.kv.write().unwrap_or_else(PoisonError::into_inner) = kv;
+        }
+        Ok(())
+    }
+
+    /// Closes the connections of these certificates.
+    pub fn close_revoked(&self, serials: BTreeSet<String>) {
+        self.revoked.send_replace(serials);
+    }
+
+    /// Until a certificate is revoked.
+    pub async fn until_revoked(&self, serial: &str) {
+        let mut list = self.revoked.subscribe();
+        if list.wait_for(|l| l.contains(serial)).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// How another host's daemon is asked.
     ///
     /// # Errors
@@ -154,7 +214,12 @@ impl Node {
         Ok(Target::Tls {
             at: info.api,
             name,
-            config: Arc::clone(&self.client),
+            config: self
+                .tls
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .client
+                .clone(),
         })
     }
 

@@ -134,6 +134,7 @@ mod tests {
             api: ([127, 0, 0, 1], 1).into(),
             replication: Vec::new(),
             etcd: None,
+            admin_since_ms: None,
         };
         pool.hosts.insert(id.clone(), info);
         let report = HostReport {

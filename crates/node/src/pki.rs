@@ -8,15 +8,22 @@
 use crate::config::{Folders, write_file};
 use crate::error::{IoContext, NodeError, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertificateSigningRequestParams,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevocationReason,
+    RevokedCertParams, SanType, SerialNumber,
 };
 use ring::digest::{SHA256, digest};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, SystemTime};
 use steadfast_store::random_u64;
 use steadfast_types::HostId;
+
+/// Clocks of hosts may be so far apart: a certificate holds from so long before it was made.
+const CLOCKS_APART: Duration = Duration::from_secs(3600);
+/// What a list of revoked certificates says of its own end; nobody here asks for it.
+const CRL_LIFETIME: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 fn wrong(error: impl std::fmt::Display) -> NodeError {
     NodeError::Certificates(error.to_string())
@@ -60,11 +67,93 @@ pub fn new_request() -> Result<(String, String)> {
     Ok((key.serialize_pem(), request.pem().map_err(wrong)?))
 }
 
+/// The request to sign the public half of a key that there is already.
+///
+/// # Errors
+/// It is no key.
+pub fn request_of(key: &str) -> Result<String> {
+    let key = KeyPair::from_pem(key).map_err(wrong)?;
+    let params = CertificateParams::new(Vec::new()).map_err(wrong)?;
+    params
+        .serialize_request(&key)
+        .and_then(|r| r.pem())
+        .map_err(wrong)
+}
+
+/// A certificate, and what is to be known of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// PEM.
+    pub certificate: String,
+    /// Its number, hexadecimal.
+    pub serial: String,
+    /// When it ends, wall clock, ms.
+    pub ends_ms: u64,
+}
+
+/// Reads a certificate, PEM.
+///
+/// # Errors
+/// It is none.
+pub fn read(certificate: String) -> Result<Made> {
+    let der = CertificateDer::from_pem_slice(certificate.as_bytes()).map_err(wrong)?;
+    let (serial, ends_ms) = number_and_end(&der)?;
+    Ok(Made {
+        certificate,
+        serial,
+        ends_ms,
+    })
+}
+
+/// A certificate's number and when it ends, wall clock, ms.
+///
+/// # Errors
+/// It is none.
+pub fn number_and_end(der: &[u8]) -> Result<(String, u64)> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(der).map_err(wrong)?;
+    let ends = parsed.validity().not_after.timestamp();
+    let ends_ms = u64::try_from(ends).unwrap_or(0).saturating_mul(1000);
+    Ok((hex(parsed.raw_serial()), ends_ms))
+}
+
+/// The list of revoked certificates.
+///
+/// # Errors
+/// The CA is none, or a number is none.
+pub fn sign_crl<'a>(ca: &Pair, number: u64, serials: impl Iterator<Item = &'a String>) -> Result<String> {
+    let issuer = Issuer::from_ca_cert_pem(&ca.certificate, KeyPair::from_pem(&ca.key).map_err(wrong)?);
+    let issuer = issuer.map_err(wrong)?;
+    let now = SystemTime::now();
+    let revoked = |serial: &String| {
+        let digits = serial.as_bytes().chunks(2);
+        let bytes = digits.map(|d| u8::from_str_radix(&String::from_utf8_lossy(d), 16));
+        let bytes = bytes
+            .collect::<std::result::Result<Vec<u8>, _>>()
+            .map_err(wrong)?;
+        Ok(RevokedCertParams {
+            serial_number: SerialNumber::from_slice(&bytes),
+            revocation_time: now.into(),
+            reason_code: Some(RevocationReason::CessationOfOperation),
+            invalidity_date: None,
+        })
+    };
+    let params = CertificateRevocationListParams {
+        this_update: (now - CLOCKS_APART).into(),
+        // It holds until there is another one: a list that ends by itself would end the pool.
+        next_update: (now + CRL_LIFETIME).into(),
+        crl_number: SerialNumber::from(number),
+        issuing_distribution_point: None,
+        revoked_certs: serials.map(revoked).collect::<Result<_>>()?,
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    params.signed_by(&issuer).and_then(|crl| crl.pem()).map_err(wrong)
+}
+
 /// Signs a host's certificate. Of the request only the public key is taken.
 ///
 /// # Errors
 /// The request or the CA is no such thing.
-pub fn sign(ca: &Pair, request: &str, host: &HostId, addresses: &[IpAddr]) -> Result<String> {
+pub fn sign(ca: &Pair, request: &str, host: &HostId, addresses: &[IpAddr], lifetime_ms: u64) -> Result<Made> {
     let request = CertificateSigningRequestParams::from_pem(request).map_err(wrong)?;
     let issuer = Issuer::from_ca_cert_pem(&ca.certificate, KeyPair::from_pem(&ca.key).map_err(wrong)?);
     let issuer = issuer.map_err(wrong)?;
@@ -76,23 +165,34 @@ pub fn sign(ca: &Pair, request: &str, host: &HostId, addresses: &[IpAddr]) -> Re
     params
         .distinguished_name
         .push(DnType::CommonName, host.to_string());
+    let random = || random_u64().what(|| "random numbers".into());
+    let mut number = [random()?.to_be_bytes(), random()?.to_be_bytes()].concat();
+    // Positive, and of full length.
+    number[0] = number[0] & 0x3f | 0x40;
+    params.serial_number = Some(SerialNumber::from_slice(&number));
+    let now = SystemTime::now();
+    params.not_before = (now - CLOCKS_APART).into();
+    params.not_after = (now + Duration::from_millis(lifetime_ms)).into();
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![
         ExtendedKeyUsagePurpose::ServerAuth,
         ExtendedKeyUsagePurpose::ClientAuth,
     ];
     let signed = params.signed_by(&request.public_key, &issuer).map_err(wrong)?;
-    Ok(signed.pem())
+    read(signed.pem())
 }
 
 /// Writes a host's files.
 ///
 /// # Errors
 /// The folder cannot be written.
-pub fn install(folders: &Folders, ca: &str, host: &Pair) -> Result<()> {
+pub fn install(folders: &Folders, ca: &str, host: &Pair, crl: &str) -> Result<()> {
     std::fs::create_dir_all(&folders.data).what(|| format!("make {}", folders.data.display()))?;
     let files = folders.tls();
     write_file(&files.ca, ca.as_bytes())?;
+    if !crl.is_empty() {
+        write_file(&folders.crl(), crl.as_bytes())?;
+    }
     write_file(&files.key, host.key.as_bytes())?;
     write_file(&files.certificate, host.certificate.as_bytes())
 }
@@ -194,7 +294,14 @@ mod tests {
         let ca = new_ca("p").unwrap();
         let (_, request) = new_request().unwrap();
         let host = HostId::new("a").unwrap();
-        assert!(sign(&ca, &request, &host, &[]).is_ok());
-        assert!(sign(&ca, "nonsense", &host, &[]).is_err());
+        let made = sign(&ca, &request, &host, &[], 86_400_000).unwrap();
+        assert_eq!(read(made.certificate.clone()).unwrap(), made);
+        assert_eq!(made.serial.len(), 32);
+        let left = made.ends_ms.saturating_sub(crate::records::now_ms());
+        assert!((86_390_000..=86_400_000).contains(&left), "{left}");
+        assert!(sign(&ca, "nonsense", &host, &[], 1000).is_err());
+        assert!(sign_crl(&ca, 1, [].iter()).is_ok(), "an empty list is a list");
+        assert!(sign_crl(&ca, 2, [made.serial].iter()).is_ok());
+        assert!(sign_crl(&ca, 2, ["xyz".to_string()].iter()).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::records::{
-    CA, DrillReport, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS,
+    CA, CRL, Crl, DrillReport, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS,
     TaskState, Timings, VmMemory, WATCHED, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,6 +79,8 @@ pub struct Pool {
     pub tasks: Vec<StoredTask>,
     /// Alarms that are up.
     pub alarms: BTreeSet<AlarmKey>,
+    /// Certificates that are revoked.
+    pub crl: Option<Crl>,
 }
 
 impl Pool {
@@ -96,6 +98,7 @@ impl Pool {
                 TIMINGS => parse(key, value).map(|v| pool.timings = v),
                 LEADER => parse(key, value).map(|v| pool.leader = Some(v)),
                 CA => Ok(()),
+                CRL => parse(key, value).map(|v| pool.crl = Some(v)),
                 WATCHED => parse(key, value).map(|v| pool.watched_ms = Some(v)),
                 _ => pool.take(key, value),
             };
@@ -171,6 +174,7 @@ impl Pool {
                 Some(seen) => seen.get(id).copied().unwrap_or(info.record.health),
                 None => info.record.health,
             };
+            status.admin_since_ms = info.admin_since_ms;
             let record = info.record.clone();
             (id.clone(), Host { record, status })
         });

@@ -9,6 +9,8 @@
 //! vm/ID/record       term and owner: the arbiter's, see protect::store  changed by compare-and-swap only
 //! vm/ID/state        standbys, failures, home                           changed by the leader and the hosts
 //! e/TIME-HOST-N      events                                             see journal.rs
+//! p/cert/HOST/SERIAL a certificate that was given out, and when it ends; p/crl those that are revoked
+//! p/upgrade          the last rolling upgrade: from, to: the way back      changed by people
 //! p/watched          when a leader last looked at all VMs, ms           written by the leader
 //! ```
 //! All values are JSON. Fields that are added carry a default, so that hosts of the previous version can be read.
@@ -20,7 +22,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
-use steadfast_cluster::model::{Home, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord};
+use steadfast_cluster::model::{
+    Home, HostAdmin, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord,
+};
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::spec::VmSpec;
@@ -33,6 +37,10 @@ pub const TIMINGS: &str = "p/timings";
 pub const LEADER: &str = "p/leader";
 /// When a leader last looked at all VMs, wall clock, ms.
 pub const WATCHED: &str = "p/watched";
+/// The list of revoked certificates.
+pub const CRL: &str = "p/crl";
+/// The last rolling upgrade: from which version to which.
+pub const UPGRADE: &str = "p/upgrade";
 /// The CA, with its key.
 pub const CA: &str = "p/ca";
 
@@ -82,6 +90,8 @@ pub struct Timings {
     pub lease_margin_ms: u64,
     /// A leader that was not heard of for so long is replaced.
     pub leader_ms: u64,
+    /// How long a host's certificate lives; renewed when a third is left.
+    pub certificate_ms: u64,
 }
 
 impl Default for Timings {
@@ -93,6 +103,7 @@ impl Default for Timings {
             lease_ms: 10_000,
             lease_margin_ms: 4000,
             leader_ms: 5000,
+            certificate_ms: 365 * 86_400_000,
         }
     }
 }
@@ -111,6 +122,19 @@ pub struct HostInfo {
     /// Its etcd member, for clients.
     #[serde(default)]
     pub etcd: Option<String>,
+    /// Since when `record.admin` is what it is, wall clock, ms.
+    #[serde(default)]
+    pub admin_since_ms: Option<u64>,
+}
+
+impl HostInfo {
+    /// Changes what is wanted of it.
+    pub fn set_admin(&mut self, admin: HostAdmin) {
+        if self.record.admin != admin {
+            self.record.admin = admin;
+            self.admin_since_ms = Some(now_ms());
+        }
+    }
 }
 
 /// What a host measures and runs.
@@ -271,6 +295,18 @@ pub struct VmMemory {
     pub start_failures: BTreeMap<HostId, StartFailures>,
     /// Where it was before a drain.
     pub home: Option<Home>,
+    /// What was tried for its service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tried: Option<StoredTried>,
+}
+
+/// What was tried for a VM's service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredTried {
+    /// Under which policy: a hash.
+    pub policy: String,
+    /// What.
+    pub tried: steadfast_cluster::health::Tried,
 }
 
 /// Who decides.
@@ -280,6 +316,17 @@ pub struct Leader {
     pub host: Option<HostId>,
     /// Grows as long as it lives.
     pub seq: u64,
+}
+
+/// The certificates that are revoked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Crl {
+    /// Grows with each change.
+    pub number: u64,
+    /// Their numbers, and when each would have ended, wall clock, ms.
+    pub revoked: BTreeMap<String, u64>,
+    /// The list as the pool's CA signed it.
+    pub pem: String,
 }
 
 /// A token that lets a host in.

@@ -5,7 +5,7 @@ use crate::config::{Folders, NodeConfig, Ports, StoreChoice};
 use crate::error::{IoContext, NodeError, Result, refused};
 use crate::http::{Target, ask};
 use crate::pki::{self, Pair, Token};
-use crate::records::{CA, HostInfo, SETTINGS, TIMINGS, Timings, host_info, json};
+use crate::records::{CA, CRL, Crl, HostInfo, SETTINGS, TIMINGS, Timings, host_info, json};
 use crate::{measure, tls};
 use hyper::Method;
 use rustls::pki_types::ServerName;
@@ -70,8 +70,13 @@ pub fn init(
         .into_iter()
         .chain(choice.replication.clone())
         .collect();
-    let certificate = pki::sign(&ca, &request, &choice.host, &addresses)?;
-    pki::install(folders, &ca.certificate, &Pair { certificate, key })?;
+    let made = pki::sign(&ca, &request, &choice.host, &addresses, timings.certificate_ms)?;
+    let crl = Crl {
+        pem: pki::sign_crl(&ca, 0, [].iter())?,
+        ..Crl::default()
+    };
+    let certificate = made.certificate;
+    pki::install(folders, &ca.certificate, &Pair { certificate, key }, &crl.pem)?;
     let site = match choice.site {
         Some(site) => site,
         None => SiteId::new("site").map_err(|e| NodeError::Refused(e.to_string()))?,
@@ -107,6 +112,7 @@ pub fn init(
         api: config.api(),
         replication: config.replication(),
         etcd: None,
+        admin_since_ms: None,
     };
     let settings = PoolSettings {
         name: pool.into(),
@@ -119,6 +125,7 @@ pub fn init(
     };
     let commit = commit
         .put(CA, json(&(&ca.certificate, &ca.key))?)
+        .put(CRL, json(&crl)?)
         .put(SETTINGS, json(&settings)?)
         .put(TIMINGS, json(&timings)?)
         .put(format!("p/hostindex/{}", info.index), choice.host.as_str())
@@ -164,7 +171,7 @@ pub async fn join(
     };
     let answer: JoinAnswer = ask(&target, Method::POST, "/v1/join", Some(&body), JOIN_BOUND).await?;
     let certificate = answer.certificate;
-    pki::install(folders, &answer.ca, &Pair { certificate, key })?;
+    pki::install(folders, &answer.ca, &Pair { certificate, key }, &answer.crl)?;
     let config = NodeConfig {
         pool: answer.pool,
         host: choice.host,

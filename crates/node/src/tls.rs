@@ -7,9 +7,10 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use std::path::Path;
 use std::sync::Arc;
 use steadfast_store::TlsFiles;
 
@@ -22,6 +23,16 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 type Chain = Vec<CertificateDer<'static>>;
+
+/// The list of revoked certificates; none before the first.
+fn revoked(crl: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>> {
+    if !crl.exists() {
+        return Ok(Vec::new());
+    }
+    let bad = |e: rustls::pki_types::pem::Error| wrong(format!("{}: {e}", crl.display()));
+    let list = CertificateRevocationListDer::from_pem_file(crl).map_err(bad)?;
+    Ok(vec![list])
+}
 
 fn load(files: &TlsFiles) -> Result<(Arc<RootCertStore>, Chain, PrivateKeyDer<'static>)> {
     let named =
@@ -40,18 +51,23 @@ fn load(files: &TlsFiles) -> Result<(Arc<RootCertStore>, Chain, PrivateKeyDer<'s
 ///
 /// # Errors
 /// The files cannot be read, or do not fit together.
-pub fn server(files: &TlsFiles) -> Result<Arc<ServerConfig>> {
+pub fn server(files: &TlsFiles, crl: &Path) -> Result<Arc<ServerConfig>> {
     let (roots, chain, key) = load(files)?;
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
-        .allow_unauthenticated()
-        .build()
-        .map_err(wrong)?;
-    let config = ServerConfig::builder_with_provider(provider())
+    let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider()).allow_unauthenticated();
+    let crls = revoked(crl)?;
+    if !crls.is_empty() {
+        verifier = verifier.with_crls(crls).only_check_end_entity_revocation();
+    }
+    let verifier = verifier.build().map_err(wrong)?;
+    let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(wrong)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
         .map_err(wrong)?;
+    // A resumed session would skip the certificate, and with it revocation and expiry.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(Arc::new(config))
 }
 
@@ -59,14 +75,21 @@ pub fn server(files: &TlsFiles) -> Result<Arc<ServerConfig>> {
 ///
 /// # Errors
 /// The files cannot be read, or do not fit together.
-pub fn client(files: &TlsFiles) -> Result<Arc<ClientConfig>> {
+pub fn client(files: &TlsFiles, crl: &Path) -> Result<Arc<ClientConfig>> {
     let (roots, chain, key) = load(files)?;
-    let config = ClientConfig::builder_with_provider(provider())
+    let mut verifier = WebPkiServerVerifier::builder_with_provider(roots, provider());
+    let crls = revoked(crl)?;
+    if !crls.is_empty() {
+        verifier = verifier.with_crls(crls).only_check_end_entity_revocation();
+    }
+    let verifier = verifier.build().map_err(wrong)?;
+    let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(wrong)?
-        .with_root_certificates(roots)
+        .with_webpki_verifier(verifier)
         .with_client_auth_cert(chain, key)
         .map_err(wrong)?;
+    config.resumption = rustls::client::Resumption::disabled();
     Ok(Arc::new(config))
 }
 

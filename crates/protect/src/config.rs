@@ -147,4 +147,7 @@ pub struct TlsSpec {
     pub certificate: PathBuf,
     /// Its key.
     pub key: PathBuf,
+    /// Revoked certificates; read when a link is opened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crl: Option<PathBuf>,
 }

@@ -40,3 +40,4 @@ mod timeline;
 pub use config::{PeerSpec, ProtectSpec, TlsSpec};
 pub use run::run;
 pub use steadfast_store::{EtcdSpec, StoreSpec};
+pub use steadfast_wire::frame::{VERSION_MAX as WIRE_MAX, VERSION_MIN as WIRE_MIN};

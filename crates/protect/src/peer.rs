@@ -155,7 +155,7 @@ impl Peer {
                 ca: tls.ca.clone(),
                 cert: tls.certificate.clone(),
                 key: tls.key.clone(),
-                crl: None,
+                crl: tls.crl.clone(),
             }),
             None => Security::Plain,
         };

@@ -46,11 +46,14 @@ pub fn hosts(hosts: &[HostStatus]) -> String {
                 h.running.to_string(),
                 h.standbys.to_string(),
                 h.api.clone(),
+                h.version.clone(),
             ]
         })
         .collect();
     table(
-        &["HOST", "HEALTH", "USE", "CPU", "MEMORY", "VMS", "STANDBYS", "API"],
+        &[
+            "HOST", "HEALTH", "USE", "CPU", "MEMORY", "VMS", "STANDBYS", "API", "VERSION",
+        ],
         &rows,
     )
 }

@@ -51,6 +51,8 @@ pub struct Host {
     pub address: Ipv4Addr,
     pub folder: PathBuf,
     pub daemon: Option<Child>,
+    /// Its `steadfast`, if it is to have one of its own.
+    pub program: Option<PathBuf>,
 }
 
 impl Host {
@@ -59,7 +61,8 @@ impl Host {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_steadfast"));
+        let program = self.program.as_deref();
+        let mut command = Command::new(program.unwrap_or(Path::new(env!("CARGO_BIN_EXE_steadfast"))));
         command
             .env("STEADFAST_DATA_DIR", self.folder.join("data"))
             .env("STEADFAST_RUN_DIR", self.run_folder())
@@ -191,6 +194,16 @@ impl Pool {
 
     /// As [`Self::new`], with more settings of each host.
     pub fn made(names: &[&str], lease_ms: u64, settings: &[&str]) -> Self {
+        Self::with(names, lease_ms, settings, None)
+    }
+
+    /// As [`Self::made`]; each host has a copy of `program` of its own.
+    pub fn with(names: &[&str], lease_ms: u64, settings: &[&str], program: Option<&Path>) -> Self {
+        Self::begun(names, &["--lease-ms", &lease_ms.to_string()], settings, program)
+    }
+
+    /// As [`Self::with`], with settings of the pool.
+    pub fn begun(names: &[&str], of_pool: &[&str], settings: &[&str], program: Option<&Path>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let random = std::collections::hash_map::RandomState::new();
         let random = std::hash::BuildHasher::hash_one(&random, folder.path());
@@ -200,12 +213,21 @@ impl Pool {
             address: Ipv4Addr::new(127, x.max(1), y, i as u8 + 1),
             folder: folder.path().join(name),
             daemon: None,
+            program: None,
         });
         let mut pool = Self {
             hosts: hosts.collect(),
             folder,
         };
-        let (etcd, lease) = (etcd().unwrap().display().to_string(), lease_ms.to_string());
+        if let Some(program) = program {
+            for host in &mut pool.hosts {
+                std::fs::create_dir_all(&host.folder).unwrap();
+                let own = host.folder.join("steadfast");
+                std::fs::copy(program, &own).unwrap();
+                host.program = Some(own);
+            }
+        }
+        let etcd = etcd().unwrap().display().to_string();
         for (i, name) in names.iter().enumerate() {
             let address = pool.hosts[i].address.to_string();
             let mut common = vec![
@@ -219,7 +241,7 @@ impl Pool {
             ];
             common.extend(settings);
             if i == 0 {
-                let init = [&["pool", "init", "test", "--lease-ms", &lease][..], &common].concat();
+                let init = [&["pool", "init", "test"][..], of_pool, &common].concat();
                 pool.hosts[0].run(&init);
             } else {
                 let token = pool.hosts[0].json(&["pool", "token"]);

@@ -55,5 +55,9 @@ fn refusal_text(w: &World, alarm: &AlarmKey) -> String {
         AlarmKey::UpgradeWaits => r.wanted == crate::action::Wanted::Upgrade,
         _ => false,
     });
-    found.map_or_else(|| "it is being seen to".to_owned(), |r| r.because.to_string())
+    let none = match alarm {
+        AlarmKey::DrainStuck(_) => "it is not empty after a long time; see the events of what is left on it",
+        _ => "it is being seen to",
+    };
+    found.map_or_else(|| none.to_owned(), |r| r.because.to_string())
 }

@@ -5,6 +5,7 @@
 //! removes the one on the leaving host, and only when another is in sync.
 
 use super::fit::{Obstacle, Role};
+use super::hosts;
 use super::world::{World, elapsed};
 use crate::action::{Action, Because, Wanted};
 use crate::model::{AlarmKey, HostHealth, MoveCause, Phase};
@@ -73,7 +74,11 @@ pub(crate) fn drain(w: &mut World) {
             let degraded = AlarmKey::VmDegraded(vm.id().clone());
             vm.on() && vm.standbys.contains(&h) && w.alarms_wanted.contains(&degraded)
         });
-        if stuck.is_some() || kept {
+        // Waiting for a standby to be filled, or for a move that fails each time, has no end of its own: people are told.
+        let since = w.hosts[h].host.status.admin_since_ms;
+        let long = since.is_some_and(|since| elapsed(w.now_ms, since) > w.pool.limits.drain_alarm_ms);
+        let waits = long && !hosts::is_empty(w, h);
+        if stuck.is_some() || kept || waits {
             w.alarms_wanted.insert(AlarmKey::DrainStuck(w.host_id(h)));
         }
     }

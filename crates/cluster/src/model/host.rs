@@ -123,6 +123,9 @@ pub struct HostStatus {
     /// What it runs.
     #[serde(default)]
     pub versions: Versions,
+    /// Since when `admin` is what it is, pool time in ms; none: not known.
+    #[serde(default)]
+    pub admin_since_ms: Option<u64>,
     /// When a VM was last moved to or from it by the balancer, pool time in ms.
     #[serde(default)]
     pub balanced_ms: Option<u64>,

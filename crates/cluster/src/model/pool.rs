@@ -104,6 +104,8 @@ pub struct Limits {
     pub start_backoff_ms: u64,
     /// Hosts being emptied by an upgrade at a time.
     pub upgrades_at_once: u32,
+    /// A host that is not empty after so long has an alarm, ms.
+    pub drain_alarm_ms: u64,
 }
 
 impl Default for Limits {
@@ -116,6 +118,7 @@ impl Default for Limits {
             start_failures_per_host: 3,
             start_backoff_ms: 5_000,
             upgrades_at_once: 1,
+            drain_alarm_ms: 900_000,
         }
     }
 }
@@ -204,6 +207,16 @@ pub enum Task {
     Upgrade {
         /// The host.
         host: HostId,
+        /// To which version.
+        to: String,
+        /// Since when, pool time in ms.
+        since_ms: u64,
+    },
+    /// The pool goes from one version to another, host by host. What is to be done for it follows from
+    /// [`PoolSettings::upgrade_to`]; this is what people look at and cancel.
+    RollingUpgrade {
+        /// From which version.
+        from: String,
         /// To which version.
         to: String,
         /// Since when, pool time in ms.

@@ -6,18 +6,18 @@ use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::journal::{self, EVENTS_MAX, Told};
 use crate::node::Node;
-use crate::pki::{Pair, Token, fingerprint_of_pem};
+use crate::pki::{Token, fingerprint_of_pem};
 use crate::pool::Pool;
 use crate::records::{
     CA, HostInfo, StoredTask, StoredToken, TaskState, get, host_info, host_report, json, now_ms, update,
 };
-use crate::{etcd, migrate};
+use crate::{certs, etcd, migrate, upgrade};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use std::sync::Arc;
 use steadfast_cluster::availability::report;
-use steadfast_cluster::model::{DrainWhy, HostAdmin};
+use steadfast_cluster::model::{DrainWhy, HostAdmin, Task};
 use steadfast_cluster::{Action, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -75,7 +75,7 @@ async fn set_admin(node: &Arc<Node>, host: HostId, admin: HostAdmin, dry_run: bo
         node.blocking(move |n| {
             update(&*n.kv(), &key, |old: Option<HostInfo>| {
                 Ok(old.map(|mut info| {
-                    info.record.admin = admin;
+                    info.set_admin(admin);
                     info
                 }))
             })?;
@@ -141,6 +141,8 @@ pub async fn remove_host(
     }
     if !dry.dry_run {
         let config = node.config();
+        let name = host.clone();
+        node.blocking(move |n| certs::revoke(&*n.kv(), &name)).await?;
         if matches!(config.store, StoreChoice::Managed { .. }) {
             etcd::remove(&config.store_spec(&node.folders), host.as_str()).await?;
         }
@@ -264,7 +266,17 @@ pub async fn cancel_task(State(node): Shared, Path(task): Path<String>) -> Answe
     if found.state != TaskState::Running {
         return refused(format!("task {task} has ended: {}", found.text)).map_err(Failure);
     }
-    migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?;
+    match &found.task {
+        Task::Upgrade { .. } => {
+            return refused("a host that replaces its binary is not stopped in the middle; cancel the rolling upgrade itself")
+                .map_err(Failure);
+        }
+        Task::RollingUpgrade { .. } => {
+            let text = "cancelled; hosts that run the new version keep it";
+            upgrade::end(&node, found, TaskState::Cancelled, text).await?;
+        }
+        Task::Migrate { .. } => migrate::set(&node, &task, TaskState::Cancelled, "cancelled").await?,
+    }
     Ok(Json(Done {
         plan: vec![format!("{task} is cancelled")],
         ..Done::default()
@@ -301,16 +313,6 @@ pub fn new_token(node: &Node, address: String) -> Result<NewToken> {
         address,
         expires_ms,
     })
-}
-
-/// The pool's CA from the store. Blocks.
-///
-/// # Errors
-/// The store's.
-pub fn ca(node: &Node) -> Result<Pair> {
-    let found: Option<(String, String)> = get(&*node.kv(), CA)?;
-    let (certificate, key) = found.ok_or_else(|| NodeError::NotFound("CA in the store".into()))?;
-    Ok(Pair { certificate, key })
 }
 
 /// The leader asks this host to do something.

@@ -1,8 +1,9 @@
 //! Letting a new host in: `POST /v1/join`, the only thing that a client without a certificate may ask.
 
-use super::handlers::{ca, load};
+use super::handlers::load;
 use super::types::{JoinAnswer, JoinRequest};
 use super::{Answer, Failure};
+use crate::certs;
 use crate::config::StoreChoice;
 use crate::error::{NodeError, Result, refused};
 use crate::node::Node;
@@ -82,12 +83,17 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
         relocate::to_etcd(node).await?;
     }
     let config = node.config();
-    let authority = node.blocking(ca).await?;
+    let authority = node.blocking(|n| certs::ca(&*n.kv())).await?;
     let addresses: Vec<_> = [request.address]
         .into_iter()
         .chain(request.replication.clone())
         .collect();
-    let certificate = pki::sign(&authority, &request.request, host, &addresses)?;
+    let certificate = {
+        let (request, host) = (request.request.clone(), host.clone());
+        let lifetime = pool.timings.certificate_ms;
+        node.blocking(move |n| certs::issue(&*n.kv(), &request, &host, &addresses, lifetime))
+            .await?
+    };
     let store = member(node, request).await?;
     let site = request.site.clone().unwrap_or(config.site.clone());
     let own_etcd = matches!(store, StoreChoice::Managed { member: true, .. });
@@ -116,6 +122,7 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
             true => vec![request.address],
             false => request.replication.clone(),
         },
+        admin_since_ms: None,
         etcd: own_etcd.then(|| {
             format!(
                 "https://{}",
@@ -129,6 +136,7 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
         site,
         ca: authority.certificate,
         certificate,
+        crl: pool.crl.map(|c| c.pem).unwrap_or_default(),
         store,
     })
 }

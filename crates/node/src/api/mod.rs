@@ -11,6 +11,7 @@ pub mod join;
 pub mod serve;
 pub mod settings;
 pub mod types;
+pub mod upgrade;
 pub mod vms;
 
 use crate::error::NodeError;
@@ -81,6 +82,8 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         vms::migrate,
         vms::health,
         vms::limits,
+        upgrade::take,
+        upgrade::begin,
         settings::vm,
         settings::show,
         settings::pool,
@@ -110,6 +113,8 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::HowToStop,
         types::Done,
         types::NewToken,
+        upgrade::UpgradeTo,
+        crate::binary::Described,
         types::Availability,
         drill::DrillSchedule,
         crate::records::DrillReport,
@@ -152,6 +157,10 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/applications/{app}/start", post(apps::start))
         .route("/v1/applications/{app}/stop", post(apps::stop))
         .route("/v1/applications/{app}/protection", post(apps::protect))
+        .route("/v1/binaries", post(upgrade::take))
+        .route("/v1/upgrade", post(upgrade::begin))
+        .route("/internal/v1/binaries", post(upgrade::take))
+        .route("/internal/v1/binaries/{version}", get(upgrade::known))
         .route("/v1/openapi.json", get(|| async { Json(Description::openapi()) }))
         .route(
             "/internal/v1/ping",

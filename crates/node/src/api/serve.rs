@@ -70,11 +70,10 @@ pub async fn unix(node: Arc<Node>) -> Result<()> {
 /// # Errors
 /// The address cannot be bound, or the certificates cannot be used.
 pub async fn tls(node: Arc<Node>) -> Result<()> {
-    let acceptor = TlsAcceptor::from(crate::tls::server(&node.folders.tls())?);
     let at = node.config().api();
     let listener = TcpListener::bind(at).await.what(|| format!("listen at {at}"))?;
     let members = router(Arc::clone(&node));
-    let strangers = joining(Arc::clone(&node)).with_state(node);
+    let strangers = joining(Arc::clone(&node)).with_state(Arc::clone(&node));
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
@@ -87,14 +86,25 @@ pub async fn tls(node: Arc<Node>) -> Result<()> {
                 continue;
             }
         };
-        let (acceptor, members, strangers) = (acceptor.clone(), members.clone(), strangers.clone());
+        // Certificates may have been renewed or revoked since the last one.
+        let acceptor = TlsAcceptor::from(node.server_tls());
+        let (node, members, strangers) = (Arc::clone(&node), members.clone(), strangers.clone());
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             match tokio::time::timeout(PATIENCE, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => {
                     // The handshake has checked a certificate if there is one.
-                    let known = stream.get_ref().1.peer_certificates().is_some();
-                    connection(stream, if known { members } else { strangers }).await;
+                    let shown = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
+                    match shown.map(|c| crate::pki::number_and_end(c)) {
+                        None => connection(stream, strangers).await,
+                        Some(Err(error)) => tracing::warn!(%error, "a certificate without a number"),
+                        Some(Ok((serial, _))) => tokio::select! {
+                            () = connection(stream, members) => {}
+                            () = node.until_revoked(&serial) => {
+                                tracing::info!(serial, "a connection is closed: its certificate is revoked");
+                            }
+                        },
+                    }
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
                 Err(_) => tracing::debug!("a handshake took too long"),

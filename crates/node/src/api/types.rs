@@ -6,7 +6,7 @@ use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use steadfast_cluster::health::State;
-use steadfast_cluster::model::{HealthPolicy, HostAdmin, HostHealth, Phase, Power, Protection};
+use steadfast_cluster::model::{AlarmKey, HealthPolicy, HostAdmin, HostHealth, Phase, Power, Protection};
 use steadfast_types::{HostId, SiteId, VmId};
 use steadfast_vmm::spec::VmSpec;
 use utoipa::ToSchema;
@@ -239,6 +239,12 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
             "VM {vm}: its last {failed}; try again: steadfast drill {vm}"
         ))
     }));
+    problems.extend(pool.alarms.iter().filter_map(|alarm| match alarm {
+        AlarmKey::DrainStuck(host) => Some(format!(
+            "host {host} cannot be emptied; see `steadfast pool plan` and `steadfast events --subject {host}`"
+        )),
+        _ => None,
+    }));
     let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
     if leader.is_none() {
         problems.push("no host decides for the pool".into());
@@ -424,6 +430,9 @@ pub struct JoinAnswer {
     pub ca: String,
     /// Its certificate, PEM.
     pub certificate: String,
+    /// Those that are revoked, PEM.
+    #[serde(default)]
+    pub crl: String,
     /// The store as it reaches it.
     pub store: StoreChoice,
 }

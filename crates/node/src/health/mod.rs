@@ -4,8 +4,8 @@
 //! agent's round --due?--> task: checks, bounded in time --> cluster::health (pure) --> remedy, event
 //!                                                           \--> state, in this host's report
 //! ```
-//! A starved host does not judge (I7): its checks would fail for its own sake. After a restart of the daemon a service has its
-//! grace again.
+//! A starved host does not judge (I7): its checks would fail for its own sake. After a restart of the daemon, or a move, a service has
+//! its grace again; what was tried for it goes along, in the VM's record (`VmMemory::tried`).
 
 pub mod check;
 
@@ -14,13 +14,15 @@ use crate::journal::About;
 use crate::migrate;
 use crate::node::Node;
 use crate::pool::Pool;
-use crate::records::{ServiceReport, StoredTask, TaskState};
+use crate::records::{
+    ServiceReport, StoredTask, StoredTried, TaskState, VmMemory, json, now_ms, update, vm_state,
+};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use steadfast_cluster::events::What;
-use steadfast_cluster::health::{Health, Means};
+use steadfast_cluster::health::{Health, Means, Tried};
 use steadfast_cluster::model::{Check, HealthPolicy, MoveCause, Phase, Power, Remedy, Task};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::Request;
@@ -68,7 +70,9 @@ impl Services {
             let term = vm.term();
             let known = self.vms.get(id).is_some_and(|w| w.policy == *policy);
             if !known {
-                self.vms.insert(id.clone(), Watched::new(policy, term, now));
+                let tried = vm.memory.tried.as_ref().filter(|t| t.policy == name_of(policy));
+                self.vms
+                    .insert(id.clone(), Watched::new(policy, term, now, tried));
             }
             let Some(watched) = self.vms.get_mut(id) else {
                 continue;
@@ -120,16 +124,25 @@ impl Services {
 }
 
 impl Watched {
-    fn new(policy: &HealthPolicy, term: Term, now: u64) -> Self {
+    fn new(policy: &HealthPolicy, term: Term, now: u64, tried: Option<&StoredTried>) -> Self {
+        let machine = match tried {
+            Some(t) => Health::resumed(policy.clone(), &t.tried, now, now_ms()),
+            None => Health::new(policy.clone(), now),
+        };
         Self {
             policy: policy.clone(),
             term,
-            machine: Arc::new(Mutex::new(Health::new(policy.clone(), now))),
+            machine: Arc::new(Mutex::new(machine)),
             why: Arc::default(),
             busy: Arc::default(),
             next_ms: now,
         }
     }
+}
+
+/// Names a policy: what was tried under another one does not count.
+fn name_of(policy: &HealthPolicy) -> String {
+    crate::pki::fingerprint(&json(policy).unwrap_or_default())
 }
 
 fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -163,9 +176,39 @@ impl Round {
         let good = failed.is_none();
         let why = failed.unwrap_or_default();
         lock(&self.why).clone_from(&why);
-        let remedy = lock(&self.machine).result(boot_ms(), good, means);
+        let (before, after, remedy) = {
+            let mut machine = lock(&self.machine);
+            let (now, wall) = (boot_ms(), now_ms());
+            let before = machine.tried(now, wall);
+            let remedy = machine.result(now, good, means);
+            (before, machine.tried(now, wall), remedy)
+        };
+        if before != after {
+            // Before the remedy: it may bring the VM to another host.
+            self.keep(after).await;
+        }
         if let Some(remedy) = remedy {
             self.remedy(remedy, why).await;
+        }
+    }
+
+    /// Writes down what was tried, for whoever looks after the VM next.
+    async fn keep(&self, tried: Tried) {
+        let (key, policy) = (vm_state(&self.vm), name_of(&self.policy));
+        let kept = self.node.blocking(move |n| {
+            update(&*n.kv(), &key, |old: Option<VmMemory>| {
+                Ok(old.map(|mut memory| {
+                    memory.tried = Some(StoredTried {
+                        policy: policy.clone(),
+                        tried: tried.clone(),
+                    });
+                    memory
+                }))
+            })
+            .map(|_| ())
+        });
+        if let Err(error) = kept.await {
+            tracing::warn!(%error, vm = %self.vm, "what was tried for its service could not be written down");
         }
     }
 
