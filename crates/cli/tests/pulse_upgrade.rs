@@ -103,11 +103,14 @@ fn a_pool_is_upgraded_and_goes_back() {
     let folder = tempfile::tempdir().unwrap();
     let old = stripped(folder.path());
     let new = another(&old, folder.path());
-    let pool = Pool::with(&NAMES, 6000, &["--vmm-arg=--cgroup=off"], Some(&old));
-    let client = pool.client("f");
+    // The VM beside must not lose its lease on a busy machine while a daemon becomes another.
+    let pool = Pool::with(&NAMES, 30_000, &["--vmm-arg=--cgroup=off"], Some(&old));
+    let (client, beside) = (pool.client("f"), pool.client("r"));
     pool.create("f", "ft");
+    pool.create("r", "restart");
     let protected = || pool.other("").vm("f")["protection"] == "protected";
     wait("f to be protected", protected);
+    beside.answer("", Instant::now());
     let before = versions(&pool);
     assert_eq!(before.len(), 3);
     assert!(before.iter().all(|v| *v == before[0]), "{before:?}");
@@ -182,6 +185,11 @@ fn a_pool_is_upgraded_and_goes_back() {
         seen.longest
     );
     assert_eq!(seen.boots, 0, "it never stopped");
+    assert_eq!(
+        beside.seen().boots,
+        0,
+        "nor did the VM whose process outlives the daemon of its host"
+    );
     assert!(protected());
 
     let id = begin(&pool, &["--back"]);

@@ -588,6 +588,16 @@ fn a_rolling_upgrade_visits_every_host_and_keeps_protection() {
         .filter(|a| matches!(a, Action::UpgradeHost { .. }))
         .count();
     assert_eq!(upgrades, 4);
+    let moved = |id: &str| {
+        let is = |a: &&Action| matches!(a, Action::Migrate { vm, .. } if *vm == v(id));
+        result.actions().filter(is).count()
+    };
+    assert!(moved("a") > 0, "its standby takes it over");
+    assert_eq!(
+        (moved("b"), moved("d")),
+        (0, 0),
+        "their processes go on where they are"
+    );
     fixpoint(&s);
     // With a host down it waits, and says so.
     s.pool.upgrade_to = Some("3".into());

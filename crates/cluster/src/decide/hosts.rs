@@ -55,14 +55,26 @@ fn next_health(old: HostHealth, seen: HostHealth) -> Option<HostHealth> {
     (next != old).then_some(next)
 }
 
-/// Nothing that runs or protects is there (disks of VMs that are off may be).
+/// Left where it is while its host is upgraded: its process goes on while the daemon is replaced, and it has no standby that would
+/// take it over without a pause.
+pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
+    use HostAdmin::{Draining, Maintenance};
+    let admin = w.hosts[h].host.record.admin;
+    let upgrade = matches!(
+        admin,
+        Draining(DrainWhy::Upgrade) | Maintenance(DrainWhy::Upgrade)
+    );
+    upgrade && !w.vms[v].vm.spec.protection.hot()
+}
+
+/// Nothing that runs or protects is there (disks of VMs that are off may be, and what an upgrade leaves).
 pub(crate) fn is_empty(w: &World, h: usize) -> bool {
     w.hosts[h].migrations == 0
         && w.hosts[h].copies.iter().all(|&v| {
             let vm = &w.vms[v];
             let here = vm.owner == Some(h) || vm.on() && vm.standbys.contains(&h);
             let process = vm.vm.state.instances.get(w.hosts[h].id());
-            !here && process.is_none_or(|i| matches!(i.phase, Phase::Failed(_)))
+            stays(w, v, h) || !here && process.is_none_or(|i| matches!(i.phase, Phase::Failed(_)))
         })
 }
 

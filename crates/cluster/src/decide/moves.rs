@@ -46,7 +46,8 @@ pub(crate) fn drain(w: &mut World) {
         let here: Vec<usize> = w.hosts[h].copies.iter().copied().collect();
         let mut stuck = None;
         for v in w.by_priority(here.clone()) {
-            if w.vms[v].owner != Some(h) || !w.vms[v].on() || w.vms[v].migrating.is_some() {
+            let moves = w.vms[v].owner == Some(h) && w.vms[v].on() && w.vms[v].migrating.is_none();
+            if !moves || hosts::stays(w, v, h) {
                 continue;
             }
             let filling = w.vms[v]
