@@ -79,6 +79,10 @@ pub struct HostArgs {
     /// The etcd program, if not `etcd` on the PATH.
     #[arg(long)]
     etcd_program: Option<PathBuf>,
+    /// Milliseconds between two heartbeats of the pool's own etcd; an election, or an answer, may take ten times as long. More where
+    /// hosts are slow or far apart; the same on all of them.
+    #[arg(long, default_value_t = steadfast_node::config::etcd_heartbeat_ms())]
+    etcd_heartbeat_ms: u64,
     /// One more argument for each `steadfast vmm`, for example --vmm-arg=--cgroup=off. May be repeated.
     #[arg(long, allow_hyphen_values = true)]
     vmm_arg: Vec<String>,
@@ -104,6 +108,7 @@ impl HostArgs {
             },
             vmm_args: self.vmm_arg.clone(),
             etcd_program: self.etcd_program.clone(),
+            etcd_heartbeat_ms: self.etcd_heartbeat_ms,
         })
     }
 }

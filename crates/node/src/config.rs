@@ -119,6 +119,15 @@ pub struct NodeConfig {
     /// The etcd program, if not `etcd` on the PATH.
     #[serde(default)]
     pub etcd: Option<PathBuf>,
+    /// Between two heartbeats of the pool's own etcd, ms. An election, and an answer of the store, may take ten times as long.
+    #[serde(default = "etcd_heartbeat_ms")]
+    pub etcd_heartbeat_ms: u64,
+}
+
+/// A pool's hosts may be busy: a short pause must not cost an election.
+#[must_use]
+pub const fn etcd_heartbeat_ms() -> u64 {
+    200
 }
 
 impl NodeConfig {
@@ -143,6 +152,13 @@ impl NodeConfig {
         }
     }
 
+    /// How long the pool's own etcd may take to elect a leader, ms.
+    #[must_use]
+    pub fn etcd_election_ms(&self) -> u64 {
+        // The range that etcd takes.
+        self.etcd_heartbeat_ms.clamp(10, 5000) * 10
+    }
+
     /// The store, for this host's processes.
     #[must_use]
     pub fn store_spec(&self, folders: &Folders) -> StoreSpec {
@@ -156,6 +172,7 @@ impl NodeConfig {
                 StoreSpec::Etcd {
                     etcd: EtcdSpec {
                         tls: Some(folders.tls()),
+                        timeout_ms: self.etcd_election_ms(),
                         ..EtcdSpec::new(all)
                     },
                 }

@@ -88,6 +88,8 @@ impl Member {
             config.url(config.ports.etcd_client),
             config.url(config.ports.etcd_peer),
         );
+        let election = config.etcd_election_ms();
+        let (heartbeat, election) = ((election / 10).to_string(), election.to_string());
         let mut command = Command::new(program(config)?);
         command.arg(self.data_argument());
         command.arg(format!("--name={}", config.host));
@@ -99,9 +101,8 @@ impl Member {
             ("initial-cluster", initial.as_str()),
             ("initial-cluster-state", state.as_str()),
             ("initial-cluster-token", config.pool.as_str()),
-            // A pool's host may be busy: a short pause must not cost an election.
-            ("heartbeat-interval", "200"),
-            ("election-timeout", "2000"),
+            ("heartbeat-interval", heartbeat.as_str()),
+            ("election-timeout", election.as_str()),
             ("auto-compaction-mode", "revision"),
             ("auto-compaction-retention", "2000"),
             ("quota-backend-bytes", "1073741824"),

@@ -37,6 +37,8 @@ pub struct HostChoice {
     pub vmm_args: Vec<String>,
     /// The etcd program.
     pub etcd_program: Option<PathBuf>,
+    /// Between two heartbeats of the pool's own etcd, ms; the same on all hosts.
+    pub etcd_heartbeat_ms: u64,
 }
 
 fn make_folders(folders: &Folders) -> Result<()> {
@@ -92,6 +94,7 @@ pub fn init(
         store: external.map_or(StoreChoice::Embedded, StoreChoice::External),
         vmm_args: choice.vmm_args,
         etcd: choice.etcd_program,
+        etcd_heartbeat_ms: choice.etcd_heartbeat_ms,
     };
     let info = HostInfo {
         record: HostRecord {
@@ -183,6 +186,7 @@ pub async fn join(
         store: answer.store,
         vmm_args: choice.vmm_args,
         etcd: choice.etcd_program,
+        etcd_heartbeat_ms: choice.etcd_heartbeat_ms,
     };
     if matches!(config.store, StoreChoice::Managed { member: true, .. }) {
         crate::etcd::program(&config)?;

@@ -56,7 +56,7 @@ impl<'r> PoolHost<'r> {
         };
         let (one, other) = (address("repl0")?, address("repl1")?);
         Ok(format!(
-            "--name {} --address {one} --replication {one} --replication {other}",
+            "--name {} --address {one} --replication {one} --replication {other} --etcd-heartbeat-ms 600",
             self.name()
         ))
     }

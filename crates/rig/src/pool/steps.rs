@@ -116,13 +116,19 @@ impl Stage<'_, '_> {
                 self.tell.doing(&format!("VM {name} is made"));
                 let number = self.guests.len() as u8;
                 let address = Ipv4Addr::new(10, 90, 0, 120 + number);
-                self.hosts[0].run(&format!(
+                let create = format!(
                     "vm create --name {name} --class {} --memory 64MiB --cpu {CPU} --rng false --nic br0 \
                      --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
                      --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000'",
                     CLASSES[class],
                     crate::inside::mini::WORD,
-                ))?;
+                );
+                self.hosts[0].run(&create)?;
+                // One boot at a time: four servers share two CPUs here.
+                self.wait(&format!("{name} to run"), |s| {
+                    let vm = s["vms"].as_array()?.iter().find(|v| v["vm"] == name.as_str())?;
+                    (vm["state"] == "running").then_some(())
+                })?;
                 self.guests.push(Guest {
                     name,
                     class,
