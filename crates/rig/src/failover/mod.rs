@@ -13,6 +13,7 @@ mod measure;
 mod steps;
 
 pub use measure::{Failover, Protection};
+pub(crate) use steps::{crashes, leftovers};
 
 use crate::error::{Result, RigError};
 use crate::load::{Audited, LoadOptions};

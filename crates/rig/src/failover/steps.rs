@@ -354,10 +354,25 @@ impl Stage<'_, '_> {
 }
 
 /// Processes of VMs on the servers that are on.
-fn leftovers(rig: &Rig) -> Result<String> {
+pub(crate) fn leftovers(rig: &Rig) -> Result<String> {
     let mut found = Vec::new();
     for server in rig.servers().iter().filter(|s| s.is_ready()) {
         let list = server.exec("ps -eo pid,args | grep '[s]teadfast vmm' || true")?;
+        if !list.is_empty() {
+            found.push(format!("{}: {list}", server.name()));
+        }
+    }
+    Ok(found.join("; "))
+}
+
+/// Processes of servers that are on which died of a fault of their own since the server started: the kernel tells of each that
+/// would leave a core dump, and of what it killed for want of memory; ours say when a thread panics.
+pub(crate) fn crashes(rig: &Rig) -> Result<String> {
+    const LOOK: &str = "dmesg | grep -E 'segfault at|general protection fault|trap invalid opcode|Out of memory: Killed|oom-kill'; \
+                        grep -H 'panicked at' /run/*.log 2>/dev/null; ls /core* /run/core* /data/core* 2>/dev/null; true";
+    let mut found = Vec::new();
+    for server in rig.servers().iter().filter(|s| s.is_ready()) {
+        let list = server.exec(LOOK)?;
         if !list.is_empty() {
             found.push(format!("{}: {list}", server.name()));
         }

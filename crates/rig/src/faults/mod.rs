@@ -9,15 +9,16 @@
 //! the same for all is here, in [`Scene::whole_again`]: clients that never saw a reset, a write lost or done twice, one owner,
 //! a guest that has found nothing wrong in its memory, disk and clock.
 
+mod guest;
 mod power;
 pub mod rows;
 
 use crate::error::{Result, RigError};
 use crate::etcd;
-use crate::failover::{Tell, ensure};
+use crate::failover::{Tell, crashes, ensure, leftovers};
 use crate::host::qemu::DiskCache;
 use crate::host::server::Server;
-use crate::load::{Load, LoadOptions};
+use crate::load::{Audited, Load, LoadOptions};
 use crate::protected::{Plan, Protected};
 use crate::rig::Rig;
 use crate::vm::Mini;
@@ -57,6 +58,17 @@ pub enum Moves {
     Maybe,
 }
 
+/// Faults that break connections by their nature; they come after all rows, with new clients after each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest's kernel panics and starts anew (fault 9): that is no failover.
+    GuestPanics,
+    /// Both servers lose their power (fault 3), and the standby's returns first and boots the VM.
+    StandbyReturns,
+    /// The same, and the primary's returns first.
+    PrimaryReturns,
+}
+
 /// What a row did.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -87,11 +99,11 @@ pub struct Scene<'a, 'r> {
     term: u64,
 }
 
-/// Plays these rows, and then the loss of power of both servers, which ends it.
+/// Plays these rows, audits, and then plays what breaks connections; an audit and a look for what is left over end it.
 ///
 /// # Errors
 /// The first thing that did not hold, with its row.
-pub fn play(rows: &[&Row], power_loss: bool, tell: &mut dyn Tell) -> Result<Vec<Outcome>> {
+pub fn play(rows: &[&Row], endings: &[Ending], tell: &mut dyn Tell) -> Result<Vec<Outcome>> {
     tell.doing("three simulated servers start");
     let rig = Rig::builder()
         .servers(3)
@@ -113,11 +125,21 @@ pub fn play(rows: &[&Row], power_loss: bool, tell: &mut dyn Tell) -> Result<Vec<
             .map_err(|e| RigError::Unknown(format!("fault {} ({}): {e}", row.number, row.what)))?;
         outcomes.push(outcome);
     }
-    if power_loss {
-        scene.both_lose_power()?;
-    } else {
-        scene.audit()?;
+    if !endings.is_empty() {
+        scene = scene.with_clients_audited()?;
     }
+    for ending in endings {
+        scene = match ending {
+            Ending::GuestPanics => scene.guest_panics()?,
+            Ending::StandbyReturns => scene.both_lose_power(true)?,
+            Ending::PrimaryReturns => scene.both_lose_power(false)?,
+        };
+    }
+    scene.audit()?;
+    let left = leftovers(&rig)?;
+    ensure(left.is_empty(), || {
+        format!("processes are left on servers: {left}")
+    })?;
     rig.end();
     ensure(rig.servers().iter().all(|s| !s.is_on()), || {
         "a server does not go off".to_string()
@@ -135,14 +157,8 @@ impl<'a, 'r> Scene<'a, 'r> {
             words: "mini.mem=8 mini.mem_rate=50 mini.tick_ms=1000".to_string(),
             suspect: crate::failover::SUSPECT,
         };
-        let began = Instant::now();
         let mut vm = Protected::start(rig, rig.server(0), plan, false)?;
-        let (address, mac) = (vm.plan().address, vm.plan().mac);
-        let load =
-            Load::start(rig.client()?, address, mac, &LoadOptions::default(), BOOT_BOUND).map_err(|e| {
-                let why = vm.trouble(rig.server(0), "the service", began.elapsed());
-                RigError::Unknown(format!("{e}; {why}"))
-            })?;
+        let load = clients(rig, &vm, rig.server(0))?;
         vm.protect(rig.server(1))?;
         let mut scene = Scene {
             rig,
@@ -168,6 +184,8 @@ impl<'a, 'r> Scene<'a, 'r> {
         // Every client had its answers again: how long it took is in the waits.
         self.answered()?;
         let longest = self.load.seen().longest();
+        // Before a new instance takes the log of one that ended.
+        self.nothing_crashed()?;
         let began = Instant::now();
         self.whole_again(row.moves)?;
         let outcome = Outcome {
@@ -358,15 +376,55 @@ impl<'a, 'r> Scene<'a, 'r> {
         Ok(())
     }
 
-    /// Ends the clients, reads every write back, and compares the replicas.
+    /// No process of a server died of a fault of its own, and none panicked.
+    fn nothing_crashed(&self) -> Result<()> {
+        let found = crashes(self.rig)?;
+        ensure(found.is_empty(), || format!("processes crashed: {found}"))
+    }
+
+    /// Ends the clients, which must not have noticed anything, and lets new ones work.
+    fn with_clients_audited(mut self) -> Result<Self> {
+        let mut audited = None;
+        self = self.with_new_clients(|load, _| {
+            audited = Some(load.end()?);
+            Ok(())
+        })?;
+        if let Some(audited) = audited {
+            say(audited, self.tell);
+        }
+        Ok(self)
+    }
+
+    /// Ends the clients as `end` says, and lets new ones work.
+    fn with_new_clients(self, end: impl FnOnce(Load, &Protected<'_>) -> Result<()>) -> Result<Self> {
+        let Scene {
+            rig,
+            vm,
+            load,
+            tell,
+            primary,
+            standby,
+            term,
+        } = self;
+        end(load, &vm)?;
+        let load = clients(rig, &vm, rig.server(primary))?;
+        Ok(Scene {
+            rig,
+            vm,
+            load,
+            tell,
+            primary,
+            standby,
+            term,
+        })
+    }
+
+    /// Ends the clients, reads every write back, compares the replicas, and stops the VM.
     fn audit(self) -> Result<()> {
+        self.nothing_crashed()?;
         let (primary, standby) = (self.primary(), self.standby());
         let Scene { vm, load, tell, .. } = self;
-        let audited = load.end()?;
-        tell.done(&format!(
-            "audit: {} redis writes, each there once and in order; {} pages; one TCP session of {} steps; 0 lost, 0 repeated, 0 reset",
-            audited.writes, audited.pages, audited.steps
-        ));
+        say(load.end()?, tell);
         equal_disks(&vm, primary, standby)?;
         tell.done("the disks are equal");
         for server in [standby, primary] {
@@ -374,6 +432,25 @@ impl<'a, 'r> Scene<'a, 'r> {
         }
         Ok(())
     }
+}
+
+/// Clients of the VM, at work.
+fn clients(rig: &Rig, vm: &Protected<'_>, on: &Server) -> Result<Load> {
+    let began = Instant::now();
+    let plan = vm.plan();
+    let options = LoadOptions::default();
+    Load::start(rig.client()?, plan.address, plan.mac, &options, BOOT_BOUND).map_err(|e| {
+        let why = vm.trouble(on, "the service", began.elapsed());
+        RigError::Unknown(format!("{e}; {why}"))
+    })
+}
+
+/// What clients that noticed nothing have done.
+fn say(audited: Audited, tell: &mut dyn Tell) {
+    tell.done(&format!(
+        "audit: {} redis writes, each there once and in order; {} pages; one TCP session of {} steps; 0 lost, 0 repeated, 0 reset",
+        audited.writes, audited.pages, audited.steps
+    ));
 }
 
 /// The term, when this standby is in sync and the VM says that it is protected.

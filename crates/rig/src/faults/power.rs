@@ -1,58 +1,62 @@
 //! Both servers lose their power (fault 3): nothing that the service acknowledged is lost, whoever comes back first.
 
-use super::{COPY_BOUND, STATUS_BOUND, Scene, equal_disks, in_sync};
+use super::{COPY_BOUND, Moves, STATUS_BOUND, Scene, equal_disks, in_sync};
 use crate::error::{Result, RigError};
-use crate::etcd;
 use crate::failover::ensure;
 use std::time::Instant;
 
 impl Scene<'_, '_> {
-    /// The last row: the guest boots again, so connections break, but redis has every write that it answered. The standby's
-    /// server returns first and boots the VM; the former primary's server follows it.
-    pub(super) fn both_lose_power(self) -> Result<()> {
+    /// The guest boots again, so connections break, but redis has every write that it answered. One server returns first and
+    /// boots the VM from its disk alone; the other one follows it, and is in sync again.
+    pub(super) fn both_lose_power(mut self, standby_first: bool) -> Result<Self> {
         self.store_leader_elsewhere()?;
+        let (first, second) = if standby_first {
+            (self.standby, self.primary)
+        } else {
+            (self.primary, self.standby)
+        };
         let (primary, standby) = (self.primary(), self.standby());
         self.tell.doing("both servers lose their power");
         let began = Instant::now();
         primary.kill()?;
         standby.kill()?;
-        let Scene {
-            rig,
-            mut vm,
-            load,
-            tell,
-            term,
-            ..
-        } = self;
-        vm.lost(primary)?;
-        vm.lost(standby)?;
-        // Its disk alone decides now; a member of the store is back with the server.
-        standby.start()?;
-        etcd::start_member(standby, rig.servers())?;
-        etcd::wait_ready(standby, etcd::READY_BOUND)?;
-        vm.start_again(standby)?;
-        let now = vm.wait_status(standby, "running again", STATUS_BOUND, |s| {
+        self.vm.lost(primary)?;
+        self.vm.lost(standby)?;
+        (self.primary, self.standby) = (first, second);
+        let (first, second) = (self.primary(), self.standby());
+        self.power_on(first)?;
+        self.vm.start_again(first)?;
+        let now = self.vm.wait_status(first, "running again", STATUS_BOUND, |s| {
             let p = &s["protocol"];
             (p["role"] == "primary").then(|| p["term"].as_u64())?
         })?;
-        ensure(now > term, || format!("it runs under term {now} after {term}"))?;
-        let audited = load.audit_after_loss(COPY_BOUND).map_err(|e| {
-            RigError::Unknown(format!("{e}; {}", vm.trouble(standby, "the VM", began.elapsed())))
+        ensure(now > self.term, || {
+            format!("it runs under term {now} after {}", self.term)
         })?;
-        tell.done(&format!(
-            "fault  3, both servers lose their power: {} boots it again under term {now}; {audited} redis writes that were \
+        let mut writes = 0;
+        let mut scene = self.with_new_clients(|load, vm| {
+            writes = load.audit_after_loss(COPY_BOUND).map_err(|e| {
+                RigError::Unknown(format!("{e}; {}", vm.trouble(first, "the VM", began.elapsed())))
+            })?;
+            Ok(())
+        })?;
+        scene.tell.done(&format!(
+            "fault  3, both servers lose their power: {} boots it again under term {now}; {writes} redis writes that were \
              answered are there, each once and in order",
-            standby.name()
+            first.name()
         ));
-        primary.start()?;
-        etcd::start_member(primary, rig.servers())?;
-        vm.follow(primary)?;
-        vm.wait_status(standby, "protected", COPY_BOUND, |s| in_sync(s, primary.name()))?;
-        equal_disks(&vm, standby, primary)?;
-        tell.done("the other one is back and follows; the disks are equal");
-        for server in [primary, standby] {
-            vm.stop(server)?;
-        }
-        Ok(())
+        scene.power_on(second)?;
+        scene.vm.follow(second)?;
+        scene
+            .vm
+            .wait_status(first, "protected", COPY_BOUND, |s| in_sync(s, second.name()))?;
+        scene.nothing_crashed()?;
+        scene.whole_again(Moves::Never)?;
+        equal_disks(&scene.vm, first, second)?;
+        scene.tell.done(&format!(
+            "{} is back and follows; the disks are equal",
+            second.name()
+        ));
+        Ok(scene)
     }
 }
