@@ -5,45 +5,14 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod common;
+
+use common::{Lines, can_run};
 use std::time::{Duration, Instant};
-use steadfast_rig::artifacts::initramfs::steadfast_program;
-use steadfast_rig::failover::{Options, Tell, play};
-use steadfast_rig::tools;
+use steadfast_rig::failover::{Options, play};
 
 /// The whole play, on a busy machine.
 const BOUND: Duration = Duration::from_secs(600);
-
-fn can_run(test: &str) -> bool {
-    // SAFETY: no memory is passed, it cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    let why = if !tools::qemu_present() {
-        "qemu-system-x86_64 is not installed; run `steadfast-rig setup`"
-    } else if !root {
-        "a client on the client switch takes root"
-    } else if steadfast_program().is_none() {
-        "the program steadfast is not built; run `cargo build --release -p steadfast`"
-    } else {
-        return true;
-    };
-    println!("SKIPPED: {test}: {why}");
-    false
-}
-
-/// Into the test's output, with times.
-struct Lines(Instant);
-
-impl Tell for Lines {
-    fn title(&mut self, text: &str) {
-        println!("--- {text}");
-    }
-    fn doing(&mut self, _: &str) {}
-    fn done(&mut self, text: &str) {
-        println!("{:6.1} s  {text}", self.0.elapsed().as_secs_f64());
-    }
-    fn more(&mut self, text: &str) {
-        println!("          {text}");
-    }
-}
 
 /// QEMU processes that this process has started and that are still there.
 fn servers_left() -> usize {
@@ -65,7 +34,7 @@ fn rig_failover_of_a_service_twice() {
         look: Duration::from_secs(3),
         ..Options::default()
     };
-    let report = play(&options, &mut Lines(began)).unwrap_or_else(|e| panic!("{e}"));
+    let report = play(&options, &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(servers_left(), 0, "simulated servers outlive the play");
 
     let ways: Vec<_> = report
