@@ -77,8 +77,17 @@ fn rig_faults_one_after_another() {
 #[test]
 #[ignore = "long: every row of the table"]
 fn long_rig_faults_all() {
-    let endings = [Ending::StandbyReturns, Ending::PrimaryReturns];
-    faults("long_rig_faults_all", |_| true, &endings);
+    faults("long_rig_faults_all", |_| true, &[Ending::StandbyReturns]);
+}
+
+#[test]
+#[ignore = "long: the other order of the quick test's power loss"]
+fn long_rig_faults_primary_returns() {
+    faults(
+        "long_rig_faults_primary_returns",
+        |_| false,
+        &[Ending::PrimaryReturns],
+    );
 }
 
 #[test]
