@@ -13,7 +13,7 @@ impl Scene<'_, '_> {
     /// Connections break, as with any machine that starts anew; what redis has answered is there, under the same owner and term.
     pub(super) fn guest_panics(self) -> Result<Self> {
         self.tell.doing("the guest's kernel panics");
-        let (term, primary) = (self.term, self.primary());
+        let (term, primary, standby) = (self.term, self.primary(), self.standby());
         let guest = Mini::new(self.rig.client()?, self.vm.plan().address);
         let began = Instant::now();
         if let Ok(answer) = guest.command("panic", NO_ANSWER)
@@ -26,7 +26,8 @@ impl Scene<'_, '_> {
         let mut writes = 0;
         let mut scene = self.with_new_clients(|load, vm| {
             writes = load.audit_after_loss(COPY_BOUND).map_err(|e| {
-                RigError::Unknown(format!("{e}; {}", vm.trouble(primary, "the VM", began.elapsed())))
+                let says = |on| vm.trouble(on, "the VM", began.elapsed());
+                RigError::Unknown(format!("{e}; {}; {}", says(primary), says(standby)))
             })?;
             Ok(())
         })?;
