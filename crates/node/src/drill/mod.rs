@@ -275,10 +275,10 @@ impl Copy<'_> {
             };
             let now: Option<(u64, u64)> = exits.map(|e| (e, cpu_ticks(self.child.id())));
             match (first, now) {
-                (Some((at, (e, t))), Some((exits, ticks))) if exits > e || ticks >= t + TICKS => {
-                    if Instant::now() > at {
-                        return Ok(());
-                    }
+                (Some((at, (e, t))), Some((exits, ticks)))
+                    if Instant::now() > at && (exits > e || ticks >= t + TICKS) =>
+                {
+                    return Ok(());
                 }
                 (None, Some(now)) if status["state"] == "running" => {
                     first = Some((Instant::now() + LOOK, now));
