@@ -56,9 +56,11 @@ impl Drop for Rig {
 fn wait_gone(pid: i64) {
     let start = Instant::now();
     let alive = || {
-        // A zombie that nobody reaped yet has no memory, no files, no CPU: it is gone.
+        // A zombie that nobody reaped yet has no memory, no files, no CPU: it is gone. But not while it has other threads: the first
+        // one is a zombie as soon as it has ended, and those that follow still hold the files, a listening socket too.
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        Path::new(&format!("/proc/{pid}")).exists() && !stat.contains(") Z ")
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        Path::new(&format!("/proc/{pid}")).exists() && !(stat.contains(") Z ") && threads <= 1)
     };
     while alive() {
         assert!(
