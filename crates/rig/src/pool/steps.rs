@@ -433,7 +433,7 @@ impl Stage<'_, '_> {
     fn story(&self) -> String {
         let mut text = String::new();
         for host in self.hosts.iter().filter(|h| h.server.is_ready()) {
-            let tail = "tail -n 12 /data/steadfast-node.log; uptime; free -m | sed -n 2p";
+            let tail = "tail -n 12 /data/steadfast-node.log; uptime; free -m | sed -n 2p; tail -n 8 /data/steadfast/vm/*/log";
             let said = host
                 .server
                 .shell(tail, ANSWER)
