@@ -117,7 +117,7 @@ impl Stage<'_, '_> {
                 let number = self.guests.len() as u8;
                 let address = Ipv4Addr::new(10, 90, 0, 120 + number);
                 let create = format!(
-                    "vm create --name {name} --class {} --memory 64MiB --cpu {CPU} --rng false --nic br0 \
+                    "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 \
                      --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
                      --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000'",
                     CLASSES[class],
