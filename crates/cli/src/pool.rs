@@ -484,7 +484,8 @@ fn every(text: &str) -> Result<Every, String> {
     if text == "off" {
         return Ok(Every(None));
     }
-    let (number, unit) = text.split_at(text.len().saturating_sub(1));
+    let last = text.char_indices().last().map_or(0, |(at, _)| at);
+    let (number, unit) = text.split_at(last);
     let seconds = match unit {
         "s" => 1,
         "m" => 60,

@@ -283,6 +283,9 @@ pub struct VmmArgs {
     /// File name of the control socket instead of the VM's name, where one host runs several instances of a VM.
     #[arg(long)]
     instance: Option<VmId>,
+    /// Ends when this process, which started it, does, however that happens. For a VM that is nobody's but its starter's.
+    #[arg(long, value_name = "PID")]
+    end_with: Option<i32>,
     #[command(flatten)]
     process: ProcessArgs,
 }
@@ -492,6 +495,13 @@ fn saved_name(file: &Path) -> Result<VmId, Box<dyn Error>> {
 
 /// Runs `steadfast vmm`.
 pub fn run_vmm(args: VmmArgs) -> Done {
+    if let Some(starter) = args.end_with {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        // It may have ended before that.
+        if rustix::process::getppid() != rustix::process::Pid::from_raw(starter) {
+            return Err(format!("process {starter}, which this VM shall end with, has ended").into());
+        }
+    }
     if let Some(file) = args.restore {
         return start(&saved_name(&file)?, Start::Restore(file), &args.process);
     }

@@ -225,7 +225,7 @@ fn a_standby_is_drilled() {
     if !possible() {
         return;
     }
-    let pool = Pool::new(&["a", "b"], LEASE_MS);
+    let mut pool = Pool::new(&["a", "b"], LEASE_MS);
     let ft = pool.client("f");
     pool.create("f", "ft");
     wait("f to be protected", || protected(&pool, "f"));
@@ -248,9 +248,8 @@ fn a_standby_is_drilled() {
     );
     assert!(protected(&pool, "f") && ft.seen().boots == 0);
     let gone = |pool: &Pool| {
-        let all = pool.hosts.iter().flat_map(common::Host::processes);
-        let left: Vec<_> = all.filter(|(_, line)| line.contains("--restore")).collect();
-        assert!(left.is_empty(), "{left:?}");
+        let left = pool.hosts.iter().map(common::Host::copies).sum::<usize>();
+        assert_eq!(left, 0, "copies outlive their drill");
     };
     gone(&pool);
 
@@ -281,6 +280,28 @@ fn a_standby_is_drilled() {
         "{events}"
     );
     gone(&pool);
+
+    // A daemon that is killed in the middle of a drill takes the copy along, and the next one removes the rest.
+    let standby = pool.hosts.iter().position(|h| h.name != primary).unwrap();
+    let asker = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| pool.hosts[standby].try_run(&["drill", "f"]));
+        let copies = || pool.hosts[standby].copies();
+        wait("the copy to run", || copies() > 0);
+        pool.hosts[standby].kill_daemon();
+        wait("the copy to end with the daemon", || copies() == 0);
+        asked.join().unwrap()
+    });
+    assert!(
+        !asker.status.success(),
+        "nobody answers for a drill that was cut off"
+    );
+    assert!(folder.is_dir(), "it leaves its files");
+    let host = &mut pool.hosts[standby];
+    drop(host.daemon.take().map(|mut d| d.wait()));
+    host.start_daemon();
+    wait("what it left to be removed", || !folder.exists());
+    wait("f to be protected, all the same", || protected(&pool, "f"));
+    assert_eq!(ft.seen().boots, 0);
 
     pool.create("n", "none");
     let out = pool.other("").try_run(&["drill", "n"]);

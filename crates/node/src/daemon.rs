@@ -47,6 +47,7 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<Ended> {
     }
     let witness = config.witness;
     crate::certs::check(&folders, &config)?;
+    crate::drill::sweep(&folders);
     let node = Arc::new(Node::new(folders, config.clone(), program)?);
     start_store(&node, &config).await?;
     let mut terminate = signal(SignalKind::terminate()).what(|| "wait for SIGTERM".into())?;

@@ -16,7 +16,7 @@ use crate::engine::Engine;
 use crate::input::Input;
 use serde_json::{Value, json};
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
@@ -118,14 +118,14 @@ impl Engine {
 
     /// Gives up a copy that takes too long. Call it now and then.
     pub(crate) fn bound_copy(&mut self) -> Result<(), ProcessError> {
+        let Some(copy) = self.copy_out.as_mut().filter(|c| c.void.is_none()) else {
+            return Ok(());
+        };
         let staged: usize = self
             .staged
             .values()
             .map(steadfast_wire::StagedRecord::held_bytes)
             .sum();
-        let Some(copy) = self.copy_out.as_mut().filter(|c| c.void.is_none()) else {
-            return Ok(());
-        };
         if Instant::now() < copy.until && staged < WAITING_MAX {
             return Ok(());
         }
@@ -224,12 +224,11 @@ fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
             Err(e) => return Err(e.into()),
         };
         let end = seek(&source, SeekFrom::Hole(start))?;
-        let (mut from, mut to) = (start, start);
-        while from < end {
-            let len = usize::try_from((end - from).min(64 << 20)).unwrap_or(1 << 20);
-            if rustix::fs::copy_file_range(&source, Some(&mut from), &target, Some(&mut to), len)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+        // Not copy_file_range() by hand: between two kinds of file systems that fails, and the library goes another way.
+        seek(&source, SeekFrom::Start(start))?;
+        seek(&target, SeekFrom::Start(start))?;
+        if io::copy(&mut (&source).take(end - start), &mut &target)? < end - start {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         at = end;
     }

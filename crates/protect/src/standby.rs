@@ -127,7 +127,7 @@ impl Engine {
         }
     }
 
-    fn compare(&mut self, epoch: Epoch, term: Term) {
+    pub(crate) fn compare(&mut self, epoch: Epoch, term: Term) {
         let Some(audit) = &self.audit else { return };
         let Some(stale) = audit.compare(self.vm.machine.ram(), epoch.0, term.0) else {
             return;

@@ -10,6 +10,8 @@ use common::{Instance, Random, Site, kvm, wait};
 use pulse::client::Client;
 use pulse::kind;
 use std::time::{Duration, Instant};
+use steadfast_machine::memory::{Ram, RamBacking};
+use steadfast_machine::state::SaveReader;
 use steadfast_types::HostId;
 use steadfast_vmm::control::Request;
 
@@ -93,6 +95,36 @@ fn a_reset_is_no_failover() {
         21,
         "the standby goes on from the guest that was started anew"
     );
+    assert!(pair.b.role().0);
+}
+
+/// What a standby holds is copied, again and again, while it follows a guest that changes its memory: each copy is of one epoch (the
+/// audit compares RAM after each with the digest of that epoch), and neither the guest nor a takeover notices.
+#[test]
+fn a_standby_is_copied_while_it_follows() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new("a_standby_is_copied_while_it_follows");
+    let mut epochs = vec![0];
+    for n in 1..=5 {
+        assert_eq!(pair.one(), n);
+        let folder = pair.site.path().join(format!("copy{n}"));
+        std::fs::create_dir(&folder).unwrap();
+        let done = pair.b.ask(&Request::CopyState {
+            folder: folder.clone(),
+        });
+        epochs.push(done["epoch"].as_u64().unwrap());
+        let saved = SaveReader::open(&folder.join("state")).unwrap();
+        let ram = Ram::new(saved.ram_bytes, &RamBacking::Memfd).unwrap();
+        saved.load(&ram).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+    assert!(epochs.windows(2).all(|w| w[0] < w[1]), "it goes on: {epochs:?}");
+    no_stale_page(&pair.b);
+    assert_eq!(pair.a.role(), (true, true), "protected all the time");
+    pair.a.kill();
+    assert_eq!(pair.one(), 6);
     assert!(pair.b.role().0);
 }
 

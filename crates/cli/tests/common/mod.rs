@@ -141,6 +141,24 @@ impl Host {
         }
     }
 
+    /// Processes of drills on this host: they have a run folder of their own, and are found by the file that they go on from.
+    pub fn copies(&self) -> usize {
+        let file = self.folder.join("data/drill").display().to_string();
+        let lines = std::fs::read_dir("/proc").unwrap().flatten();
+        let of = |e: std::fs::DirEntry| std::fs::read(e.path().join("cmdline")).unwrap_or_default();
+        lines
+            .map(of)
+            .filter(|line| String::from_utf8_lossy(line).contains(&file))
+            .count()
+    }
+
+    /// Kills the daemon alone; whoever waits for it is the caller.
+    pub fn kill_daemon(&self) {
+        if let Some(child) = &self.daemon {
+            let _ = kill_process(Pid::from_child(child), Signal::KILL);
+        }
+    }
+
     /// Processes of this host, by the run folder in their environment.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let mark = format!("STEADFAST_RUN_DIR={}", self.run_folder().display());

@@ -63,6 +63,16 @@ fn neighbour(of: Ipv4Addr) -> Ipv4Addr {
 }
 
 impl Island {
+    fn name(vm: &str) -> String {
+        format!("drill-{vm}")
+    }
+
+    /// Removes one that was left.
+    pub(super) fn sweep(vm: &str) {
+        // There is none in most cases, and no `ip` in some.
+        let _ = ip(&format!("netns del {}", Self::name(vm)));
+    }
+
     /// Makes it for a VM with these checks.
     pub(super) fn make(vm: &VmId, spec: &VmSpec, checks: &[Check]) -> Result<Self> {
         let bridges: BTreeSet<&str> = spec
@@ -77,9 +87,7 @@ impl Island {
         if bridges.is_empty() && !taps {
             return Ok(Self { namespace: None });
         }
-        let name = format!("drill-{vm}");
-        // Left by a daemon that died in a drill.
-        let _ = ip(&format!("netns del {name}"));
+        let name = Self::name(vm.as_str());
         ip(&format!("netns add {name}"))?;
         let island = Self {
             namespace: Some(name.clone()),

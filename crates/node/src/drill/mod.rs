@@ -10,6 +10,7 @@
 
 mod island;
 
+use crate::config::Folders;
 use crate::error::{IoContext, NodeError, Result, refused};
 use crate::http::{Method, ask};
 use crate::journal::About;
@@ -72,8 +73,16 @@ pub async fn drill(node: &Arc<Node>, vm: &VmId) -> Result<DrillReport> {
     };
     let (vm, kept) = (vm.clone(), report.clone());
     node.blocking(move |n| {
-        n.kv()
-            .commit(&Commit::default().put(vm_drill(&vm), json(&kept)?))?;
+        let (kv, spec) = (n.kv(), vm_spec(&vm));
+        let now = kv.read(&[&spec])?;
+        let Some(entry) = now.get(&spec) else {
+            // Deleted meanwhile; another VM of its name shall not have its report.
+            return Ok(());
+        };
+        let commit = Commit::default().unchanged(&spec, Some(entry));
+        if !kv.commit(&commit.put(vm_drill(&vm), json(&kept)?))?.is_done() {
+            return Err(NodeError::Conflict(format!("VM {vm}")));
+        }
         n.note(About::On(vm, kept.host.clone()), kept.to_string());
         Ok(())
     })
@@ -101,6 +110,17 @@ pub fn due(node: &Arc<Node>, pool: &Pool) {
             tracing::warn!(%error, %vm, "a drill that was due was not held");
         }
     });
+}
+
+/// Removes what a daemon that was killed in a drill left: files, namespaces. Its copies have ended with it. At the daemon's start.
+pub fn sweep(folders: &Folders) {
+    let drills = folders.data.join("drill");
+    for entry in fs::read_dir(&drills).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        tracing::warn!(vm = %name.display(), "a drill was cut off; what it left is removed");
+        Island::sweep(&name.to_string_lossy());
+    }
+    let _ = fs::remove_dir_all(&drills);
 }
 
 /// Sets how often a VM is drilled. Blocks.
@@ -195,6 +215,8 @@ fn hold(
     command.arg("--debugcon").arg(folder.join("debugcon"));
     // Its files are root's, and it is not counted as the VM that it is a copy of.
     command.args(["--user=0", "--cgroup=off"]);
+    // Also when the daemon is killed, or becomes another binary.
+    command.arg(format!("--end-with={}", std::process::id()));
     command.env("STEADFAST_RUN_DIR", &run);
     let log = fs::File::create(folder.join("log")).what(|| "a log".into())?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
