@@ -129,6 +129,13 @@ impl SealedPages {
             .zip(self.slabs.iter().flat_map(|s| s.iter()))
     }
 
+    /// Pages with their numbers, in order, from the `first`th on.
+    pub fn iter_from(&self, first: usize) -> impl Iterator<Item = (Gfn, &Page)> {
+        let slabs = self.slabs.iter().skip(first / SLAB_PAGES);
+        let pages = slabs.flat_map(|s| s.iter()).skip(first % SLAB_PAGES);
+        self.gfns.iter().skip(first).copied().zip(pages)
+    }
+
     /// Bytes of pages held.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -169,6 +176,9 @@ mod tests {
                 .all(|((g, p), w)| g == *w && p[9] == g.0 as u8)
         );
         assert_eq!((a.iter().count(), arena.bytes()), (600, 3 << 20));
+        for first in [0, 1, 255, 256, 257, 599, 600, 700] {
+            assert!(a.iter().skip(first).eq(a.iter_from(first)), "from {first} on");
+        }
         let b = arena.seal(&gfns[..300], numbers).unwrap();
         assert_eq!(arena.bytes(), 5 << 20);
         let place = b.slabs[0].as_ptr();

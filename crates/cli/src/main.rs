@@ -7,7 +7,9 @@ mod pool;
 mod vm;
 
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::process::ExitCode;
+use steadfast_vmm::process::{FENCED_EXIT, ProcessError};
 
 /// Keeps virtual machines running when the machine under them dies.
 #[derive(Parser)]
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let done = match cli.verb {
         Verb::Vm(verb) => vm::run_verb(verb, cli.json),
@@ -85,7 +88,10 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("steadfast: {error}");
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(ProcessError::Fenced) => ExitCode::from(FENCED_EXIT),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -134,6 +134,10 @@ pub enum PoolVerb {
         /// Milliseconds that a host's certificate lives; its daemon renews it when a third is left.
         #[arg(long, default_value_t = Timings::default().certificate_ms)]
         certificate_ms: u64,
+        /// Milliseconds of silence after which a protected VM's standby suspects its primary; more where hosts are slow or far
+        /// apart.
+        #[arg(long, default_value_t = Timings::default().vm_suspect_ms, value_parser = clap::value_parser!(u64).range(50..=60_000))]
+        vm_suspect_ms: u64,
     },
     /// Let this host join a pool. Then start `steadfast node`.
     Join {
@@ -274,11 +278,13 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
             etcd_tls,
             lease_ms,
             certificate_ms,
+            vm_suspect_ms,
         } => {
             let external = (!etcd.is_empty()).then(|| external(etcd, &etcd_tls));
             let timings = Timings {
                 lease_ms,
                 certificate_ms,
+                vm_suspect_ms,
                 ..Timings::default()
             };
             setup::init(&host.folders.folders()?, &pool, host.choice()?, external, timings)?;

@@ -164,7 +164,7 @@ impl Agent {
             }
             self.started.insert(id.clone(), Instant::now());
             let how = How::Standby(vm.term());
-            if let Err(error) = self.node.instances.start(id, vm, &how, &pool.hosts) {
+            if let Err(error) = self.node.instances.start(id, vm, &how, pool) {
                 self.node.note(
                     About::On(id.clone(), me.clone()),
                     format!("its standby here cannot be started: {error}"),
@@ -185,7 +185,7 @@ impl Agent {
         }
         if instances.pid(id).is_some() {
             if meta.hot && vm.copies().contains(me) {
-                instances.update_peers(id, vm, &pool.hosts)?;
+                instances.update_peers(id, vm, pool)?;
             }
             if let Err(error) = instances.set_limits(id, &vm.stored) {
                 let about = About::On(id.clone(), me.clone());
@@ -196,6 +196,10 @@ impl Agent {
             return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);
         }
         let failed = matches!(instances.exit(id), Some(Exit::Failed(..)));
+        if let Some(words) = instances.last_words(id) {
+            let about = About::On(id.clone(), me.clone());
+            self.node.note(about, format!("its process here ended: {words}"));
+        }
         if failed && meta.start && now_ms() < meta.started_ms.saturating_add(EARLY_MS) {
             count_failure(&self.node, id, me, meta.started_ms)?;
         }
@@ -354,7 +358,7 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
         }
         false => How::Plain(claim(node, id, vm, me)?),
     };
-    let started = node.instances.start(id, vm, &how, &pool.hosts);
+    let started = node.instances.start(id, vm, &how, &pool);
     if started.is_err() {
         count_failure(node, id, me, now_ms())?;
     }

@@ -8,8 +8,9 @@ use crate::config::{Folders, NodeConfig, write_file};
 use crate::error::{IoContext, NodeError, Result};
 use crate::guard;
 use crate::limits::{self, VmLimits};
-use crate::pool::PoolVm;
+use crate::pool::{Pool, PoolVm};
 use crate::records::{HostInfo, InstanceReport, StoredVm, Takeover, now_ms};
+use crate::words;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -25,6 +26,7 @@ use steadfast_cluster::model::{FailureClass, Phase, Protection};
 use steadfast_protect::{PeerSpec, ProtectSpec, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
+use steadfast_vmm::process::FENCED_EXIT;
 use steadfast_vmm::spec::VmSpec;
 
 /// First port of replication links. A link of VM number v to host number h uses `FIRST + v * LINKS + h`.
@@ -80,7 +82,13 @@ pub struct Instances {
     config: Mutex<NodeConfig>,
     program: PathBuf,
     /// How processes ended that were this daemon's children.
-    ended: Arc<Mutex<HashMap<VmId, Exit>>>,
+    ended: Arc<Mutex<HashMap<VmId, Ended>>>,
+}
+
+struct Ended {
+    exit: Exit,
+    /// Its last words were asked for.
+    told: bool,
 }
 
 /// How a process ended.
@@ -166,13 +174,7 @@ impl Instances {
     ///
     /// # Errors
     /// Files cannot be written, the process cannot be started.
-    pub fn start(
-        &self,
-        id: &VmId,
-        entry: &PoolVm,
-        how: &How,
-        hosts: &BTreeMap<HostId, HostInfo>,
-    ) -> Result<()> {
+    pub fn start(&self, id: &VmId, entry: &PoolVm, how: &How, pool: &Pool) -> Result<()> {
         let vm = &entry.stored;
         if self.pid(id).is_some() {
             return Ok(());
@@ -195,7 +197,7 @@ impl Instances {
         command.arg("vmm").arg("--spec").arg(&spec);
         if hot {
             let protect = folder.join("protect.json");
-            let mut settings = self.protection(&config, entry, hosts)?;
+            let mut settings = self.protection(&config, entry, pool)?;
             settings.start = start;
             write_json(&protect, &settings)?;
             command.arg("--protect").arg(&protect);
@@ -251,7 +253,7 @@ impl Instances {
                 ended
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
-                    .insert(name, exit);
+                    .insert(name, Ended { exit, told: false });
             }
         };
         let spawned = std::thread::Builder::new().name("vmm-wait".into()).spawn(waiter);
@@ -267,7 +269,31 @@ impl Instances {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .get(vm)
-            .copied()
+            .map(|e| e.exit)
+    }
+
+    /// How an instance that failed ended, and what it and its guest said last; once.
+    #[must_use]
+    pub fn last_words(&self, vm: &VmId) -> Option<String> {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = ended.get_mut(vm)?;
+        if std::mem::replace(&mut end.told, true) {
+            return None;
+        }
+        let how = match end.exit {
+            Exit::Clean => return None,
+            // Another host runs the VM, as it should.
+            Exit::Failed(Some(code), None) if code == i32::from(FENCED_EXIT) => return None,
+            Exit::Failed(_, Some(signal)) => format!("killed by signal {signal}"),
+            Exit::Failed(code, None) => format!("exit code {}", code.unwrap_or(-1)),
+        };
+        drop(ended);
+        let folder = self.folder(vm);
+        let said = ["log", "console"].map(|name| words::last(&folder.join(name)));
+        Some(format!(
+            "{how}; its log ends with: {}; its console with: {}",
+            said[0], said[1]
+        ))
     }
 
     fn machine(&self, config: &NodeConfig, vm: &StoredVm) -> Result<VmSpec> {
@@ -284,8 +310,8 @@ impl Instances {
     ///
     /// # Errors
     /// The instance does not answer, or its folder cannot be written. The next round goes on.
-    pub fn update_peers(&self, id: &VmId, entry: &PoolVm, hosts: &BTreeMap<HostId, HostInfo>) -> Result<()> {
-        let wanted = self.protection(&self.config(), entry, hosts)?.peers;
+    pub fn update_peers(&self, id: &VmId, entry: &PoolVm, pool: &Pool) -> Result<()> {
+        let wanted = self.protection(&self.config(), entry, pool)?.peers;
         let path = self.folder(id).join("protect.json");
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
         let mut now: ProtectSpec = serde_json::from_slice(&text)
@@ -317,13 +343,8 @@ impl Instances {
         Ok(())
     }
 
-    fn protection(
-        &self,
-        config: &NodeConfig,
-        entry: &PoolVm,
-        hosts: &BTreeMap<HostId, HostInfo>,
-    ) -> Result<ProtectSpec> {
-        let vm = &entry.stored;
+    fn protection(&self, config: &NodeConfig, entry: &PoolVm, pool: &Pool) -> Result<ProtectSpec> {
+        let (vm, hosts) = (&entry.stored, &pool.hosts);
         let involved = entry.copies();
         let me = hosts
             .get(&config.host)
@@ -346,7 +367,7 @@ impl Instances {
                 key: tls.key,
                 crl: Some(self.folders.crl()).filter(|p| p.is_file()),
             }),
-            suspect_ms: SUSPECT_MS,
+            suspect_ms: pool.timings.vm_suspect_ms,
             max_interval_us: match vm.record.protection {
                 Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
                 _ => None,
@@ -489,9 +510,6 @@ impl Instances {
         }
     }
 }
-
-/// Silence after which an instance suspects the other, ms. Wide: the pool's hosts may be busy.
-const SUSPECT_MS: u64 = 1000;
 
 /// Where the two ends of a link meet: at the host with the smaller name, one port for each VM and other host.
 fn link(vm: u16, one: (&HostId, &HostInfo), two: (&HostId, &HostInfo)) -> Vec<SocketAddr> {

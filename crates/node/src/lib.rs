@@ -46,6 +46,7 @@ pub mod setup;
 pub mod tls;
 mod upgrade;
 mod watch;
+mod words;
 
 pub use config::Folders;
 pub use daemon::{Ended, run};

@@ -92,6 +92,8 @@ pub struct Timings {
     pub leader_ms: u64,
     /// How long a host's certificate lives; renewed when a third is left.
     pub certificate_ms: u64,
+    /// An instance of a VM that did not hear of the other for so long suspects it. Wide: the pool's hosts may be busy.
+    pub vm_suspect_ms: u64,
 }
 
 impl Default for Timings {
@@ -104,6 +106,7 @@ impl Default for Timings {
             lease_margin_ms: 4000,
             leader_ms: 5000,
             certificate_ms: 365 * 86_400_000,
+            vm_suspect_ms: 1000,
         }
     }
 }

@@ -70,6 +70,8 @@ impl Engine {
         if self.replica.primary().is_some() {
             return Err("this host runs the VM; a copy is made of a standby".into());
         }
+        // Of a whole epoch.
+        self.apply_piece(None);
         let epoch = self.memory.filter(|_| !self.state.is_empty());
         let epoch = epoch.ok_or("this standby is not filled yet")?;
         if self.copy_out.is_some() {

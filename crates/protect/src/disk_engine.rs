@@ -99,7 +99,8 @@ impl Engine {
     pub(crate) fn aside(&mut self, to: &HostId, message: &Aside) {
         let frame = Frame::control(self.vm_hash, self.replica.term(), aside::encode(message));
         if let Some(peer) = self.peers.get_mut(to) {
-            peer.send(vec![frame]);
+            peer.out.message(frame);
+            peer.flush();
         }
     }
 
@@ -311,9 +312,9 @@ impl Engine {
     fn answer(&mut self, trouble: &Trouble) -> Result<(), ProcessError> {
         let p = match self.replica.status() {
             Status::Primary(p) => p,
-            Status::Standby(_) if self.memory.is_some() => {
+            Status::Standby(_) if self.memory.is_some() || self.applying.is_busy() => {
                 // Its next copy begins when the disk works again.
-                self.memory = None;
+                self.forget_memory();
                 self.note(format!("this standby's state is given up: {}", trouble.text()));
                 return self.step(Event::StateLost);
             }

@@ -5,6 +5,7 @@
 //! ```
 //! Every decision is the protocol's; this file only carries it out. It never waits for anybody but its queue.
 
+use crate::applying::Applying;
 use crate::audit::Audit;
 use crate::codec;
 use crate::config::ProtectSpec;
@@ -14,6 +15,7 @@ use crate::disks::Disks;
 use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
+use crate::outgoing::{Job, PIECE};
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
@@ -37,7 +39,7 @@ use steadfast_types::{Epoch, Gfn, HostId, VmId};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
 use steadfast_wire::record::Staged;
-use steadfast_wire::{Frame, StagedRecord, vm_hash};
+use steadfast_wire::{Frame, RecordId, StagedRecord, vm_hash};
 
 /// The NICs' queues of the present machine.
 pub type Holds = Arc<Mutex<Vec<Arc<Hold>>>>;
@@ -116,11 +118,12 @@ pub struct Engine {
     pub(crate) abandoned: bool,
     pub(crate) peers: BTreeMap<HostId, Peer>,
     pub(crate) capture: Capture,
-    pub(crate) sealed: VecDeque<(Epoch, Record)>,
+    pub(crate) sealed: VecDeque<(Epoch, Arc<Record>)>,
     pub(crate) staged: BTreeMap<Epoch, StagedRecord>,
     pub(crate) arrived: Option<StagedRecord>,
-    /// The epoch that RAM stands at exactly, on a standby; none while it is being filled.
+    /// The epoch that RAM stands at exactly, on a standby; none while it is being filled, or an epoch applied.
     pub(crate) memory: Option<Epoch>,
+    pub(crate) applying: Applying,
     /// The epoch that completes the copy, once it is staged; and whether it is awaited.
     pub(crate) base: (Option<Epoch>, bool),
     /// Machine state of the newest applied epoch.
@@ -216,6 +219,7 @@ impl Engine {
             staged: BTreeMap::new(),
             arrived: None,
             memory: None,
+            applying: Applying::default(),
             base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
@@ -261,6 +265,9 @@ impl Engine {
             if let Some(turn) = self.turn() {
                 wait = wait.min(turn);
             }
+            if self.has_work() {
+                wait = Duration::ZERO;
+            }
             match queue.recv_timeout(wait) {
                 Ok(first) => {
                     let mut next = Some(first);
@@ -280,6 +287,7 @@ impl Engine {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Stopped),
             }
+            self.work()?;
             if self.now() >= self.replica.deadline() {
                 self.step(Event::Tick)?;
             }
@@ -584,49 +592,66 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(to) else {
             return;
         };
-        let mut frames = vec![Frame::control(
-            self.vm_hash,
-            message.term,
-            codec::encode(&message),
-        )];
-        match message.body {
-            Body::Join { .. } => {
-                peer.fed = false;
-                peer.begin_session();
+        let frame = Frame::control(self.vm_hash, message.term, codec::encode(&message));
+        match &message.body {
+            Body::Join { .. } | Body::Resume { .. } => {
+                peer.fed = matches!(message.body, Body::Resume { .. });
+                peer.out.restart();
+                peer.out.message(frame);
             }
-            Body::Resume { .. } => {
-                peer.fed = true;
-                peer.begin_session();
+            Body::Heartbeat { .. } => peer.out.heartbeat(frame),
+            Body::Epoch(header) => {
+                let epoch = header.epoch.epoch;
+                // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
+                let whole = |(e, r): &&(_, Arc<Record>)| *e == epoch && r.pages.is_some();
+                let Some((_, record)) = self.sealed.iter().find(whole) else {
+                    // The protocol knows which epochs have content and does not ask for others.
+                    self.note(format!("epoch {epoch} is not at hand for {to}"));
+                    return;
+                };
+                let completes = header.base.map(|_| to.clone());
+                let lacks = match &completes {
+                    Some(host) => !record.bases.contains_key(host),
+                    None => record.disk.is_none(),
+                };
+                if lacks {
+                    // What a disk did not give cannot be sent: this standby is filled anew, if it can be.
+                    self.note(format!("epoch {epoch} lacks its disk writes for {to}"));
+                    return;
+                }
+                let mut job = Job::new(frame, message.term, RecordId::Epoch(epoch), Arc::clone(record));
+                (job.completes, job.flush) = (completes, header.flush);
+                peer.out.record(job);
             }
-            _ => {}
+            _ => peer.out.message(frame),
         }
-        if let Body::Epoch(header) = &message.body {
-            let epoch = header.epoch.epoch;
-            // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
-            let whole = |(e, r): &&(_, Record)| *e == epoch && r.pages.is_some();
-            let Some((_, record)) = self.sealed.iter().find(whole) else {
-                // The protocol knows which epochs have content and does not ask for others.
-                self.note(format!("epoch {epoch} is not at hand for {to}"));
-                return;
-            };
-            if header.base.is_some() {
-                peer.expect_base(epoch);
-            }
-            let disk = match header.base {
-                Some(_) => record.bases.get(to),
-                None => record.disk.as_ref(),
-            };
-            let Some(disk) = disk else {
-                // What a disk did not give cannot be sent: this standby is filled anew, if it can be.
-                self.note(format!("epoch {epoch} lacks its disk writes for {to}"));
-                return;
-            };
-            let encoded = peer.encode_epoch(message.term, epoch, record, disk, header.flush, &mut frames);
-            if let Err(error) = encoded {
-                self.note(format!("epoch {epoch} cannot be encoded for {to}: {error}"));
-                return;
-            }
+        peer.flush();
+    }
+
+    /// What is large goes on: encoding for peers whose links take more, and applying.
+    fn work(&mut self) -> Result<(), ProcessError> {
+        self.peers
+            .values_mut()
+            .filter(|p| p.out.is_busy())
+            .for_each(Peer::flush);
+        self.count_copied();
+        if self.applying.is_busy() {
+            self.apply_piece(Some(Instant::now() + PIECE));
+            self.step(Event::Tick)?;
         }
-        peer.send(frames);
+        Ok(())
+    }
+
+    fn has_work(&self) -> bool {
+        self.applying.is_busy() || self.peers.values().any(|p| p.out.is_busy())
+    }
+
+    /// Full copies keep to their rate.
+    pub(crate) fn count_copied(&mut self) {
+        let copied = self.peers.values_mut().map(|p| p.out.take_copied()).sum();
+        if copied > 0 {
+            let now = self.now();
+            self.care.sent(now, copied);
+        }
     }
 }

@@ -11,6 +11,7 @@
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
 //! raw images or block devices of each host; others, and writable disks without held outputs, cannot be protected.
 
+mod applying;
 mod aside;
 mod ask;
 mod audit;
@@ -25,6 +26,7 @@ mod engine;
 pub mod failpoint;
 mod input;
 mod life;
+mod outgoing;
 mod peer;
 mod primary;
 mod priority;

@@ -106,6 +106,7 @@ impl Engine {
             return Ok(());
         }
         self.vm.machine.start_dirty_tracking()?;
+        self.vm.machine.hurry_stops();
         self.vm.machine.resume();
         if let Some((epoch, bases, freeze)) = self.waiting_cut.take() {
             self.cut(epoch, &bases, freeze)?;

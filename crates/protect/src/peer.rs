@@ -1,16 +1,17 @@
 //! One other host: its link, what was encoded for it, what comes from it.
 
 use crate::config::{PeerSpec, ProtectSpec};
-use crate::disks::{NumberedOp, wire_op};
+use crate::disks::NumberedOp;
 use crate::input::{Input, Inputs};
-use std::collections::{BTreeMap, VecDeque};
+use crate::outgoing::{Outgoing, PIECE};
+use std::collections::BTreeMap;
 use steadfast_capture::SealedPages;
 use steadfast_disk::volume::EpochOp;
 use steadfast_epoch::message::{EpochRef, Message};
-use steadfast_types::{Epoch, Gfn, HostId, PAGE_SIZE, Term, VmId};
-use steadfast_wire::link::{OpenError, PathConfig, Role, Security, SendError, TlsFiles};
-use steadfast_wire::record::{EncodeError, StageConfig, Trailer};
-use steadfast_wire::{EncodeConfig, Encoder, Frame, Link, LinkConfig, RecordId, Stager, vm_hash};
+use steadfast_types::{Gfn, HostId, PAGE_SIZE, VmId};
+use steadfast_wire::link::{OpenError, PathConfig, Role, Security, TlsFiles};
+use steadfast_wire::record::StageConfig;
+use steadfast_wire::{EncodeConfig, Encoder, Link, LinkConfig, Stager, vm_hash};
 
 /// Pages of one chunk of a full copy: 4 MiB.
 pub const CHUNK_PAGES: usize = 1024;
@@ -126,9 +127,8 @@ pub struct Peer {
     pub pending: Option<Message>,
     /// Collects the bulk.
     pub stager: Stager,
-    encoder: Encoder,
-    next: Option<Epoch>,
-    backlog: VecDeque<Frame>,
+    /// What goes to it.
+    pub out: Outgoing,
 }
 
 impl Peer {
@@ -202,137 +202,24 @@ impl Peer {
             unfinished: None,
             pending: None,
             stager: Stager::new(StageConfig::default(), valid),
-            encoder,
-            next: None,
-            backlog: VecDeque::new(),
+            out: Outgoing::new(encoder),
         })
     }
 
     /// The peer has lost what it had of the stream: the next record refers to nothing before it.
     pub fn reset_stream(&mut self) {
-        self.next = None;
-        self.backlog.clear();
+        self.out.clear();
         self.pending = None;
         self.stager.forget();
     }
 
-    /// A new session begins: what the peer did not take of the old one, it does not have. The next record refers to
-    /// nothing before it.
-    pub fn begin_session(&mut self) {
-        self.next = None;
-        self.encoder.reset();
-    }
-
-    /// Sends frames in order; what the link does not take now waits (bounded by the protocol's window of epochs).
-    pub fn send(&mut self, frames: Vec<Frame>) {
-        self.backlog.extend(frames);
-        self.flush();
-    }
-
-    /// Offers what waits to the link.
+    /// Offers what waits to the link, for a while. What was given up, and why, is in the log only: who is asked for it again
+    /// sends it again.
     pub fn flush(&mut self) {
-        while let Some(frame) = self.backlog.front() {
-            match self.link.try_send(frame) {
-                Ok(()) => {
-                    self.backlog.pop_front();
-                }
-                Err(SendError::Full) => return,
-                Err(error) => {
-                    tracing::error!(peer = %self.host, %error, "a frame cannot be sent");
-                    self.backlog.clear();
-                    return;
-                }
-            }
+        let link = &self.link;
+        if let Err(error) = self.out.pump(PIECE, |frame| link.try_send(frame)) {
+            tracing::error!(peer = %self.host, "{error}");
         }
-    }
-
-    /// Encodes a sealed epoch for this peer.
-    ///
-    /// # Errors
-    /// [`EncodeError`].
-    pub fn encode_epoch(
-        &mut self,
-        term: Term,
-        epoch: Epoch,
-        record: &Record,
-        disk: &[NumberedOp],
-        flush: bool,
-        out: &mut Vec<Frame>,
-    ) -> Result<(), EncodeError> {
-        if self.next != Some(epoch) {
-            self.encoder.reset();
-        }
-        self.next = Some(epoch.next());
-        let done = self.encode(term, RecordId::Epoch(epoch), record, disk, flush, out);
-        if done.is_err() {
-            self.encoder.reset();
-            self.next = None;
-        }
-        done
-    }
-
-    /// Encodes one chunk of a full copy.
-    ///
-    /// # Errors
-    /// [`EncodeError`].
-    pub fn encode_chunk(
-        &mut self,
-        term: Term,
-        join: u64,
-        seq: u64,
-        pages: SealedPages,
-        disk: &[NumberedOp],
-        out: &mut Vec<Frame>,
-    ) -> Result<(), EncodeError> {
-        if seq == 0 {
-            self.encoder.reset();
-        }
-        // After the last chunk the base epoch follows, in the same stream of records.
-        self.next = None;
-        let record = Record {
-            pages: Some(pages),
-            state: Vec::new(),
-            boundary: 0,
-            disk: None,
-            bases: BTreeMap::new(),
-        };
-        self.encode(term, RecordId::Copy { join, seq }, &record, disk, false, out)
-    }
-
-    /// Makes the next epoch continue the stream of the chunks before it.
-    pub fn expect_base(&mut self, epoch: Epoch) {
-        self.next = Some(epoch);
-    }
-
-    fn encode(
-        &mut self,
-        term: Term,
-        id: RecordId,
-        record: &Record,
-        disk: &[NumberedOp],
-        flush: bool,
-        out: &mut Vec<Frame>,
-    ) -> Result<(), EncodeError> {
-        self.encoder.begin(term, id)?;
-        if let Some(pages) = &record.pages {
-            for (gfn, page) in pages.iter() {
-                self.encoder.page(gfn, page, out)?;
-            }
-        }
-        for op in disk {
-            self.encoder.disk(&wire_op(op), out)?;
-        }
-        if !record.state.is_empty() {
-            self.encoder.device(&record.state, out)?;
-        }
-        self.encoder.finish(
-            Trailer {
-                has_flush: flush,
-                output_boundary: record.boundary,
-            },
-            out,
-        )?;
-        Ok(())
     }
 }
 

@@ -1,9 +1,10 @@
 //! What a primary does at the protocol's word: cut, copy, release.
 
 use crate::engine::Engine;
+use crate::outgoing::{Job, copy_record};
 use crate::peer::{Join, Record};
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
@@ -12,7 +13,7 @@ use steadfast_machine::machine::MachineError;
 use steadfast_net::HoldMode;
 use steadfast_types::{Epoch, Gfn, HostId, Term};
 use steadfast_vmm::process::ProcessError;
-use steadfast_wire::Frame;
+use steadfast_wire::{Frame, RecordId};
 
 /// Times that a full copy looks again for what was dirtied meanwhile, before its base epoch takes the rest.
 const COPY_ROUNDS: u32 = 4;
@@ -62,16 +63,14 @@ impl Engine {
             // After the outputs: what left with this epoch may speak of writes and flushes before it, not after.
             let disks = self.disks.seal(epoch, term, &[]).map_err(disk_failed)?;
             tracing::debug!(at_us = self.now(), %epoch, flush = disks.flush, "cut, for nobody");
-            self.sealed.push_back((
-                epoch,
-                Record {
-                    pages: None,
-                    state: Vec::new(),
-                    boundary: boundary(),
-                    disk: Some(Vec::new()),
-                    bases: BTreeMap::new(),
-                },
-            ));
+            let record = Record {
+                pages: None,
+                state: Vec::new(),
+                boundary: boundary(),
+                disk: Some(Vec::new()),
+                bases: BTreeMap::new(),
+            };
+            self.sealed.push_back((epoch, Arc::new(record)));
             self.events.push_back(Event::Sealed(SealedEpoch {
                 epoch,
                 bytes: 0,
@@ -178,7 +177,7 @@ impl Engine {
         tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
         self.reached("seal");
         let whole = record.disk.is_some();
-        self.sealed.push_back((epoch, record));
+        self.sealed.push_back((epoch, Arc::new(record)));
         self.events.push_back(Event::Sealed(SealedEpoch {
             epoch,
             bytes,
@@ -267,24 +266,17 @@ impl Engine {
         };
         let missing = peer.join.as_ref().map_or(0, Join::remaining);
         let remaining = missing + self.disks.remaining(slot);
-        let copied = self.capture.copy_live(&self.vm.machine, &pages);
-        let mut frames = vec![Frame::control(
-            self.vm_hash,
-            message.term,
-            crate::codec::encode(&message),
-        )];
-        let encoded = copied.map_err(|e| e.to_string()).and_then(|pages| {
-            peer.encode_chunk(message.term, join, seq, pages, &disk, &mut frames)
-                .map_err(|e| e.to_string())
-        });
-        match encoded {
-            Ok(()) => {
-                // The link or the disks, whichever it costs more.
-                let link: u64 = frames.iter().map(|f| f.payload().len() as u64).sum();
-                let bytes = link.max(disk.iter().map(|(_, op)| op.range().1).sum());
-                peer.send(frames);
-                let now = self.now();
-                self.care.sent(now, bytes);
+        match self.capture.copy_live(&self.vm.machine, &pages) {
+            Ok(pages) => {
+                let header = Frame::control(self.vm_hash, message.term, crate::codec::encode(&message));
+                // What it takes of the link or of the disks, whichever is more.
+                let cost = disk.iter().map(|(_, op)| op.range().1).sum();
+                let record = Arc::new(copy_record(pages, disk));
+                let mut job = Job::new(header, message.term, RecordId::Copy { join, seq }, record);
+                job.cost = cost;
+                peer.out.record(job);
+                peer.flush();
+                self.count_copied();
             }
             Err(error) => self.note(format!("chunk {seq} for {to}: {error}")),
         }

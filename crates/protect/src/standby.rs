@@ -1,5 +1,6 @@
 //! What a standby does at the protocol's word: stage, apply, promote.
 
+use crate::applying::Applying;
 use crate::engine::Engine;
 use crate::primary::machine_failed;
 use std::sync::PoisonError;
@@ -18,7 +19,7 @@ use steadfast_wire::PageSink;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Guest RAM of a machine that does not run, as the place where records are applied.
-struct RamSink<'a>(&'a Ram);
+pub(crate) struct RamSink<'a>(pub &'a Ram);
 
 impl PageSink for RamSink<'_> {
     fn update(&mut self, gfn: Gfn, change: &mut dyn FnMut(&mut [u8; 4096])) -> bool {
@@ -38,7 +39,7 @@ impl Engine {
         self.note(format!("full copy {join} begins"));
         self.staged.clear();
         self.state.clear();
-        self.memory = None;
+        self.forget_memory();
         self.base = (None, true);
         self.disks.begin_copy(join);
     }
@@ -84,49 +85,6 @@ impl Engine {
         }
     }
 
-    /// Applies committed epochs, whole and in order (I3).
-    pub(crate) fn apply(&mut self, through: Epoch) {
-        if let Err(error) = self.apply_memory(through) {
-            self.note(error);
-            self.events.push_back(Event::StateLost);
-            return;
-        }
-        if self.disks.is_empty() {
-            self.events.push_back(Event::Applied { through });
-        } else {
-            self.events.extend(self.disks.commit(through, true));
-        }
-    }
-
-    /// I3: each epoch on exactly the one before it, the first on the copy that it completes.
-    fn apply_memory(&mut self, through: Epoch) -> Result<(), String> {
-        while let Some(entry) = self.staged.first_entry().filter(|e| *e.key() <= through) {
-            let (epoch, record) = entry.remove_entry();
-            let follows = match self.memory.take() {
-                Some(at) => epoch == at.next(),
-                None => self.base.0 == Some(epoch),
-            };
-            if !follows {
-                return Err(format!("epoch {epoch} does not follow what memory holds"));
-            }
-            record
-                .apply(&mut RamSink(self.vm.machine.ram()))
-                .map_err(|error| format!("epoch {epoch} cannot be applied: {error}"))?;
-            self.memory = Some(epoch);
-            self.compare(epoch, record.term());
-            if !record.device().is_empty() {
-                self.state.clear();
-                self.state.extend_from_slice(record.device());
-            }
-        }
-        match self.memory {
-            Some(at) if at == through => Ok(()),
-            at => Err(format!(
-                "memory stands at epoch {at:?} where {through} was to be applied"
-            )),
-        }
-    }
-
     pub(crate) fn compare(&mut self, epoch: Epoch, term: Term) {
         let Some(audit) = &self.audit else { return };
         let Some(stale) = audit.compare(self.vm.machine.ram(), epoch.0, term.0) else {
@@ -160,9 +118,10 @@ impl Engine {
         let began = Instant::now();
         self.spoil_copy("the standby took over");
         let _never = self.staged.split_off(&at.epoch.next());
-        let whole = self.apply_memory(at.epoch);
+        let whole = self.apply_memory(at.epoch, None);
         // I3: better no guest than one whose memory is of two instants.
         whole.map_err(|why| machine_failed(MachineError::State(StateError::Refused(why))))?;
+        self.applying = Applying::default();
         // The protocol stands beyond these reports.
         self.events.clear();
         let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| {

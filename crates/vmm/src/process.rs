@@ -27,6 +27,9 @@ use steadfast_machine::state::{SaveError, SaveReader, SaveWriter};
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_types::PAGE_SIZE;
 
+/// Exit code of a VM's process that ended with [`ProcessError::Fenced`]: what follows a handover or a takeover, and no failure.
+pub const FENCED_EXIT: u8 = 4;
+
 /// A VM's process that ended, or could not begin.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]

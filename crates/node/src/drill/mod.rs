@@ -17,6 +17,7 @@ use crate::journal::About;
 use crate::node::Node;
 use crate::pool::Pool;
 use crate::records::{DrillReport, get, json, now_ms, vm_drill, vm_spec};
+use crate::words;
 use island::Island;
 use std::fs;
 use std::path::Path;
@@ -325,14 +326,9 @@ impl Copy<'_> {
 
     /// The end of its log and console.
     fn said(&self) -> String {
-        let tail = |name: &str| {
-            let text = fs::read(self.folder.join(name)).unwrap_or_default();
-            let from = text.len().saturating_sub(400);
-            String::from_utf8_lossy(text.get(from..).unwrap_or_default())
-                .trim()
-                .to_owned()
-        };
-        [tail("log"), tail("console"), tail("debugcon")].join(" | ")
+        ["log", "console", "debugcon"]
+            .map(|name| words::last(&self.folder.join(name)))
+            .join(" | ")
     }
 }
 

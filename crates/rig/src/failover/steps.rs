@@ -369,7 +369,7 @@ pub(crate) fn leftovers(rig: &Rig) -> Result<String> {
 /// would leave a core dump, and of what it killed for want of memory; ours say when a thread panics.
 pub(crate) fn crashes(rig: &Rig) -> Result<String> {
     const LOOK: &str = "dmesg | grep -E 'segfault at|general protection fault|trap invalid opcode|Out of memory: Killed|oom-kill'; \
-                        grep -H 'panicked at' /run/*.log 2>/dev/null; ls /core* /run/core* /data/core* 2>/dev/null; true";
+                        grep -H 'panicked at [^ ]*[.]rs:' /run/*.log 2>/dev/null; ls /core* /run/core* /data/core* 2>/dev/null; true";
     let mut found = Vec::new();
     for server in rig.servers().iter().filter(|s| s.is_ready()) {
         let list = server.exec(LOOK)?;

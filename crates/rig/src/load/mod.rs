@@ -281,8 +281,7 @@ impl Load {
             let _ = thread.join();
         }
         let _ = self.session.stop();
-        redis::Redis::connect(&self.client, self.address, bound)
-            .what(|| "redis, after the loss".to_string())?;
+        redis::wait_loaded(&self.client, self.address, bound).what(|| "redis, after the loss".to_string())?;
         let mut writes = 0;
         for progress in &self.writers {
             writes += redis::audit(&self.client, self.address, progress).what(|| "the audit".to_string())?;

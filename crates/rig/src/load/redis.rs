@@ -14,7 +14,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A read back after so many writes.
 const READ_EVERY: u64 = 8;
@@ -117,6 +117,22 @@ impl Redis {
         put(&mut out, words);
         self.0.get_mut().write_all(&out)?;
         answer(&mut self.0)
+    }
+}
+
+/// Waits until redis has read its data: while it does, it answers that, and nothing else.
+///
+/// # Errors
+/// It does not come up within the bound, or refuses for another reason.
+pub fn wait_loaded(client: &Client, address: Ipv4Addr, bound: Duration) -> io::Result<()> {
+    let began = Instant::now();
+    loop {
+        let left = bound.saturating_sub(began.elapsed());
+        match Redis::connect(client, address, left).and_then(|mut redis| redis.ask(&["PING"])) {
+            Ok(_) => return Ok(()),
+            Err(error) if left.is_zero() || !error.to_string().contains("LOADING") => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(200)),
+        }
     }
 }
 

@@ -67,7 +67,7 @@ impl<'r> PoolHost<'r> {
     /// What `pool init` said.
     pub fn init(&self, lease: Duration) -> Result<()> {
         self.run(&format!(
-            "pool init rig --lease-ms {} {}",
+            "pool init rig --lease-ms {} --vm-suspect-ms 4000 {}",
             lease.as_millis(),
             self.own_arguments()?
         ))?;

@@ -260,6 +260,11 @@ impl Encoder {
         out.chunk(frame);
     }
 
+    /// Ends the chunk that is being filled, if there is anything in it: the receiver hears from a record that takes long.
+    pub fn end_chunk(&mut self, out: &mut impl ChunkSink) {
+        self.flush(out);
+    }
+
     /// Adds a page. A page that the receiver has already costs nothing.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ mod stager;
 pub use chunk::{CHUNK_HEAD_BYTES, ChunkError, Totals};
 pub use disk::{DiskKind, DiskOp};
 pub use encoder::{ChunkSink, EncodeError, Encoder, PageSource, Trailer};
-pub use staged::{ApplyError, PageSink, StagedRecord};
+pub use staged::{ApplyAt, ApplyError, PageSink, StagedRecord};
 pub use stager::{StageConfig, StageError, Staged, Stager};
 
 use steadfast_types::Epoch;

@@ -86,6 +86,16 @@ pub struct StagedRecord {
     lease: Lease,
 }
 
+/// How much of a record is applied.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ApplyAt {
+    part: usize,
+    /// In the part.
+    offset: usize,
+    /// The page before.
+    prev: u64,
+}
+
 impl fmt::Debug for StagedRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -203,23 +213,51 @@ impl StagedRecord {
         })
     }
 
-    /// Writes the pages into memory that stands at the record before this one; returns their number. Doing it again
-    /// after it was interrupted is right.
+    /// Writes the pages into memory that stands at the record before this one. Doing it again after it was interrupted
+    /// is right.
     ///
     /// # Errors
     /// [`ApplyError`]: the memory has diverged and must not be used.
-    pub fn apply<S: PageSink + ?Sized>(&self, sink: &mut S) -> Result<u64, ApplyError> {
+    pub fn apply<S: PageSink + ?Sized>(&self, sink: &mut S) -> Result<(), ApplyError> {
+        self.apply_some(&mut ApplyAt::default(), usize::MAX, sink)
+            .map(drop)
+    }
+
+    /// Writes up to `pages` pages, from where `at` stands; true at the end. Memory is of no epoch until then.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_some<S: PageSink + ?Sized>(
+        &self,
+        at: &mut ApplyAt,
+        mut pages: usize,
+        sink: &mut S,
+    ) -> Result<bool, ApplyError> {
         let mut scratch = [0; PAGE_BYTES];
-        let mut pages = 0;
-        for r in self.page_records() {
-            let r = r?;
-            let mut result = Ok(());
-            if !sink.update(Gfn(r.gfn), &mut |page| result = r.apply(page, &mut scratch)) {
-                return Err(ApplyError::PageOutside(r.gfn));
+        while let Some(part) = self.parts.get(at.part) {
+            let all: &[u8] = match part {
+                Part::Pages(buf) => &buf[CHUNK_HEAD_BYTES..],
+                Part::Disk(..) => &[],
+            };
+            let mut body = all.get(at.offset..).unwrap_or_default();
+            while !body.is_empty() {
+                if pages == 0 {
+                    return Ok(false);
+                }
+                let r = PageRecord::parse(&mut body, at.prev)?;
+                let mut result = Ok(());
+                if !sink.update(Gfn(r.gfn), &mut |page| result = r.apply(page, &mut scratch)) {
+                    return Err(ApplyError::PageOutside(r.gfn));
+                }
+                result?;
+                (at.prev, at.offset) = (r.gfn, all.len() - body.len());
+                pages -= 1;
             }
-            result?;
-            pages += 1;
+            *at = ApplyAt {
+                part: at.part + 1,
+                ..ApplyAt::default()
+            };
         }
-        Ok(pages)
+        Ok(true)
     }
 }
