@@ -135,11 +135,19 @@ fn several_epochs_in_flight_apply_in_order() {
         staged.push(r);
         after.push(memory.clone());
     }
-    let mut standby = Memory::default();
+    let (mut standby, mut slow) = (Memory::default(), Memory::default());
     assert!(st.held_bytes() > 0);
     for (r, expected) in staged.into_iter().zip(after) {
         r.apply(&mut standby).expect("applies");
         assert_eq!(standby.0, expected.0);
+        // The same a few pages at a time, across chunks.
+        let (mut at, mut pieces) = (ApplyAt::default(), 1);
+        while !r.apply_some(&mut at, 3, &mut slow).expect("applies") {
+            pieces += 1;
+            assert!(pieces < 10_000, "it goes on from where it was");
+        }
+        assert!(pieces > 1, "more than one piece");
+        assert_eq!(slow.0, expected.0);
     }
     assert_eq!(st.held_bytes(), 0, "staging memory is given back");
 }
