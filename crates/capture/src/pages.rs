@@ -87,22 +87,52 @@ impl PageArena {
         debug_assert!(gfns.is_sorted_by(|a, b| a < b));
         let mut sealed = SealedPages {
             gfns: gfns.to_vec(),
+            places: None,
             slabs: Vec::with_capacity(gfns.len().div_ceil(SLAB_PAGES)),
             arena: self.clone(),
         };
-        for part in gfns.chunks(SLAB_PAGES) {
-            let mut slab = self.take();
-            let done = copy(part, slab.get_mut(..part.len()).unwrap_or_default());
-            sealed.slabs.push(slab);
-            done?;
-        }
+        sealed.fill(gfns, &mut copy)?;
+        Ok(sealed)
+    }
+
+    /// As [`PageArena::seal`], for pages most of which are zero: `copy` is only asked for those that `filled` says yes to, and
+    /// only they take room.
+    ///
+    /// # Errors
+    /// Those of `copy`.
+    pub fn seal_sparse<E>(
+        &self,
+        gfns: &[Gfn],
+        mut filled: impl FnMut(Gfn) -> bool,
+        mut copy: impl FnMut(&[Gfn], &mut [Page]) -> Result<(), E>,
+    ) -> Result<SealedPages, E> {
+        debug_assert!(gfns.is_sorted_by(|a, b| a < b));
+        let mut content = Vec::new();
+        let mut place = |gfn: &Gfn| {
+            filled(*gfn).then(|| {
+                content.push(*gfn);
+                content.len() - 1
+            })
+        };
+        let mut sealed = SealedPages {
+            places: Some(gfns.iter().map(&mut place).collect()),
+            gfns: gfns.to_vec(),
+            slabs: Vec::with_capacity(content.len().div_ceil(SLAB_PAGES)),
+            arena: self.clone(),
+        };
+        sealed.fill(&content, &mut copy)?;
         Ok(sealed)
     }
 }
 
+/// What a page without a place holds.
+static ZEROES: Page = [0; PAGE_SIZE as usize];
+
 /// Pages of one epoch, in rising order, owned until dropped.
 pub struct SealedPages {
     gfns: Vec<Gfn>,
+    /// Where in the slabs each page is, and none for one that is zero; without it, each page is at its own rank.
+    places: Option<Vec<Option<usize>>>,
     slabs: Vec<Slab>,
     arena: PageArena,
 }
@@ -114,32 +144,61 @@ impl SealedPages {
         &self.gfns
     }
 
+    /// Whether a page is among them.
+    #[must_use]
+    pub fn has(&self, gfn: Gfn) -> bool {
+        self.gfns.binary_search(&gfn).is_ok()
+    }
+
     /// Content of a page.
     #[must_use]
     pub fn get(&self, gfn: Gfn) -> Option<&Page> {
-        let i = self.gfns.binary_search(&gfn).ok()?;
-        self.slabs.get(i / SLAB_PAGES)?.get(i % SLAB_PAGES)
+        let rank = self.gfns.binary_search(&gfn).ok()?;
+        Some(self.at(rank))
     }
 
     /// Pages with their numbers, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Gfn, &Page)> {
-        self.gfns
-            .iter()
-            .copied()
-            .zip(self.slabs.iter().flat_map(|s| s.iter()))
+        self.iter_from(0)
     }
 
     /// Pages with their numbers, in order, from the `first`th on.
     pub fn iter_from(&self, first: usize) -> impl Iterator<Item = (Gfn, &Page)> {
-        let slabs = self.slabs.iter().skip(first / SLAB_PAGES);
-        let pages = slabs.flat_map(|s| s.iter()).skip(first % SLAB_PAGES);
-        self.gfns.iter().skip(first).copied().zip(pages)
+        let numbered = self.gfns.iter().enumerate().skip(first);
+        numbered.map(|(rank, gfn)| (*gfn, self.at(rank)))
     }
 
-    /// Bytes of pages held.
+    /// The page of this rank, which is below the number of pages.
+    fn at(&self, rank: usize) -> &Page {
+        let place = match &self.places {
+            None => Some(rank),
+            Some(places) => places[rank],
+        };
+        place.map_or(&ZEROES, |p| &self.slabs[p / SLAB_PAGES][p % SLAB_PAGES])
+    }
+
+    fn fill<E>(
+        &mut self,
+        content: &[Gfn],
+        copy: &mut impl FnMut(&[Gfn], &mut [Page]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for part in content.chunks(SLAB_PAGES) {
+            let mut slab = self.arena.take();
+            let done = copy(part, slab.get_mut(..part.len()).unwrap_or_default());
+            self.slabs.push(slab);
+            done?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of content held; pages known to be zero hold none.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.gfns.len() as u64 * PAGE_SIZE
+        let held = match &self.places {
+            None => self.gfns.len(),
+            Some(places) => places.iter().flatten().count(),
+        };
+        held as u64 * PAGE_SIZE
     }
 }
 
@@ -187,6 +246,28 @@ mod tests {
         assert_eq!(arena.bytes(), 3 << 20, "no more is kept than was allowed");
         let held: Vec<_> = (0..3).map(|_| arena.seal(&gfns[..1], numbers).unwrap()).collect();
         assert!(held.iter().any(|s| s.slabs[0].as_ptr() == place) && arena.bytes() == 3 << 20);
+    }
+
+    #[test]
+    fn pages_known_to_be_zero_take_no_room() {
+        let arena = PageArena::new(0, 0);
+        let gfns: Vec<Gfn> = (0..2000).map(Gfn).collect();
+        let third = |g: Gfn| g.0.is_multiple_of(3);
+        let sealed = arena.seal_sparse(&gfns, third, numbers).unwrap();
+        assert_eq!(sealed.bytes(), 667 * 4096);
+        assert_eq!(arena.bytes(), 3 << 20);
+        let expected = |g: Gfn| if third(g) { g.0 as u8 } else { 0 };
+        for first in [0, 1, 3, 700, 1999, 2000] {
+            let pages = sealed.iter_from(first);
+            assert!(
+                pages
+                    .map(|(g, p)| (g, p[7]))
+                    .eq(gfns[first..].iter().map(|g| (*g, expected(*g))))
+            );
+        }
+        assert_eq!(sealed.get(Gfn(1998)).map(|p| p[0]), Some(expected(Gfn(1998))));
+        assert_eq!(sealed.get(Gfn(1999)).map(|p| p[0]), Some(0));
+        assert!(arena.seal_sparse(&gfns, third, |_, _| Err(())).is_err());
     }
 
     #[test]

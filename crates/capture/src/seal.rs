@@ -1,8 +1,9 @@
 //! One cut: the pause, and what it seals.
 
-use crate::pages::{PageArena, SealedPages};
+use crate::pages::{Page, PageArena, SealedPages};
 use std::time::{Duration, Instant};
 use steadfast_machine::machine::Machine;
+use steadfast_machine::memory::Ram;
 use steadfast_machine::quiesce::{QuiesceError, Quiesced};
 use steadfast_machine::state::StateError;
 use steadfast_types::Gfn;
@@ -42,6 +43,15 @@ pub struct CutTimes {
     pub pause: Duration,
 }
 
+/// What a cut takes beside what the dirty log knows.
+#[derive(Default)]
+pub struct Beside {
+    /// Pages, rising, that somebody lacks.
+    pub extra: Vec<Gfn>,
+    /// What is sealed already, of a machine that has not run since; gone once a cut has succeeded.
+    pub anew: Option<SealedPages>,
+}
+
 /// What a cut sealed.
 pub struct Sealed {
     /// Changed pages.
@@ -68,15 +78,15 @@ impl Capture {
         }
     }
 
-    /// Stops the machine, seals what changed since the last cut and also the pages `extra` (rising), calls `at_cut`
-    /// with the sealed pages while all stands still, and lets the machine run on, unless `freeze`.
+    /// Stops the machine, seals what changed since the last cut and what is `beside`, calls `at_cut` with the sealed pages while all
+    /// stands still, and lets the machine run on, unless `freeze`.
     ///
     /// # Errors
     /// [`CaptureError`]; the dirty pages are dirty again.
     pub fn cut(
         &mut self,
         machine: &Machine,
-        extra: &[Gfn],
+        beside: &mut Beside,
         freeze: bool,
         at_cut: impl FnOnce(&mut Quiesced<'_>, &SealedPages),
     ) -> Result<Sealed, CaptureError> {
@@ -85,7 +95,7 @@ impl Capture {
         let mut still = machine.quiesce()?;
         times.stop = start.elapsed();
         let mut dirty = std::mem::take(&mut self.dirty);
-        let sealed = self.seal(machine, &mut still, &mut dirty, extra, &mut times, start);
+        let sealed = self.seal(machine, &mut still, &mut dirty, beside, &mut times, start);
         match &sealed {
             Ok((pages, _)) => at_cut(&mut still, pages),
             Err(_) => still.merge_back(&dirty),
@@ -106,24 +116,38 @@ impl Capture {
         machine: &Machine,
         still: &mut Quiesced<'_>,
         dirty: &mut Vec<Gfn>,
-        extra: &[Gfn],
+        beside: &mut Beside,
         times: &mut CutTimes,
         start: Instant,
     ) -> Result<(SealedPages, Vec<u8>), CaptureError> {
         let mark = |from: Duration| start.elapsed().saturating_sub(from);
         still.harvest(dirty)?;
         times.harvest = mark(times.stop);
-        if !extra.is_empty() {
-            dirty.extend_from_slice(extra);
+        if !beside.extra.is_empty() {
+            dirty.extend_from_slice(&beside.extra);
             dirty.sort_unstable();
             dirty.dedup();
         }
-        let pages = copy(machine, &self.arena, dirty)?;
+        let pages = match beside.anew.take_if(|anew| dirty.iter().all(|g| anew.has(*g))) {
+            Some(anew) => {
+                *dirty = anew.gfns().to_vec();
+                anew
+            }
+            None => {
+                if let Some(anew) = &beside.anew {
+                    dirty.extend_from_slice(anew.gfns());
+                    dirty.sort_unstable();
+                    dirty.dedup();
+                }
+                self.copy_live(machine, dirty)?
+            }
+        };
         times.copy = mark(times.stop + times.harvest);
         let state = still.save()?;
         let mut bytes = Vec::with_capacity(16 << 10);
         bytes = postcard_into(&state, bytes)?;
         times.state = mark(times.stop + times.harvest + times.copy);
+        beside.anew = None;
         Ok((pages, bytes))
     }
 
@@ -148,7 +172,14 @@ impl Capture {
     /// # Errors
     /// [`CaptureError::Page`].
     pub fn copy_live(&self, machine: &Machine, gfns: &[Gfn]) -> Result<SealedPages, CaptureError> {
-        copy(machine, &self.arena, gfns)
+        let ram = machine.ram();
+        self.arena.seal(gfns, |part, into| copy(ram, part, into))
+    }
+
+    /// Where sealed pages are kept.
+    #[must_use]
+    pub fn arena(&self) -> &PageArena {
+        &self.arena
     }
 }
 
@@ -159,13 +190,11 @@ fn postcard_into(
     postcard::to_extend(state, into).map_err(|e| CaptureError::Encode(e.to_string()))
 }
 
-fn copy(machine: &Machine, arena: &PageArena, gfns: &[Gfn]) -> Result<SealedPages, CaptureError> {
-    let ram = machine.ram();
-    arena.seal(gfns, |part, into| {
-        let done = ram.copy_pages(part, into.as_flattened_mut());
-        match part.get(done) {
-            None => Ok(()),
-            Some(missing) => Err(CaptureError::Page(missing.0)),
-        }
-    })
+/// Copies pages out of RAM, all or none.
+pub(crate) fn copy(ram: &Ram, part: &[Gfn], into: &mut [Page]) -> Result<(), CaptureError> {
+    let done = ram.copy_pages(part, into.as_flattened_mut());
+    match part.get(done) {
+        None => Ok(()),
+        Some(missing) => Err(CaptureError::Page(missing.0)),
+    }
 }

@@ -3,7 +3,7 @@
 //! - Soon after output or a flush: a reply waits for one cut, one transfer and one acknowledgement. A short coalescing
 //!   delay lets a burst share one cut; it is a share of what a cut costs, so it shrinks where cuts are cheap.
 //! - When much is dirty: the record should not grow past what the link carries in one interval.
-//! - At a maximum interval, which grows (backs off) while the VM is idle.
+//! - At a maximum interval, which grows (backs off) while the VM changes little of its memory.
 //! - Never faster than cuts cost: the pause may take at most a set share of the time.
 //! - Never when the window is full: the guest runs on, and is throttled (bounded) when it dirties faster than the
 //!   link carries.
@@ -66,7 +66,7 @@ pub struct PolicyInput {
     pub cut_cost_us: Micros,
     /// Mean rate of the link in bytes per second; 0 while unknown.
     pub link_bytes_per_s: u64,
-    /// Cuts in a row that held no output, no flush and almost no dirt.
+    /// Cuts in a row that held almost no dirt.
     pub idle_cuts: u32,
 }
 

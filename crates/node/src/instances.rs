@@ -7,6 +7,7 @@
 use crate::config::{Folders, NodeConfig, write_file};
 use crate::error::{IoContext, NodeError, Result};
 use crate::guard;
+use crate::heard::Heard;
 use crate::limits::{self, VmLimits};
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostInfo, InstanceReport, StoredVm, Takeover, now_ms};
@@ -83,6 +84,7 @@ pub struct Instances {
     program: PathBuf,
     /// How processes ended that were this daemon's children.
     ended: Arc<Mutex<HashMap<VmId, Ended>>>,
+    heard: Heard,
 }
 
 struct Ended {
@@ -109,6 +111,7 @@ impl Instances {
             config: Mutex::new(config),
             program,
             ended: Arc::default(),
+            heard: Heard::default(),
         }
     }
 
@@ -388,6 +391,7 @@ impl Instances {
     #[must_use]
     pub fn report(&self) -> BTreeMap<VmId, InstanceReport> {
         let all = self.all();
+        self.heard.keep(|vm| all.contains_key(vm));
         all.into_iter()
             .map(|(vm, meta)| {
                 let report = self.report_one(&vm, &meta);
@@ -411,6 +415,7 @@ impl Instances {
             takeover: None,
             service: None,
         };
+        let mut late = false;
         match self.ask(vm, &Request::Status, STATUS_BOUND) {
             Ok(status) if meta.hot => {
                 read_protocol(&status["protocol"], meta, &mut report);
@@ -419,8 +424,16 @@ impl Instances {
                 }
             }
             Ok(_) => report.phase = Phase::Running,
-            Err(_) if self.pid(vm).is_some() => {}
+            Err(_) if self.pid(vm).is_some() => {
+                late = true;
+                if let Some(last) = self.heard.instead(vm, meta.pid, Instant::now()) {
+                    report = last;
+                }
+            }
             Err(_) => report.phase = Phase::Failed(FailureClass::ProcessDied),
+        }
+        if !late {
+            self.heard.note(vm, meta.pid, Instant::now(), &report);
         }
         if meta.stopping.is_some() {
             report.phase = Phase::Stopping;

@@ -29,6 +29,7 @@ mod error;
 mod etcd;
 mod guard;
 pub mod health;
+mod heard;
 pub mod http;
 mod instances;
 pub mod journal;

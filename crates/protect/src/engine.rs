@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use steadfast_capture::{Capture, PageArena};
+use steadfast_capture::{Capture, PageArena, SealedPages};
 use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event, Notice};
 use steadfast_epoch::message::{Body, Message};
@@ -139,6 +139,8 @@ pub struct Engine {
     pub(crate) waiting_cut: Option<WaitingCut>,
     /// Pages that changed with the machine itself; no dirty log knows them.
     pub(crate) carry: Vec<Gfn>,
+    /// What a machine changed that was built anew and has not run yet: its first cut takes it.
+    pub(crate) anew: Option<SealedPages>,
     pub(crate) ending: Option<Ending>,
     pub(crate) throttle: Throttle,
     /// Stopped for good by a cut, unless the protocol lets it run on.
@@ -231,6 +233,7 @@ impl Engine {
             waiting_cut: None,
             failpoint,
             carry: Vec::new(),
+            anew: None,
             ending: None,
             throttle: Throttle::new(Instant::now()),
             frozen: false,
@@ -310,7 +313,7 @@ impl Engine {
 
     /// The throttle's turn; not while a frozen cut decides whether the guest runs on at all.
     fn turn(&mut self) -> Option<Duration> {
-        if self.frozen || self.make_vm.is_none() || self.replica.primary().is_none() {
+        if self.frozen || self.between_machines() || self.replica.primary().is_none() {
             return None;
         }
         self.throttle.turn(&self.vm.machine, Instant::now())
@@ -368,7 +371,7 @@ impl Engine {
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
             Action::ResumeGuest => {
                 self.frozen = false;
-                if self.make_vm.is_some() {
+                if !self.between_machines() {
                     self.vm.machine.resume();
                 }
             }
@@ -388,7 +391,7 @@ impl Engine {
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => {
                 self.note(format!("the guest is slowed down by {percent} %"));
-                if !self.frozen && self.make_vm.is_some() {
+                if !self.frozen {
                     self.throttle.set(percent, &self.vm.machine, Instant::now());
                 }
             }

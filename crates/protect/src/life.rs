@@ -1,7 +1,9 @@
 //! What ends a guest or starts it anew while it is protected: its own reset, its power-off, an operator's stop.
 //!
 //! A reset is one more epoch: the new machine stands on the same disks and NICs, and the pages in which its fresh memory
-//! differs from the old one are dirty. Its standbys follow; frames that wait for their commit still leave.
+//! differs from the old one are dirty. Its standbys follow; frames that wait for their commit still leave. The thread that
+//! builds the new machine seals those pages too, gigabytes of them perhaps: the new machine does not run before its first cut
+//! has taken them, and that cut is no longer than any other.
 //!
 //! An end is told before it happens: what the guest flushed last is committed, then the record names no standby any
 //! more, and only then the process ends. So no standby takes it for a failure and runs what was turned off.
@@ -11,16 +13,16 @@ use crate::input::Input;
 use crate::primary::disk_failed;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use steadfast_capture::{SealedPages, seal_anew};
 use steadfast_epoch::Status;
 use steadfast_epoch::io::Event;
 use steadfast_epoch::primary::Phase;
 use steadfast_machine::memory::Ram;
-use steadfast_types::{Epoch, Gfn, HostId, PAGE_SIZE};
+use steadfast_types::{Epoch, HostId};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::resources::Resources;
 use steadfast_vmm::spec::VmSpec;
 use steadfast_vmm::{AssembleError, Vm};
-use vm_memory::{Bytes, GuestAddress};
 
 /// An end waits no longer for its standbys and the store.
 const END_MAX: Duration = Duration::from_secs(5);
@@ -36,9 +38,8 @@ pub struct Remains {
 
 /// The machine after a reset.
 pub struct Remade {
-    vm: Result<Vm, AssembleError>,
-    /// Pages in which its memory differs from the old one's.
-    changed: Vec<Gfn>,
+    /// With the pages in which its memory differs from what was sealed last.
+    vm: Result<(Vm, SealedPages), AssembleError>,
     make_vm: MakeVm,
 }
 
@@ -74,6 +75,8 @@ impl Engine {
             still.harvest(&mut dirty).map_err(|e| failed(&e))?;
             still.keep_stopped();
         }
+        // Whatever the throttle hears meanwhile, it lets nothing run.
+        self.throttle.runs();
         // What the old machine changed since the last cut.
         self.carry.append(&mut dirty);
         let remains = Remains {
@@ -81,38 +84,64 @@ impl Engine {
             resources: Arc::clone(&self.vm.resources),
             ram: self.vm.machine.ram().clone(),
         };
-        let inputs = self.inputs.clone();
+        let (inputs, arena) = (self.inputs.clone(), self.capture.arena().clone());
+        let carry = std::mem::take(&mut self.carry);
         let build = move || {
-            let vm = make_vm(Some(&remains)).and_then(|vm| vm.boot().map(|()| vm));
-            let mut changed = Vec::new();
-            if let Ok(vm) = &vm {
-                differing(&remains.ram, vm.machine.ram(), &mut changed);
-            }
-            inputs.send(Input::Remade(Box::new(Remade { vm, changed, make_vm })));
+            let built = make_vm(Some(&remains)).and_then(|vm| vm.boot().map(|()| vm));
+            let vm = built.and_then(|vm| {
+                let ram = vm.machine.ram();
+                // RAM in a file is the same file: its comparison does not show what booting wrote.
+                let mut also = carry;
+                ram.harvest_own_writes(|g| also.push(g));
+                let pages = seal_anew(&arena, &remains.ram, ram, also)
+                    .map_err(|e| AssembleError::Setting(format!("memory after the reset: {e}")))?;
+                Ok((vm, pages))
+            });
+            inputs.send(Input::Remade(Box::new(Remade { vm, make_vm })));
         };
         let thread = std::thread::Builder::new().name("reset".into()).spawn(build);
         thread.map(drop).map_err(|e| failed(&e))
     }
 
-    /// The machine that follows is there.
-    pub(crate) fn go_on_anew(&mut self, mut remade: Remade) -> Result<(), ProcessError> {
+    /// The machine that follows is there. With a standby it runs once its first cut has been made, else at once.
+    pub(crate) fn go_on_anew(&mut self, remade: Remade) -> Result<(), ProcessError> {
         self.make_vm = Some(remade.make_vm);
-        self.vm = remade.vm?;
-        self.carry.append(&mut remade.changed);
-        self.carry.sort_unstable();
-        self.carry.dedup();
+        let (vm, pages) = remade.vm?;
+        let old = std::mem::replace(&mut self.vm, vm);
+        // All its memory goes, and its threads end; its disks came to rest before.
+        let dropped = std::thread::Builder::new()
+            .name("former".into())
+            .spawn(move || drop(old));
+        dropped.map_err(|e| disk_failed(format!("the former machine is not left: {e}")))?;
         self.counters.resets += 1;
         if self.replica.primary().is_none() {
             return Ok(());
         }
         self.vm.machine.start_dirty_tracking()?;
         self.vm.machine.hurry_stops();
-        self.vm.machine.resume();
+        self.anew = Some(pages);
         if let Some((epoch, bases, freeze)) = self.waiting_cut.take() {
             self.cut(epoch, &bases, freeze)?;
-            self.step(Event::Tick)?;
+            return self.step(Event::Tick);
         }
+        if self.mirrored() {
+            return self.step(Event::Flush);
+        }
+        self.run_anew();
         Ok(())
+    }
+
+    /// Whether the machine must not be let run: there is none, or its first content was not cut yet.
+    pub(crate) fn between_machines(&self) -> bool {
+        self.make_vm.is_none() || self.anew.is_some()
+    }
+
+    /// A machine that waits for its first cut runs on without: that cut will be as long as its content takes.
+    pub(crate) fn run_anew(&mut self) {
+        if let Some(pages) = self.anew.take() {
+            self.carry.extend_from_slice(pages.gfns());
+            self.vm.machine.resume();
+        }
     }
 
     /// Begins to end; `Some` if nobody needs to be told.
@@ -162,49 +191,5 @@ impl Engine {
             self.step(Event::RemoveStandby(host))?;
         }
         Ok(None)
-    }
-}
-
-/// Adds the pages in which two memories of one size differ.
-fn differing(old: &Ram, new: &Ram, pages: &mut Vec<Gfn>) {
-    const LEN: usize = PAGE_SIZE as usize;
-    let (mut a, mut b) = ([0u8; LEN], [0u8; LEN]);
-    for region in new.regions() {
-        for gfn in region.start / PAGE_SIZE..(region.start + region.len) / PAGE_SIZE {
-            let at = GuestAddress(gfn * PAGE_SIZE);
-            let read = old
-                .memory()
-                .read_slice(&mut a, at)
-                .and_then(|()| new.memory().read_slice(&mut b, at));
-            if read.is_err() || a != b {
-                pages.push(Gfn(gfn));
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use steadfast_machine::memory::RamBacking;
-
-    #[test]
-    fn pages_that_differ_are_found() {
-        let ram = || Ram::new(64 << 20, &RamBacking::Memfd).unwrap();
-        let (old, new) = (ram(), ram());
-        old.memory()
-            .write_slice(&[1], GuestAddress(5 * PAGE_SIZE + 9))
-            .unwrap();
-        new.memory()
-            .write_slice(&[1], GuestAddress(7 * PAGE_SIZE))
-            .unwrap();
-        for ram in [&old, &new] {
-            ram.memory()
-                .write_slice(&[3; 99], GuestAddress(9 * PAGE_SIZE))
-                .unwrap();
-        }
-        let mut pages = Vec::new();
-        differing(&old, &new, &mut pages);
-        assert_eq!(pages, [Gfn(5), Gfn(7)]);
     }
 }

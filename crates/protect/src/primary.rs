@@ -6,6 +6,7 @@ use crate::peer::{Join, Record};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
+use steadfast_capture::Beside;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
@@ -27,7 +28,7 @@ const CUTS_TIMED_MAX: usize = 1024;
 impl Engine {
     /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
     /// base of its copy on every epoch must be whole.
-    fn mirrored(&self) -> bool {
+    pub(crate) fn mirrored(&self) -> bool {
         match self.replica.status() {
             Status::Primary(p) => {
                 p.members.iter().any(|m| m.in_sync || !m.lost)
@@ -57,6 +58,7 @@ impl Engine {
         if !self.mirrored() && bases.is_empty() && !freeze {
             // Nobody needs the record: only the boundary of the outputs is marked. Dirty pages stay with KVM, and a
             // standby that comes later is filled from the start.
+            self.run_anew();
             for h in &holds {
                 h.cut(epoch.0);
             }
@@ -86,36 +88,43 @@ impl Engine {
                 extra.extend(join.take_all());
             }
         }
-        let carry = std::mem::take(&mut self.carry);
+        let mut carry = std::mem::take(&mut self.carry);
         extra.extend_from_slice(&carry);
         extra.sort_unstable();
         extra.dedup();
+        let anew = self.anew.take();
+        let mut beside = Beside { extra, anew };
         let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
         let mut emitted = 0;
         let mut disks = None;
         let volumes = &mut self.disks;
         let (audit, ram) = (&mut self.audit, self.vm.machine.ram());
         let (failpoint, replica) = (&mut self.failpoint, &self.replica);
-        let sealed = self.capture.cut(&self.vm.machine, &extra, freeze, |_, pages| {
-            failpoint.at("pause", || replica.status());
-            if let Some(audit) = audit {
-                audit.cut(ram, epoch.0, term.0, pages.gfns());
-            }
-            for h in &holds {
-                h.cut(epoch.0);
-            }
-            emitted = boundary();
-            disks = Some(volumes.seal(epoch, term, &slots));
-        });
+        let sealed = self
+            .capture
+            .cut(&self.vm.machine, &mut beside, freeze, |_, pages| {
+                failpoint.at("pause", || replica.status());
+                if let Some(audit) = audit {
+                    audit.cut(ram, epoch.0, term.0, pages.gfns());
+                }
+                for h in &holds {
+                    h.cut(epoch.0);
+                }
+                emitted = boundary();
+                disks = Some(volumes.seal(epoch, term, &slots));
+            });
         let sealed = match sealed {
             Ok(sealed) => sealed,
             Err(error) => {
                 self.cut_failures += 1;
+                if let Some(anew) = beside.anew {
+                    carry.extend_from_slice(anew.gfns());
+                }
                 self.carry = carry;
                 // Pages that were not dirty and yet missing there: nobody else remembers them.
                 for base in bases {
                     if let Some(join) = self.peers.get_mut(base).and_then(|p| p.join.as_mut()) {
-                        extra.iter().for_each(|g| join.add(*g));
+                        beside.extra.iter().for_each(|g| join.add(*g));
                     }
                 }
                 self.note(format!("cut {epoch} failed: {error}"));
@@ -201,6 +210,8 @@ impl Engine {
             Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
             Status::Standby(_) => return Ok(()),
         };
+        // Not while a reset is under way: looking lets the guest run on.
+        let may_look = !mirrored_by_others && !self.between_machines();
         let regions: Vec<_> = self
             .vm
             .machine
@@ -242,8 +253,6 @@ impl Engine {
         failed = failed.or(disk.as_ref().err().cloned());
         let disk: Vec<_> = disk.ok().flatten().into_iter().collect();
         let pages = state.chunk(seq, most);
-        // Not while a reset is under way: looking lets the guest run on.
-        let may_look = !mirrored_by_others && self.make_vm.is_some();
         if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
             state.rounds += 1;
             let mut dirty = Vec::new();

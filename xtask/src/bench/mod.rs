@@ -8,6 +8,7 @@ pub mod host;
 mod machine_peers;
 mod machine_state;
 mod markdown;
+mod pool;
 mod pool_scale;
 pub mod row;
 pub mod svg;
@@ -66,6 +67,7 @@ fn all() -> Vec<Bench> {
         ft::bench(),
         machine_peers::bench(),
         machine_state::bench(),
+        pool::bench(),
         pool_scale::bench(),
     ]
 }

@@ -8,8 +8,11 @@ use crate::policy::{self, Cut, PolicyInput};
 use crate::primary::window::Flight;
 use steadfast_types::{Epoch, HostId};
 
-/// Bytes below which a cut without output and flush counts as idle.
-const IDLE_BYTES: u64 = 64 << 10;
+/// Bytes below which a guest counts as idle, whatever it says: what waits for a cut asks for its own, so the interval is only about
+/// what a cut has to copy, and so little costs hardly more than nothing.
+const IDLE_BYTES: u64 = 1 << 20;
+/// Bytes below which a transfer tells nothing of the link's rate.
+const RATE_BYTES: u64 = 64 << 10;
 /// What a cut is believed to cost at most while nothing is known.
 const COST_FIRST_US: Micros = 500;
 
@@ -20,7 +23,6 @@ pub(crate) struct Asked {
     /// Standbys whose copy it completes, with the number of that copy.
     pub bases: Vec<(HostId, Base)>,
     pub freeze: bool,
-    urgent: bool,
 }
 
 /// State of the cutting.
@@ -46,7 +48,7 @@ impl Cutting {
     }
 
     pub fn link_rate(&mut self, bytes: u64, took_us: Micros) {
-        if bytes > IDLE_BYTES {
+        if bytes > RATE_BYTES {
             let rate = bytes.saturating_mul(1_000_000) / took_us.max(1);
             self.link_bytes_per_s = policy::ewma(self.link_bytes_per_s, rate);
         }
@@ -113,17 +115,11 @@ impl Primary {
         }
         let epoch = self.progress.sealed().next();
         let c = &mut self.cutting;
-        let urgent = c.output_since.is_some() || c.flush_since.is_some();
         c.output_since = None;
         c.flush_since = None;
         c.dirty_bytes = 0;
         let hosts = bases.iter().map(|(h, _)| h.clone()).collect();
-        c.asked = Some(Asked {
-            epoch,
-            bases,
-            freeze,
-            urgent,
-        });
+        c.asked = Some(Asked { epoch, bases, freeze });
         out.push(Action::Cut {
             epoch,
             bases: hosts,
@@ -144,8 +140,11 @@ impl Primary {
         // than usual counts as a part of itself. If cuts have become dear, a few of them tell.
         let usual = c.cut_cost_us.saturating_mul(4).saturating_add(COST_FIRST_US);
         c.cut_cost_us = policy::ewma(c.cut_cost_us, s.pause_us.min(usual));
-        let idle = !asked.urgent && !s.flush && s.bytes < IDLE_BYTES;
-        c.idle_cuts = if idle { c.idle_cuts.saturating_add(1) } else { 0 };
+        c.idle_cuts = if s.bytes < IDLE_BYTES {
+            c.idle_cuts.saturating_add(1)
+        } else {
+            0
+        };
 
         let epoch = EpochRef {
             epoch: s.epoch,

@@ -7,6 +7,7 @@
 //! Code that hands guest memory to the kernel (io_uring, readv) marks it with [`Ram::mark_dirty`] itself.
 
 pub mod dirty_map;
+mod filled;
 pub mod layout;
 
 pub use dirty_map::DirtyMap;

@@ -61,14 +61,15 @@ impl<'r> PoolHost<'r> {
         ))
     }
 
-    /// Makes a pool of it, and starts its daemon.
+    /// Makes a pool of it, and starts its daemon. `suspect` is the silence after which one instance of a VM suspects the other.
     ///
     /// # Errors
     /// What `pool init` said.
-    pub fn init(&self, lease: Duration) -> Result<()> {
+    pub fn init(&self, lease: Duration, suspect: Duration) -> Result<()> {
         self.run(&format!(
-            "pool init rig --lease-ms {} --vm-suspect-ms 4000 {}",
+            "pool init rig --lease-ms {} --vm-suspect-ms {} {}",
             lease.as_millis(),
+            suspect.as_millis(),
             self.own_arguments()?
         ))?;
         self.start_daemon()

@@ -15,6 +15,10 @@ const BOUND: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(60);
 /// Simulated servers share few real CPUs: one that is well may not get to renew its lease for seconds.
 const LEASE: Duration = Duration::from_secs(20);
+/// As do their VMs' instances.
+const SUSPECT: Duration = Duration::from_secs(4);
+/// Asking is a program that runs on a server, which has other things to do.
+const ASK_EVERY: Duration = Duration::from_secs(1);
 const CLASSES: [&str; 4] = ["ft", "restart", "checkpoint", "none"];
 
 /// A VM of the play.
@@ -91,7 +95,7 @@ impl Stage<'_, '_> {
         self.tell.doing("a pool is made");
         let began = Instant::now();
         let (first, others) = self.hosts.split_first().ok_or_else(none)?;
-        first.init(LEASE)?;
+        first.init(LEASE, SUSPECT)?;
         for (i, host) in others.iter().enumerate() {
             host.join(first, i == 2)?;
         }
@@ -412,7 +416,7 @@ impl Stage<'_, '_> {
                     detail: format!("; the pool says {status}"),
                 });
             }
-            std::thread::sleep(Duration::from_millis(200));
+            std::thread::sleep(ASK_EVERY);
         }
     }
 

@@ -1,0 +1,120 @@
+//! Our side: a pool of three, one VM of class `restart` and one of class `ft`; the host that runs the one is killed, then the host that
+//! runs the other.
+
+use super::{BOUND, MEMORY_MIB, kill, servers, until_answer};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+use steadfast_rig::Rig;
+use steadfast_rig::pool::PoolHost;
+use steadfast_rig::vm::CPU;
+
+pub const LEASE: Duration = Duration::from_secs(3);
+pub const SUSPECT: Duration = Duration::from_millis(1500);
+const VMS: [(&str, Ipv4Addr); 2] = [
+    ("restart", Ipv4Addr::new(10, 90, 0, 121)),
+    ("ft", Ipv4Addr::new(10, 90, 0, 122)),
+];
+
+/// Seconds from kill to answer: class `restart`, class `ft`.
+pub fn measure(rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
+    let rig = servers(Rig::builder())?;
+    let hosts: Vec<PoolHost<'_>> = rig.servers().iter().map(PoolHost::new).collect();
+    let pool = Pool { rig: &rig, hosts };
+    let measured = pool.measure(rounds);
+    if measured.is_err() {
+        eprintln!("{}", pool.story());
+    }
+    drop(pool);
+    rig.end();
+    measured
+}
+
+struct Pool<'r> {
+    rig: &'r Rig,
+    hosts: Vec<PoolHost<'r>>,
+}
+
+impl Pool<'_> {
+    fn measure(&self, rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
+        let (first, others) = self.hosts.split_first().context("no servers")?;
+        first.init(LEASE, SUSPECT)?;
+        for host in others {
+            host.join(first, false)?;
+        }
+        self.wait("three hosts that are up", |s| {
+            let hosts = s["hosts"].as_array();
+            hosts.is_some_and(|h| h.len() == 3 && h.iter().all(|h| h["health"] == "up"))
+                && s["leader"].is_string()
+        })?;
+        for (class, address) in VMS {
+            first.run(&format!(
+                "vm create --name {class} --class {class} --memory {MEMORY_MIB}MiB --cpu {CPU} --rng false --nic br0 \
+                 --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
+                 --cmdline \"$(cat /guests/mini/cmdline) mini.ip={address}/24 mini.tick_ms=0\""
+            ))?;
+            self.wait("the VM to run", |s| {
+                vm(s, class).is_some_and(|v| v["state"] == "running")
+            })?;
+            until_answer(self.rig.client()?, address, Instant::now())?;
+        }
+        let mut found = (Vec::new(), Vec::new());
+        for round in 0..rounds {
+            for (class, address) in VMS {
+                self.wait("the pool to be well", |s| s["healthy"] == true)?;
+                let status = self.status()?;
+                let on = vm(&status, class)
+                    .and_then(|v| v["host"].as_str())
+                    .unwrap_or_default()
+                    .to_string();
+                let Some(host) = self.hosts.iter().find(|h| h.name() == on) else {
+                    bail!("{class} runs nowhere: {status}");
+                };
+                let took =
+                    kill(self.rig, host.server, address).with_context(|| format!("{class} on {on}"))?;
+                eprintln!("round {} of {rounds}: {class}: {took:.2} s", round + 1);
+                match class {
+                    "ft" => found.1.push(took),
+                    _ => found.0.push(took),
+                }
+                host.server.start()?;
+                host.start_daemon()?;
+            }
+        }
+        Ok(found)
+    }
+
+    fn status(&self) -> Result<Value> {
+        let on = self
+            .hosts
+            .iter()
+            .find(|h| h.server.is_ready())
+            .context("no server is on")?;
+        Ok(on.json("pool status")?.unwrap_or_default())
+    }
+
+    fn wait(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let status = self.status()?;
+            if wanted(&status) {
+                return Ok(());
+            }
+            if began.elapsed() > BOUND {
+                bail!("waited for {what} in vain; the pool says {status}");
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn story(&self) -> String {
+        let on = self.hosts.iter().find(|h| h.server.is_ready());
+        let events = on.map(|h| h.run("events --limit 60"));
+        format!("{events:?}")
+    }
+}
+
+fn vm<'s>(status: &'s Value, name: &str) -> Option<&'s Value> {
+    status["vms"].as_array()?.iter().find(|v| v["vm"] == name)
+}
