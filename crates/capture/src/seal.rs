@@ -33,6 +33,8 @@ pub enum CaptureError {
 pub struct CutTimes {
     /// From the first kick until vCPUs and devices stood still.
     pub stop: Duration,
+    /// How much of that was for the vCPUs.
+    pub vcpus: Duration,
     /// Finding the dirty pages.
     pub harvest: Duration,
     /// Copying them.
@@ -41,6 +43,19 @@ pub struct CutTimes {
     pub state: Duration,
     /// All of it, until the guest ran on.
     pub pause: Duration,
+}
+
+impl std::fmt::Display for CutTimes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |d: Duration| d.as_millis();
+        let (vcpus, devices) = (ms(self.vcpus), ms(self.stop.saturating_sub(self.vcpus)));
+        let (harvest, copy, state) = (ms(self.harvest), ms(self.copy), ms(self.state));
+        write!(
+            f,
+            "{} ms: vCPUs {vcpus}, devices {devices}, harvest {harvest}, copy {copy}, state {state}",
+            ms(self.pause)
+        )
+    }
 }
 
 /// What a cut takes beside what the dirty log knows.
@@ -94,6 +109,7 @@ impl Capture {
         let mut times = CutTimes::default();
         let mut still = machine.quiesce()?;
         times.stop = start.elapsed();
+        times.vcpus = still.times.vcpus;
         let mut dirty = std::mem::take(&mut self.dirty);
         let sealed = self.seal(machine, &mut still, &mut dirty, beside, &mut times, start);
         match &sealed {

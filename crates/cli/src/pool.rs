@@ -128,8 +128,9 @@ pub enum PoolVerb {
         /// Certificates for that cluster: CA, certificate, key.
         #[arg(long, num_args = 3, value_names = ["CA", "CERTIFICATE", "KEY"], requires = "etcd")]
         etcd_tls: Vec<PathBuf>,
-        /// Milliseconds in which a host must renew its lease; `restart` VMs of a dead host wait for it.
-        #[arg(long, default_value_t = Timings::default().lease_ms)]
+        /// Milliseconds in which a host must renew its lease; `restart` VMs of a dead host wait for it. How often hosts report, and
+        /// when a silent one is suspect or dead, goes with it.
+        #[arg(long, default_value_t = Timings::default().lease_ms, value_parser = clap::value_parser!(u64).range(2000..=600_000))]
         lease_ms: u64,
         /// Milliseconds that a host's certificate lives; its daemon renews it when a third is left.
         #[arg(long, default_value_t = Timings::default().certificate_ms)]
@@ -282,10 +283,9 @@ pub fn pool(verb: PoolVerb, json: bool) -> Outcome {
         } => {
             let external = (!etcd.is_empty()).then(|| external(etcd, &etcd_tls));
             let timings = Timings {
-                lease_ms,
                 certificate_ms,
                 vm_suspect_ms,
-                ..Timings::default()
+                ..Timings::for_lease(lease_ms)
             };
             setup::init(&host.folders.folders()?, &pool, host.choice()?, external, timings)?;
             println!("this host is pool {pool} now; start its daemon: steadfast node");

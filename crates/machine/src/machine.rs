@@ -14,7 +14,7 @@ use crate::devices::pci::PciRoot;
 use crate::devices::pci::root::{ConfigPorts, Ecam};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::pci::{BAR_BYTES, VirtioPci};
-use crate::kvm::{DirtyMethod, DirtyRing, Hypervisor, KvmError, KvmVm};
+use crate::kvm::{DirtyMethod, DirtyRing, Hypervisor, KvmError, KvmVm, urgent};
 use crate::memory::{Ram, layout};
 use crate::state::{MachineState, StateError, StateKind};
 use crate::vcpu::{self, VcpuEvents, VcpuPeripherals, Vcpus};
@@ -295,6 +295,19 @@ impl Machine {
     /// Makes stops come before other work of the host from now on, where it allows that: for a machine that is cut often.
     pub fn hurry_stops(&self) {
         self.vcpus.hurry_stops();
+    }
+
+    /// Gives the I/O threads precedence while the machine is being stopped: one of them may hold a device that a vCPU, or who stops
+    /// it, waits for. Gives back whether it did.
+    pub(crate) fn hurry_io(&self) -> bool {
+        let threads = self.io_threads.iter().filter_map(|(_, t)| t.id());
+        self.vcpus.is_urgent() && threads.filter(|id| urgent::raise(*id).is_ok()).count() > 0
+    }
+
+    /// Takes the precedence back.
+    pub(crate) fn calm_io(&self) {
+        let threads = self.io_threads.iter().filter_map(|(_, t)| t.id());
+        threads.for_each(urgent::lower);
     }
 
     /// Lets the guest run.

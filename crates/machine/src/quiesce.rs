@@ -13,7 +13,8 @@ use crate::kvm::{KvmError, KvmVm};
 use crate::machine::{Machine, lock};
 use crate::state::{MachineState, StateError};
 use crate::vcpu::VcpuStuck;
-use std::sync::MutexGuard;
+use std::cell::Cell;
+use std::sync::{MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 use steadfast_types::Gfn;
 
@@ -53,6 +54,28 @@ struct Held<'m> {
     vm: MutexGuard<'m, KvmVm>,
 }
 
+/// I/O threads that have precedence until this goes.
+struct Hurried<'m> {
+    machine: &'m Machine,
+    done: Cell<bool>,
+}
+
+impl Hurried<'_> {
+    fn hurry(&self) {
+        if !self.done.get() {
+            self.done.set(self.machine.hurry_io());
+        }
+    }
+}
+
+impl Drop for Hurried<'_> {
+    fn drop(&mut self) {
+        if self.done.get() {
+            self.machine.calm_io();
+        }
+    }
+}
+
 impl Machine {
     /// Stops the machine at one instant.
     ///
@@ -60,11 +83,22 @@ impl Machine {
     /// [`QuiesceError`]; the machine runs on.
     pub fn quiesce(&self) -> Result<Quiesced<'_>, QuiesceError> {
         let start = Instant::now();
-        self.vcpus.pause()?;
+        let hurried = Hurried {
+            machine: self,
+            done: Cell::new(false),
+        };
+        self.vcpus.pause(|| hurried.hurry())?;
         let vcpus = start.elapsed();
         let mut virtio = Vec::with_capacity(self.virtio.len());
         for (device, slot) in self.virtio.iter().zip(1u8..) {
-            match device.lock() {
+            let locked = device.try_lock().or_else(|error| match error {
+                TryLockError::Poisoned(poisoned) => Err(poisoned),
+                TryLockError::WouldBlock => {
+                    hurried.hurry();
+                    device.lock()
+                }
+            });
+            match locked {
                 Ok(guard) => virtio.push(guard),
                 Err(_) => {
                     drop(virtio);
@@ -119,13 +153,14 @@ impl<'m> Quiesced<'m> {
         Ok(state)
     }
 
-    /// Brings device requests in flight to their end, so that another process may use the same disks.
+    /// Brings device requests in flight to their end, so that another process may use the same disks. Each device is waited for
+    /// no longer than `within`; with nothing, what has ended by itself is taken.
     ///
     /// # Errors
-    /// The device that did not come to rest.
-    pub fn drain(&mut self) -> Result<(), crate::devices::virtio::DeviceError> {
+    /// The device that did not come to rest; it may be asked again.
+    pub fn drain(&mut self, within: Duration) -> Result<(), crate::devices::virtio::DeviceError> {
         let Some(held) = &mut self.held else { return Ok(()) };
-        held.virtio.iter_mut().try_for_each(|d| d.drain())
+        held.virtio.iter_mut().try_for_each(|d| d.drain(within))
     }
 
     /// Takes the pages that changed since the last harvest, rising, each once.

@@ -111,6 +111,26 @@ impl Default for Timings {
     }
 }
 
+impl Timings {
+    /// With this lease, and what goes with it in proportion, from half to twice the usual: slow hosts are asked less, and doubted
+    /// later.
+    #[must_use]
+    pub fn for_lease(lease_ms: u64) -> Self {
+        let usual = Self::default();
+        let share = lease_ms.clamp(usual.lease_ms / 2, usual.lease_ms * 2);
+        let scaled = |ms: u64| ms * share / usual.lease_ms;
+        Self {
+            report_ms: scaled(usual.report_ms),
+            suspect_ms: scaled(usual.suspect_ms),
+            dead_ms: scaled(usual.dead_ms),
+            lease_ms,
+            lease_margin_ms: scaled(usual.lease_margin_ms),
+            leader_ms: scaled(usual.leader_ms),
+            ..usual
+        }
+    }
+}
+
 /// A host as the pool knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostInfo {

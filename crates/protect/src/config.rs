@@ -91,6 +91,12 @@ impl ProtectSpec {
         (self.suspect_ms / 16).clamp(10, 100)
     }
 
+    /// The longest step of time that counts as another host's silence, in microseconds: an eighth of what makes it suspect. It is
+    /// also about how often an idle instance looks at the time.
+    pub fn step_cap_us(&self) -> u64 {
+        (self.suspect_ms * 1000 / 8).clamp(5_000, 250_000)
+    }
+
     /// How long an answer of the store is awaited before it is asked again, in milliseconds. The store's calls are bounded by
     /// themselves and made one after the other: to ask again earlier would only throw a late answer away.
     pub fn store_answer_ms(&self) -> u64 {

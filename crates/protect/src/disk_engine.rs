@@ -3,6 +3,7 @@
 use crate::aside::{self, Aside};
 use crate::ask::Question;
 use crate::config::COPY_RATE_MIN;
+use crate::crowd::Crowd;
 use crate::disk_care::Trouble;
 use crate::disks::CHUNK_BYTES;
 use crate::engine::Engine;
@@ -45,6 +46,9 @@ pub struct Care {
     rate: u64,
     pace: RateLimit,
     due_us: u64,
+    crowd: Crowd,
+    /// What copies took of this thread since the last piece was asked for.
+    worked: Duration,
     chunks: VecDeque<WaitingChunk>,
     pub cut: Option<WaitingCut>,
     looked: Instant,
@@ -64,6 +68,8 @@ impl Care {
             rate: copy_bytes_per_s,
             pace: RateLimit::new(copy_bytes_per_s),
             due_us: 0,
+            crowd: Crowd::new(),
+            worked: Duration::ZERO,
             chunks: VecDeque::new(),
             cut: None,
             looked: now,
@@ -91,7 +97,23 @@ impl Care {
 
     /// Notes what was sent.
     pub fn sent(&mut self, now_us: u64, bytes: u64) {
-        self.due_us = now_us + self.pace.spend(now_us, bytes);
+        self.due_us = self.due_us.max(now_us + self.pace.spend(now_us, bytes));
+    }
+
+    /// Notes what a copy took of this thread.
+    pub fn worked(&mut self, took: Duration) {
+        self.worked += took;
+    }
+
+    /// The next piece of a copy comes later where the host's CPUs are wanted by others.
+    fn give_way(&mut self, now_us: u64) {
+        let rest = std::mem::take(&mut self.worked) * Crowd::rests(self.crowd.percent(Instant::now()));
+        self.due_us = self.due_us.max(now_us + rest.as_micros() as u64);
+    }
+
+    /// Something waits for its time.
+    pub fn waits(&self) -> bool {
+        !self.chunks.is_empty() || self.cut.is_some()
     }
 }
 
@@ -206,8 +228,9 @@ impl Engine {
         seq: u64,
         have: EpochRef,
     ) -> Result<(), ProcessError> {
-        if self.care.rate == 0 && self.care.chunks.is_empty() {
-            return self.send_chunk(&to, message, join, seq, have);
+        self.care.give_way(self.now());
+        if self.care.chunks.is_empty() && self.now() >= self.care.due_us {
+            return self.send_a_chunk(&to, message, join, seq, have);
         }
         self.care.chunks.push_back(WaitingChunk {
             to,
@@ -221,7 +244,7 @@ impl Engine {
 
     /// What waited for its turn, and whose turn it is.
     fn due_chunks(&mut self) -> Result<(), ProcessError> {
-        while self.now() >= self.care.due_us || self.care.rate == 0 {
+        while self.now() >= self.care.due_us {
             let Some(c) = self.care.chunks.pop_front() else {
                 break;
             };
@@ -229,9 +252,23 @@ impl Engine {
             let Status::Primary(_) = self.replica.status() else {
                 continue;
             };
-            self.send_chunk(&c.to, c.message, c.join, c.seq, c.have)?;
+            self.send_a_chunk(&c.to, c.message, c.join, c.seq, c.have)?;
             self.step(Event::Tick)?;
         }
+        Ok(())
+    }
+
+    fn send_a_chunk(
+        &mut self,
+        to: &HostId,
+        message: Message,
+        join: u64,
+        seq: u64,
+        have: EpochRef,
+    ) -> Result<(), ProcessError> {
+        let began = Instant::now();
+        self.send_chunk(to, message, join, seq, have)?;
+        self.care.worked(began.elapsed());
         Ok(())
     }
 

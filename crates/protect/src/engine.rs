@@ -16,6 +16,7 @@ use crate::failpoint::Failpoint;
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
 use crate::outgoing::{Job, PIECE};
+use crate::pace::Pace;
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
@@ -49,8 +50,10 @@ pub type MakeVm = Box<dyn Fn(Option<&Remains>) -> Result<Vm, AssembleError> + Se
 
 /// Inputs handled before the clock is looked at again.
 const BATCH: usize = 64;
-/// Output that a full console refused is offered again so often.
-const CONSOLE_EVERY: Duration = Duration::from_millis(20);
+/// What goes on by itself is looked after so often: output that a full console refused, disks, an end.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// As often while there is none of that: an idle instance costs its host little.
+const LOOK_IDLE: Duration = Duration::from_millis(100);
 
 /// Numbers for the status.
 #[derive(Default)]
@@ -132,8 +135,10 @@ pub struct Engine {
     pub(crate) timeline: Timeline,
     pub(crate) events: VecDeque<Event>,
     pub(crate) start: bool,
-    /// None while a thread builds the machine that follows a reset.
+    /// None while the machine that follows a reset is made.
     pub(crate) make_vm: Option<MakeVm>,
+    /// It is here while the machine before comes to rest, for no longer than this.
+    pub(crate) resting: Option<(MakeVm, Instant)>,
     pub(crate) failpoint: Failpoint,
     /// A cut that was asked for meanwhile.
     pub(crate) waiting_cut: Option<WaitingCut>,
@@ -151,6 +156,7 @@ pub struct Engine {
     store: Sender<Ask>,
     pub(crate) inputs: Inputs,
     clock: Instant,
+    pace: Pace,
     pub(crate) log: VecDeque<String>,
     /// A cut that failed is tried again so many times.
     pub(crate) cut_failures: u32,
@@ -181,6 +187,7 @@ impl Engine {
         let audit = parts.spec.audit.as_deref().map(Audit::new).transpose();
         let audit = audit.map_err(|e| setting(format!("audit folder: {e}")))?;
         let failpoint = Failpoint::new(parts.spec.die_at.as_deref()).map_err(setting)?;
+        let pace = Pace::new(Duration::from_millis(parts.spec.suspect_ms));
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let mut policy = PolicySettings::default();
         if let Some(us) = parts.spec.max_interval_us {
@@ -191,6 +198,7 @@ impl Engine {
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
             heartbeat_us: parts.spec.heartbeat_ms() * 1000,
+            step_cap_us: parts.spec.step_cap_us(),
             store_timeout_us: parts.spec.store_answer_ms() * 1000,
             hold_outputs: parts.spec.hold_outputs,
             acks_required: parts.spec.acks.unwrap_or(0),
@@ -230,6 +238,7 @@ impl Engine {
             start: parts.spec.start,
             name: parts.name,
             make_vm: Some(parts.make_vm),
+            resting: None,
             waiting_cut: None,
             failpoint,
             carry: Vec::new(),
@@ -242,6 +251,7 @@ impl Engine {
             store,
             inputs: parts.inputs,
             clock: Instant::now(),
+            pace,
             log: VecDeque::new(),
             cut_failures: 0,
             audit,
@@ -260,41 +270,45 @@ impl Engine {
         if self.start {
             self.step(Event::ColdStart)?;
         }
-        let mut console = Instant::now();
+        let mut looked = Instant::now();
         loop {
             let now = self.now();
-            let mut wait =
-                Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(CONSOLE_EVERY);
+            let every = self.look_every();
+            let mut wait = Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(every);
             if let Some(turn) = self.turn() {
                 wait = wait.min(turn);
             }
             if self.has_work() {
                 wait = Duration::ZERO;
             }
+            let asleep = Instant::now();
             match queue.recv_timeout(wait) {
                 Ok(first) => {
-                    let mut next = Some(first);
-                    for _ in 0..BATCH {
-                        let Some(input) = next.take() else { break };
+                    self.pace.begin(Instant::now());
+                    let (mut next, mut left) = (Some(first), BATCH);
+                    while let Some(input) = next {
+                        let what = input.name();
                         if let Some(ended) = self.input(input)? {
                             return Ok(ended);
                         }
-                        next = queue.try_recv().ok();
-                    }
-                    if let Some(input) = next
-                        && let Some(ended) = self.input(input)?
-                    {
-                        return Ok(ended);
+                        self.took(what);
+                        left -= 1;
+                        next = if left > 0 { queue.try_recv().ok() } else { None };
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    self.pace.begin(asleep + wait);
+                    self.took("waiting for a CPU");
+                }
                 Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Stopped),
             }
             self.work()?;
+            self.took("a piece of what is large");
             if self.now() >= self.replica.deadline() {
                 self.step(Event::Tick)?;
+                self.took("a tick");
             }
-            if console.elapsed() >= CONSOLE_EVERY {
+            if looked.elapsed() >= every {
                 self.vm
                     .serial
                     .lock()
@@ -302,12 +316,39 @@ impl Engine {
                     .flush_output();
                 self.disks_moved()?;
                 self.bound_copy()?;
-                console = Instant::now();
+                self.rest()?;
+                looked = Instant::now();
                 self.close_links();
                 if let Some(ended) = self.end_step()? {
                     return Ok(ended);
                 }
+                self.took("looking after disks and console");
             }
+        }
+    }
+
+    fn look_every(&self) -> Duration {
+        let serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = serial.output_pending() == 0
+            && self.disks.is_empty()
+            && !self.care.waits()
+            && self.resting.is_none()
+            && self.ending.is_none()
+            && self.copy_out.is_none();
+        if idle { LOOK_IDLE } else { LOOK_EVERY }
+    }
+
+    /// Notes what took too long since the last call.
+    fn took(&mut self, what: &str) {
+        if let Some(slow) = self.pace.mark(what, Instant::now()) {
+            self.note(slow);
+        }
+    }
+
+    /// Notes a pause that took too long, and which part of it.
+    pub(crate) fn slow_pause(&mut self, times: steadfast_capture::CutTimes) {
+        if self.pace.is_slow(times.pause) {
+            self.note(format!("slow: a pause took {times}"));
         }
     }
 
@@ -633,10 +674,13 @@ impl Engine {
 
     /// What is large goes on: encoding for peers whose links take more, and applying.
     fn work(&mut self) -> Result<(), ProcessError> {
-        self.peers
-            .values_mut()
-            .filter(|p| p.out.is_busy())
-            .for_each(Peer::flush);
+        for peer in self.peers.values_mut().filter(|p| p.out.is_busy()) {
+            let began = Instant::now();
+            peer.flush();
+            if peer.join.is_some() {
+                self.care.worked(began.elapsed());
+            }
+        }
         self.count_copied();
         if self.applying.is_busy() {
             self.apply_piece(Some(Instant::now() + PIECE));

@@ -49,6 +49,26 @@ pub enum Input {
     CopiedOut(Result<serde_json::Value, String>),
 }
 
+impl Input {
+    /// What it is, in words.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Input::Link(..) => "an event of a link",
+            Input::Store(_) => "an answer of the store",
+            Input::Output => "output of the guest",
+            Input::Guest(_) => "an event of the guest",
+            Input::Vcpu(_) => "the end of a vCPU",
+            Input::Control(_) => "a request to the control socket",
+            Input::DiskFlush => "a flush",
+            Input::DiskMoved => "a cursor of a disk",
+            Input::Remade(_) => "the machine after a reset",
+            Input::DiskAsk { .. } | Input::DiskServed(..) => "a block of another host",
+            Input::DiskCopied(..) => "the end of a copy of disks",
+            Input::CopiedOut(_) => "the copy of a standby",
+        }
+    }
+}
+
 /// The queue's sending side.
 #[derive(Clone)]
 pub struct Inputs {

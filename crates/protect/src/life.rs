@@ -18,7 +18,7 @@ use steadfast_epoch::Status;
 use steadfast_epoch::io::Event;
 use steadfast_epoch::primary::Phase;
 use steadfast_machine::memory::Ram;
-use steadfast_types::{Epoch, HostId};
+use steadfast_types::{Epoch, Gfn, HostId};
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::resources::Resources;
 use steadfast_vmm::spec::VmSpec;
@@ -26,6 +26,9 @@ use steadfast_vmm::{AssembleError, Vm};
 
 /// An end waits no longer for its standbys and the store.
 const END_MAX: Duration = Duration::from_secs(5);
+
+/// What a disk does for a guest that resets itself is waited for no longer.
+const REST_MAX: Duration = Duration::from_secs(10);
 
 /// What is left of a machine for the one that follows it.
 pub struct Remains {
@@ -65,18 +68,42 @@ impl Engine {
             return Ok(());
         };
         self.note("the guest starts anew".into());
-        let failed = |e: &dyn std::fmt::Display| disk_failed(format!("the guest cannot be reset: {e}"));
-        let mut dirty = Vec::new();
-        {
-            let mut still = self.vm.machine.quiesce().map_err(|e| failed(&e))?;
-            if let Err(error) = still.drain() {
-                tracing::warn!(%error, "a device did not come to rest before the reset");
-            }
-            still.harvest(&mut dirty).map_err(|e| failed(&e))?;
-            still.keep_stopped();
-        }
+        self.vm
+            .machine
+            .quiesce()
+            .map_err(|e| not_reset(&e))?
+            .keep_stopped();
         // Whatever the throttle hears meanwhile, it lets nothing run.
         self.throttle.runs();
+        self.resting = Some((make_vm, Instant::now() + REST_MAX));
+        self.rest()
+    }
+
+    /// The machine that a reset left behind finishes what its disks do for it, which is not waited for: then the next one is
+    /// built.
+    pub(crate) fn rest(&mut self) -> Result<(), ProcessError> {
+        let Some((make_vm, until)) = self.resting.take() else {
+            return Ok(());
+        };
+        let mut dirty = Vec::new();
+        {
+            let mut still = self.vm.machine.quiesce().map_err(|e| not_reset(&e))?;
+            if let Err(error) = still.drain(Duration::ZERO) {
+                if Instant::now() < until {
+                    still.keep_stopped();
+                    self.resting = Some((make_vm, until));
+                    return Ok(());
+                }
+                tracing::warn!(%error, "a device did not come to rest before the reset");
+            }
+            still.harvest(&mut dirty).map_err(|e| not_reset(&e))?;
+            still.keep_stopped();
+        }
+        self.build_next(make_vm, dirty)
+    }
+
+    /// Builds the machine that follows, on a thread of its own.
+    fn build_next(&mut self, make_vm: MakeVm, mut dirty: Vec<Gfn>) -> Result<(), ProcessError> {
         // What the old machine changed since the last cut.
         self.carry.append(&mut dirty);
         let remains = Remains {
@@ -100,7 +127,7 @@ impl Engine {
             inputs.send(Input::Remade(Box::new(Remade { vm, make_vm })));
         };
         let thread = std::thread::Builder::new().name("reset".into()).spawn(build);
-        thread.map(drop).map_err(|e| failed(&e))
+        thread.map(drop).map_err(|e| not_reset(&e))
     }
 
     /// The machine that follows is there. With a standby it runs once its first cut has been made, else at once.
@@ -192,4 +219,8 @@ impl Engine {
         }
         Ok(None)
     }
+}
+
+fn not_reset(why: &dyn std::fmt::Display) -> ProcessError {
+    disk_failed(format!("the guest cannot be reset: {why}"))
 }

@@ -27,12 +27,11 @@ const CUTS_TIMED_MAX: usize = 1024;
 
 impl Engine {
     /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
-    /// base of its copy on every epoch must be whole.
+    /// base of its copy on every epoch must be whole. Who only waits to be greeted begins with a copy.
     pub(crate) fn mirrored(&self) -> bool {
         match self.replica.status() {
             Status::Primary(p) => {
-                p.members.iter().any(|m| m.in_sync || !m.lost)
-                    || self.peers.values().any(|p| p.join.is_some() || p.fed)
+                p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.join.is_some() || p.fed)
             }
             Status::Standby(_) => false,
         }
@@ -158,6 +157,8 @@ impl Engine {
         c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
         c.last = sealed.times;
         c.pauses.add(pause_us);
+        self.slow_pause(sealed.times);
+        let c = &mut self.counters;
         if c.cut_at.len() < CUTS_TIMED_MAX {
             c.cut_at.push_back((epoch, Instant::now()));
         }
@@ -234,6 +235,22 @@ impl Engine {
                 "disks of {to} stand at {from}: {}",
                 self.disks.copy_status(slot)
             ));
+        }
+        let begins = self
+            .peers
+            .get(to)
+            .is_some_and(|p| p.join.as_ref().is_none_or(|j| j.join != join));
+        if begins && may_look {
+            // All that is dirty now comes with the copy: the first cut beside it is no longer than any other, however long
+            // the guest ran without a standby.
+            let mut dirty = Vec::new();
+            match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
+                Ok(()) => {
+                    let joins = self.peers.values_mut().filter_map(|p| p.join.as_mut());
+                    joins.for_each(|j| dirty.iter().for_each(|g| j.add(*g)));
+                }
+                Err(error) => tracing::warn!(%error, "what is dirty comes with the first cut of the copy"),
+            }
         }
         let Some(peer) = self.peers.get_mut(to) else {
             return Ok(());

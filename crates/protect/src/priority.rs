@@ -2,6 +2,8 @@
 //! protection, and a starved one must not look dead (I7).
 
 const NICE: i32 = -15;
+/// On a host with one CPU everything must live: its store, its daemon, and the guests.
+const NICE_ALONE: i32 = -7;
 
 /// Gives the calling thread precedence: real-time where the host allows it and has a CPU to spare, else a better nice value.
 /// Where it allows neither, that is said once and the VM is protected all the same, at the mercy of the scheduler.
@@ -15,7 +17,8 @@ pub fn raise(who: &str) {
     if cpus > 1 && realtime().is_ok() {
         return;
     }
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+    let nice = if cpus > 1 { NICE } else { NICE_ALONE };
+    if let Err(error) = rustix::process::setpriority_process(None, nice) {
         tracing::warn!(%error, "{who} cannot be given precedence over vCPUs; allow CAP_SYS_NICE for this process");
     }
 }

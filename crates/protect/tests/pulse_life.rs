@@ -109,6 +109,10 @@ fn a_standby_is_copied_while_it_follows() {
     let mut epochs = vec![0];
     for n in 1..=5 {
         assert_eq!(pair.one(), n);
+        let before = epochs.last().copied();
+        wait("the standby to apply more", LONG, || {
+            pair.b.status().unwrap()["protocol"]["applied"].as_u64() > before
+        });
         let folder = pair.site.path().join(format!("copy{n}"));
         std::fs::create_dir(&folder).unwrap();
         let done = pair.b.ask(&Request::CopyState {

@@ -270,7 +270,11 @@ impl<'r> Protected<'r> {
 
     /// The error of an instance that is gone or late, with what it said last.
     pub fn trouble(&self, on: &Server, what: &str, after: Duration) -> RigError {
-        let tail = format!("tail -n 15 {}; tail -c 600 {}", self.log(), self.console());
+        let tail = format!(
+            "grep -v ' DEBUG ' {} | tail -n 30; tail -c 600 {}",
+            self.log(),
+            self.console()
+        );
         let said = on
             .shell(&tail, SHORT)
             .map_or_else(|e| e.to_string(), |output| output.text());

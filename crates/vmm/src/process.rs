@@ -118,6 +118,8 @@ enum Event {
 const EVENTS_MAX: usize = 64;
 /// How often output that a full sink refused is offered again, and signals are looked for.
 const FLUSH_EVERY: Duration = Duration::from_millis(20);
+/// How long a disk may take to come to rest.
+const REST_MAX: Duration = Duration::from_secs(10);
 /// How long the end of the process waits for its last answers to be written.
 const ANSWER_BOUND: Duration = Duration::from_secs(5);
 
@@ -403,7 +405,7 @@ impl Process<'_> {
     fn pause(&mut self) -> bool {
         match self.vm.machine.quiesce() {
             Ok(mut stopped) => {
-                let drained = stopped.drain();
+                let drained = stopped.drain(REST_MAX);
                 if let Err(error) = &drained {
                     tracing::warn!(%error, "a device did not come to rest");
                 }
@@ -512,7 +514,7 @@ impl Process<'_> {
         let text = |e: &dyn std::fmt::Display| e.to_string();
         let mut stopped = self.vm.machine.quiesce().map_err(|e| text(&e))?;
         let result = (|| {
-            stopped.drain().map_err(|e| text(&e))?;
+            stopped.drain(REST_MAX).map_err(|e| text(&e))?;
             let state = stopped.save().map_err(|e| text(&e))?;
             let state_us = began.elapsed().as_micros() as u64;
             let spec = serde_json::to_vec(&self.vm.spec).map_err(|e| text(&e))?;

@@ -9,10 +9,11 @@
 //! left in a ring reaches a disk or a console which another process may have taken over.
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::thread::Pid;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -73,6 +74,7 @@ impl Inner {
 pub struct IoThread {
     inner: Arc<Inner>,
     join: Option<JoinHandle<()>>,
+    id: Arc<OnceLock<Pid>>,
 }
 
 /// Identifies a registration, to take it back.
@@ -112,14 +114,24 @@ impl IoThread {
         let wake = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&inner.wake)) };
         epoll::add(&inner.epoll, wake, EventData::new_u64(WAKE), EventFlags::IN)?;
         let for_thread = Arc::clone(&inner);
+        let id = Arc::new(OnceLock::new());
+        let own = Arc::clone(&id);
         let join = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let _ = own.set(rustix::thread::gettid());
             on_start();
             run(&for_thread);
         })?;
         Ok(Self {
             inner,
             join: Some(join),
+            id,
         })
+    }
+
+    /// Its number, while it runs.
+    pub(crate) fn id(&self) -> Option<Pid> {
+        let running = self.join.as_ref().is_some_and(|j| !j.is_finished());
+        self.id.get().copied().filter(|_| running)
     }
 
     /// Calls no device from now on, until [`IoThread::release`]. The caller holds the locks of the devices, so none

@@ -105,6 +105,8 @@ pub struct VcpuStuck {
 
 /// Bound on the wait for all vCPUs to stop. A host under heavy load may take long; a hang must still end.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
+/// vCPUs park within this on a host that has a CPU for them.
+const STOP_USUAL: Duration = Duration::from_micros(500);
 
 /// A save of all vCPUs under way.
 pub struct PendingSave<'a> {
@@ -200,7 +202,7 @@ impl Vcpus {
             what: "start vCPU threads".into(),
             source: std::io::Error::other(e),
         };
-        vcpus.wait_parked().map_err(late)?;
+        vcpus.wait_parked(|| {}).map_err(late)?;
         Ok(vcpus)
     }
 
@@ -241,11 +243,12 @@ impl Vcpus {
         }
     }
 
-    /// Stops all vCPUs, all kicked before any is waited for. Returns when every one has parked.
+    /// Stops all vCPUs, all kicked before any is waited for. Returns when every one has parked; calls `late` if that takes longer
+    /// than usual.
     ///
     /// # Errors
     /// [`VcpuStuck`] after [`STOP_BOUND`]; the vCPUs are told to run on.
-    pub fn pause(&self) -> Result<(), VcpuStuck> {
+    pub fn pause(&self, late: impl FnOnce()) -> Result<(), VcpuStuck> {
         {
             let mut state = self.control.lock();
             if state.order == Order::Exit {
@@ -256,7 +259,7 @@ impl Vcpus {
                 self.kick();
             }
         }
-        self.wait_parked()
+        self.wait_parked(late)
             .inspect(|()| self.urgent_threads().for_each(urgent::lower))
             .inspect_err(|_| {
                 // Those that parked run again and count again; the stuck ones never stopped counting.
@@ -269,11 +272,17 @@ impl Vcpus {
             })
     }
 
-    fn wait_parked(&self) -> Result<(), VcpuStuck> {
+    fn wait_parked(&self, late: impl FnOnce()) -> Result<(), VcpuStuck> {
         let started = Instant::now();
+        let mut late = Some(late);
         let mut state = self.control.lock();
         while state.running > 0 {
-            let left = STOP_BOUND.saturating_sub(started.elapsed());
+            let mut left = STOP_BOUND.saturating_sub(started.elapsed());
+            if started.elapsed() < STOP_USUAL {
+                left = STOP_USUAL;
+            } else if let Some(late) = late.take() {
+                late();
+            }
             if left.is_zero() {
                 return Err(VcpuStuck {
                     stuck: state.running,
@@ -289,6 +298,11 @@ impl Vcpus {
                 .0;
         }
         Ok(())
+    }
+
+    /// Whether stops come first.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.control.urgent.load(Ordering::Relaxed)
     }
 
     /// Threads that are to be real-time while they stop.

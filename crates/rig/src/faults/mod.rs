@@ -259,10 +259,14 @@ impl<'a, 'r> Scene<'a, 'r> {
         let owner = self.owner()?;
         let moved = owner != was;
         ensure(moves == Moves::Maybe || moved == (moves == Moves::Always), || {
+            let (was, is) = (self.rig.server(was), self.rig.server(owner));
+            let says = |server: &Server| self.vm.trouble(server, "the move", Duration::ZERO).to_string();
             format!(
-                "the VM was on {}, and is on {} now",
-                self.rig.server(was).name(),
-                self.rig.server(owner).name()
+                "the VM was on {}, and is on {} now; {}; {}",
+                was.name(),
+                is.name(),
+                says(was),
+                says(is)
             )
         })?;
         self.primary = owner;

@@ -123,7 +123,7 @@ impl Stage<'_, '_> {
                 let create = format!(
                     "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 \
                      --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
-                     --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000'",
+                     --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000 mini.clock_ms=200'",
                     CLASSES[class],
                     crate::inside::mini::WORD,
                 );

@@ -52,7 +52,7 @@ impl Pool<'_> {
             first.run(&format!(
                 "vm create --name {class} --class {class} --memory {MEMORY_MIB}MiB --cpu {CPU} --rng false --nic br0 \
                  --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
-                 --cmdline \"$(cat /guests/mini/cmdline) mini.ip={address}/24 mini.tick_ms=0\""
+                 --cmdline \"$(cat /guests/mini/cmdline) mini.ip={address}/24 mini.tick_ms=0 mini.clock_ms=200\""
             ))?;
             self.wait("the VM to run", |s| {
                 vm(s, class).is_some_and(|v| v["state"] == "running")

@@ -146,7 +146,7 @@ start)
   ip tuntap add guest0 mode tap vnet_hdr && ip link set guest0 master br0 up || exit 1
   qemu-system-x86_64 -M q35,accel=kvm -cpu host -m {MEMORY_MIB} -smp 1 -nodefaults -no-user-config -display none \\
     -serial file:/run/guest.console -kernel /guests/mini/bzImage -initrd /guests/mini/initrd \\
-    -append \"$(cat /guests/mini/cmdline) mini.ip={ADDRESS}/24 mini.tick_ms=0\" \\
+    -append \"$(cat /guests/mini/cmdline) mini.ip={ADDRESS}/24 mini.tick_ms=0 mini.clock_ms=200\" \\
     -netdev tap,id=n0,ifname=guest0,script=no,downscript=no -device virtio-net-pci,netdev=n0,mac=52:54:00:00:00:97,romfile= \\
     -daemonize -pidfile $pid </dev/null >/run/guest.log 2>&1 || exit 1
   exit 0 ;;

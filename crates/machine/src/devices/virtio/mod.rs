@@ -22,6 +22,7 @@ use crate::devices::io_thread::IoRegistrar;
 use crate::memory::GuestMemory;
 use crate::state::{StateError, StateRecord};
 use std::sync::Arc;
+use std::time::Duration;
 use virtio_queue::Queue;
 
 /// Virtio device type numbers (virtio 1.2, section 5).
@@ -135,12 +136,12 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device: end work in flight, take registrations back, forget the negotiation.
     fn reset(&mut self);
 
-    /// Waits, bounded, until no request is in flight in the host, and completes all in the used rings. Called with
+    /// Waits until no request is in flight in the host, no longer than `within`, and completes all in the used rings. Called with
     /// vCPUs still; needed where another process will go on with the same disk. `ctx` is `None` when inactive.
     ///
     /// # Errors
-    /// The device could not come to rest within its bound.
-    fn drain(&mut self, ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError>;
+    /// The device could not come to rest by then; it may be asked again.
+    fn drain(&mut self, ctx: Option<&mut Context<'_>>, within: Duration) -> Result<(), DeviceError>;
 
     /// Takes the device's own state (not queues, features or status: the transport saves those). Requests in
     /// flight are part of it, by descriptor head, and are issued again after a restore.

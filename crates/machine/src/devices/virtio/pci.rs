@@ -18,6 +18,7 @@ use crate::kvm::{KvmError, KvmVm};
 use crate::memory::GuestMemory;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 use virtio_bindings::virtio_config as vc;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -263,11 +264,11 @@ impl VirtioPci {
     ///
     /// # Errors
     /// [`DeviceError`].
-    pub fn drain(&mut self) -> Result<(), DeviceError> {
+    pub fn drain(&mut self, within: Duration) -> Result<(), DeviceError> {
         if self.active {
-            self.with_device(|d, ctx| d.drain(Some(ctx)))
+            self.with_device(|d, ctx| d.drain(Some(ctx), within))
         } else {
-            self.device.drain(None)
+            self.device.drain(None, within)
         }
     }
 

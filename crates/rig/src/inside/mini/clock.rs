@@ -18,8 +18,8 @@ pub fn read(clock: libc::clockid_t) -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// Looks at the clocks every 5 ms, for ever.
-pub fn watch(guest: &Guest) {
+/// Looks at the clocks every so often, for ever.
+pub fn watch(guest: &Guest, every: Duration) {
     let apart = || {
         // Read between two reads of the other, so that being descheduled in between does not count as a jump.
         loop {
@@ -36,7 +36,7 @@ pub fn watch(guest: &Guest) {
     };
     let (mut last, mut offset) = apart();
     loop {
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(every);
         let (now, new_offset) = apart();
         if now < last {
             guest.fault(format!("JUMP monotonic clock from {last} back to {now}"));

@@ -12,6 +12,7 @@
 //! | `mini.disk_mib=64` | so many MiB of it |
 //! | `mini.disk_rate=200` | so many reads and writes a second (0: as fast as it goes) |
 //! | `mini.tick_ms=100` | a counted line on the console so often (0: none) |
+//! | `mini.clock_ms=5` | look at the clocks so often |
 //! | `mini.hvc` | the counted line on /dev/hvc0 too |
 //! | `mini.root=vda` | run the service on this disk (see [`service`]) |
 //!
@@ -243,7 +244,8 @@ pub fn run() -> ! {
         }
     };
     services::start(guest, &start);
-    start("clock", Box::new(|| clock::watch(guest)));
+    let clock_every = Duration::from_millis(words.number("mini.clock_ms", 5).max(1));
+    start("clock", Box::new(move || clock::watch(guest, clock_every)));
     let memory_mib = words.number("mini.mem", 0);
     if memory_mib > 0 {
         start("memory", Box::new(move || memory::check(guest, memory_mib)));

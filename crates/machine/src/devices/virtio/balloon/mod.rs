@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use steadfast_types::PAGE_SIZE;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -436,7 +437,7 @@ impl VirtioDevice for Balloon {
         self.handle.shared.actual.store(0, Ordering::SeqCst);
     }
 
-    fn drain(&mut self, _ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _ctx: Option<&mut Context<'_>>, _within: Duration) -> Result<(), DeviceError> {
         // The statistics buffer rests here by design, and is in the state.
         Ok(())
     }

@@ -58,7 +58,6 @@ const TOKEN_TIMER: u32 = 3;
 const BUDGET: usize = 256;
 /// Rounds of submit and complete in one call; more go on over the eventfd.
 const TURNS: usize = 4;
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const RESET_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Counters.
@@ -489,10 +488,10 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn drain(&mut self, ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError> {
+    fn drain(&mut self, ctx: Option<&mut Context<'_>>, within: Duration) -> Result<(), DeviceError> {
         match ctx {
             Some(ctx) => {
-                let drained = self.engine.drain(ctx, DRAIN_TIMEOUT);
+                let drained = self.engine.drain(ctx, within);
                 if self.stalled != 0 {
                     // Chains not taken yet stay in their rings, and are taken if the machine goes on here.
                     self.kick.arm();
@@ -500,7 +499,7 @@ impl VirtioDevice for Block {
                 self.run_signals(ctx)?;
                 drained
             }
-            None if self.engine.backend.in_flight() == 0 || self.engine.abandon(DRAIN_TIMEOUT) => Ok(()),
+            None if self.engine.backend.in_flight() == 0 || self.engine.abandon(within) => Ok(()),
             None => Err(host_error(
                 &self.name,
                 "waiting for its disk",

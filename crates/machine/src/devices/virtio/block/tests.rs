@@ -2,7 +2,7 @@ use super::backend::{Completion, Op, Request};
 use super::fuzz::MemoryBackend;
 use super::*;
 use crate::devices::virtio::common::Rate;
-use crate::devices::virtio::common::testkit::{DATA, Desc, Harness, r, ram, w};
+use crate::devices::virtio::common::testkit::{DATA, DRAIN, Desc, Harness, r, ram, w};
 use std::os::fd::RawFd;
 use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress};
@@ -346,12 +346,12 @@ fn errors_are_reported_or_held_as_the_policy_says() {
     // Held requests are in the state, and keep the disk from coming to rest.
     let state: State = h.lock().device.save(0).unwrap().decode(1).unwrap();
     assert_eq!(state.in_flight.len(), 1);
-    assert!(!h.lock().call(|d, ctx| d.drain(Some(ctx))));
+    assert!(!h.lock().call(|d, ctx| d.drain(Some(ctx), DRAIN)));
     assert!(matches!(h.lock().failed.take(), Some(DeviceError::Host { .. })));
     handle.retry();
     assert_eq!(h.wait_used(0, 1).len(), 1);
     assert_eq!(status(&h, 3), 0);
-    assert!(h.lock().call(|d, ctx| d.drain(Some(ctx))));
+    assert!(h.lock().call(|d, ctx| d.drain(Some(ctx), DRAIN)));
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn drain_completes_and_reset_forgets() {
         request(&mut h, n, 1, n * 8, &[r(DATA, 4096)]);
     }
     h.notify(0);
-    assert!(h.lock().call(|d, ctx| d.drain(Some(ctx))));
+    assert!(h.lock().call(|d, ctx| d.drain(Some(ctx), DRAIN)));
     assert_eq!(h.used(0).len(), 20);
     for n in 0..20 {
         request(&mut h, n, 1, n * 8, &[r(DATA, 4096)]);

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+/// A device of a test comes to rest within this.
+pub const DRAIN: Duration = Duration::from_secs(10);
+
 /// Guest RAM of the harness: 8 MiB at zero, and 64 KiB behind a hole at 16 MiB.
 pub const RAM_BYTES: u64 = 8 << 20;
 /// Where data buffers may start; rings lie below.
@@ -485,7 +488,7 @@ pub fn fuzz<D: VirtioDevice + 'static>(device: D, features: u64, data: &[u8]) {
     }
     let mut wired = h.lock();
     if wired.active {
-        wired.call(|d, ctx| d.drain(Some(ctx)));
+        wired.call(|d, ctx| d.drain(Some(ctx), DRAIN));
     }
     wired.device.reset();
     wired.active = false;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 use virtio_queue::QueueT;
 
 const QUEUE_SIZES: [u16; 2] = [128, 128];
@@ -294,7 +295,7 @@ impl VirtioDevice for Console {
         self.resize.unregister();
     }
 
-    fn drain(&mut self, _ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _ctx: Option<&mut Context<'_>>, _within: Duration) -> Result<(), DeviceError> {
         // Output is handed over inside the call that took it; input waits in the state.
         Ok(())
     }

@@ -644,7 +644,7 @@ impl VirtioDevice for Net {
         self.tx_retries = 0;
     }
 
-    fn drain(&mut self, _ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _ctx: Option<&mut Context<'_>>, _within: Duration) -> Result<(), DeviceError> {
         // Frames are handed over inside the call that took them.
         Ok(())
     }

@@ -13,6 +13,7 @@ use crate::state::{StateError, StateKind, StateRecord};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 /// Most bytes for one request.
 pub const REQUEST_MAX: u32 = 65536;
@@ -182,7 +183,7 @@ impl VirtioDevice for Rng {
         self.timer.unregister();
     }
 
-    fn drain(&mut self, _ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _ctx: Option<&mut Context<'_>>, _within: Duration) -> Result<(), DeviceError> {
         // Every request is answered inside the call that took it.
         Ok(())
     }

@@ -25,6 +25,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use steadfast_net::SocketName;
 use virtio_queue::QueueT;
 
@@ -558,7 +559,7 @@ impl VirtioDevice for Vsock {
         self.transport_reset = false;
     }
 
-    fn drain(&mut self, _ctx: Option<&mut Context<'_>>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _ctx: Option<&mut Context<'_>>, _within: Duration) -> Result<(), DeviceError> {
         // Packets are handled inside the call that took them; what waits for the host dies with its sockets.
         Ok(())
     }
