@@ -47,6 +47,11 @@ impl Crowd {
         self.percent
     }
 
+    /// What [`Crowd::percent`] said last.
+    pub fn last_percent(&self) -> u64 {
+        self.percent
+    }
+
     /// How long to leave the CPU to others after a piece of work that took one time.
     pub fn rests(percent: u64) -> u32 {
         match percent {

@@ -84,9 +84,14 @@ impl Care {
 
     /// Bytes of pages and of disks, each, in one piece of a copy: a twentieth of a second's worth.
     pub fn piece_bytes(&self) -> u64 {
-        match self.rate {
+        let most = match Crowd::rests(self.crowd.last_percent()) {
             0 => CHUNK_BYTES,
-            rate => (rate / 40).clamp(64 << 10, CHUNK_BYTES),
+            // What waits for a CPU meanwhile shall not wait for long.
+            _ => CHUNK_BYTES / 8,
+        };
+        match self.rate {
+            0 => most,
+            rate => (rate / 40).clamp(64 << 10, most),
         }
     }
 

@@ -321,17 +321,18 @@ impl Vcpus {
         for t in &self.threads {
             set_immediate_exit(&t.immediate_exit);
         }
+        for t in &self.threads {
+            if let Some(join) = &t.join {
+                // ESRCH means that the thread has ended, which is as good.
+                let _ = join.kill(SIGRTMIN());
+            }
+        }
+        // Last: a raised thread may take this one's CPU at once, and without the signal it would run its guest there.
         for id in self.urgent_threads() {
             if let Err(error) = urgent::raise(id) {
                 tracing::warn!(%error, "vCPUs cannot be stopped with real-time priority; a busy host makes pauses long");
                 self.control.urgent.store(false, Ordering::Relaxed);
                 break;
-            }
-        }
-        for t in &self.threads {
-            if let Some(join) = &t.join {
-                // ESRCH means that the thread has ended, which is as good.
-                let _ = join.kill(SIGRTMIN());
             }
         }
     }
