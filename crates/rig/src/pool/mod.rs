@@ -30,7 +30,7 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             vms: [4, 3, 1, 2],
-            server_mib: 1500,
+            server_mib: 2000,
         }
     }
 }

@@ -15,6 +15,8 @@ const BOUND: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(60);
 /// Simulated servers share few real CPUs: one that is well may not get to renew its lease for seconds.
 const LEASE: Duration = Duration::from_secs(20);
+/// Each step is two epochs on two servers, which have one emulated CPU each.
+const STEP_EVERY: Duration = Duration::from_millis(400);
 /// As do their VMs' instances.
 const SUSPECT: Duration = Duration::from_secs(4);
 /// Asking is a program that runs on a server, which has other things to do.
@@ -104,6 +106,8 @@ impl Stage<'_, '_> {
             (hosts.len() == 4 && hosts.iter().all(|h| h["health"] == "up") && s["leader"].is_string())
                 .then_some(())
         })?;
+        // Guests that wait most of the time, on servers with one CPU each.
+        self.hosts[0].run("pool set --cpu-overcommit-permille 8000")?;
         report.formed = began.elapsed();
         self.tell.done(&format!(
             "a pool of s1, s2, s3 and the witness s4: `pool init` and three `pool join` ({:.0} s)",
@@ -128,10 +132,11 @@ impl Stage<'_, '_> {
                     crate::inside::mini::WORD,
                 );
                 self.hosts[0].run(&create)?;
-                // One boot at a time: four servers share two CPUs here.
+                // One boot and one copy at a time: four servers share two CPUs here.
+                let hot = CLASSES[class] == "ft" || CLASSES[class] == "checkpoint";
                 self.wait(&format!("{name} to run"), |s| {
                     let vm = s["vms"].as_array()?.iter().find(|v| v["vm"] == name.as_str())?;
-                    (vm["state"] == "running").then_some(())
+                    (vm["state"] == "running" && (!hot || vm["protection"] == "protected")).then_some(())
                 })?;
                 self.guests.push(Guest {
                     name,
@@ -146,7 +151,7 @@ impl Stage<'_, '_> {
         for guest in &mut self.guests {
             guest.mini.status(ANSWER)?;
             if guest.class == 0 {
-                let session = guest.mini.counter(ANSWER)?.go_on(Duration::from_millis(100));
+                let session = guest.mini.counter(ANSWER)?.go_on(STEP_EVERY);
                 guest.session = Some(session.map_err(|e| RigError::Unknown(e.to_string()))?);
             }
         }
