@@ -107,7 +107,9 @@ impl Decider {
         let read_at = Instant::now();
         let pool = self.node.blocking(|n| Pool::load(&*n.kv())).await?;
         if !self.elected(&pool).await? {
-            *self.observer.lock().unwrap_or_else(PoisonError::into_inner) = Observer::default();
+            let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
+            observer.follow(&pool, read_at);
+            drop(observer);
             self.told.clear();
             *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Watch::default();
             return Ok(());

@@ -7,7 +7,8 @@
 //!   nothing for dead_ms, on no path                    Dead, not fenced: its `ft` VMs are taken over by the arbiter's word
 //!   its report stands for lease + margin               Dead, fenced: it has ended its `restart` VMs itself
 //! ```
-//! A new leader starts all clocks anew, so it never knows less than it says. A host that answers but cannot reach the store stays
+//! Hosts that do not lead read the reports as well, so a new leader knows since when each stands, and need not begin with the lease of a
+//! host that died with the leader. Who answers whom it does not know: silence counts from its election. A host that answers but cannot reach the store stays
 //! suspect, not dead, until its lease is out: it has then stopped its `restart` VMs, and may not start any.
 //!
 //! Bound on detection: `dead_ms` plus a report and a round of the leader; for `restart` VMs lease, margin and a round.
@@ -56,6 +57,12 @@ impl Observer {
         let each = self.hosts.iter();
         each.map(|(h, seen)| (h.clone(), silent(seen).as_millis() as u64))
             .collect()
+    }
+
+    /// As a host that does not lead: only reports are looked at.
+    pub fn follow(&mut self, pool: &Pool, now: Instant) {
+        self.look(pool, now);
+        self.hosts.values_mut().for_each(|seen| seen.answered = now);
     }
 
     /// What is to be thought of each host now.
@@ -165,5 +172,20 @@ mod tests {
         assert_eq!(look(&mut o, 2, 15_000), HostHealth::Up);
         // The leader stood still for 9 s: 3 of them count.
         assert_ne!(look(&mut o, 2, 24_000), HostHealth::Dead { fenced: false });
+    }
+
+    #[test]
+    fn a_new_leader_knows_leases_and_no_silence() {
+        let (mut o, t0) = (Observer::default(), Instant::now());
+        let id = HostId::new("a").unwrap();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        for ms in (0..=9000).step_by(1000) {
+            o.follow(&pool(1), at(ms));
+        }
+        // Elected.
+        let look = |o: &mut Observer, ms| o.look(&pool(1), at(ms))[&id];
+        assert_eq!(look(&mut o, 10_000), HostHealth::Suspect);
+        assert_eq!(look(&mut o, 12_500), HostHealth::Suspect);
+        assert_eq!(look(&mut o, 14_000), HostHealth::Dead { fenced: true });
     }
 }

@@ -3,10 +3,11 @@
 use super::{BOUND, MEMORY_MIB, kill, servers, until_answer};
 use anyhow::{Context, Result, bail};
 use std::net::Ipv4Addr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use steadfast_rig::{Rig, Server};
 
 const PACKAGES: [&str; 4] = ["corosync", "pacemaker", "pacemaker-cli-utils", "qemu-system-x86"];
+const START_BOUND: Duration = Duration::from_secs(90);
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 90, 0, 123);
 const AGENT: &str = "/usr/lib/ocf/resource.d/rig/guest";
 
@@ -43,8 +44,12 @@ pub fn measure(rounds: usize) -> Result<Vec<f64>> {
 }
 
 fn rounds_of(rig: &Rig, rounds: usize) -> Result<Vec<f64>> {
+    // No quorum before two of them are there.
     for server in rig.servers() {
-        start(rig, server)?;
+        start_corosync(rig, server)?;
+    }
+    for server in rig.servers() {
+        start_pacemaker(server)?;
     }
     let first = rig.server(0);
     first.wait_for(
@@ -68,8 +73,9 @@ fn rounds_of(rig: &Rig, rounds: usize) -> Result<Vec<f64>> {
         );
         found.push(took);
         server.start()?;
-        start(rig, server)?;
-        server.wait_for("crm_mon -1 | grep -q 'Online:.* s1 s2 s3 '", BOUND)?;
+        start_corosync(rig, server)?;
+        start_pacemaker(server)?;
+        server.wait_for("crm_mon -1 | grep -q 'Online:.* s1 s2 s3 '", START_BOUND)?;
     }
     Ok(found)
 }
@@ -87,7 +93,7 @@ fn host_of(rig: &Rig) -> Result<String> {
     }
 }
 
-fn start(rig: &Rig, server: &Server) -> Result<()> {
+fn start_corosync(rig: &Rig, server: &Server) -> Result<()> {
     server.exec(PREPARE)?;
     server.put_bytes(agent().as_bytes(), AGENT, 0o755)?;
     server.put_bytes(
@@ -96,12 +102,14 @@ fn start(rig: &Rig, server: &Server) -> Result<()> {
         0o644,
     )?;
     server.spawn("corosync -f", "/run/corosync.out")?;
-    server.wait_for("corosync-quorumtool -s", BOUND)?;
-    server.spawn(
-        "env PCMK_logfile=/run/pacemaker.log PCMK_logfacility=none pacemakerd -f",
-        "/run/pacemaker.out",
-    )?;
-    server.wait_for("crm_mon -1", BOUND)?;
+    Ok(())
+}
+
+fn start_pacemaker(server: &Server) -> Result<()> {
+    server.wait_for("corosync-quorumtool -s", START_BOUND)?;
+    let start = "env PCMK_logfile=/run/pacemaker.log PCMK_logfacility=none pacemakerd -f";
+    server.spawn(start, "/run/pacemaker.out")?;
+    server.wait_for("crm_mon -1", START_BOUND)?;
     Ok(())
 }
 
