@@ -162,3 +162,55 @@ fn every_dirty_method_finds_what_was_written() {
         rounds(2, method, 10);
     }
 }
+
+/// A guest that computes and never leaves by itself, on one CPU with who stops it: precedence for its thread before it has been told to
+/// stop would let it run on in the stopper's place, until the kernel's limit for real-time threads (0.95 s of each second).
+#[test]
+fn a_guest_on_the_only_cpu_stops_at_once() {
+    let Some(h) = hypervisor() else { return };
+    let mut one = rustix::thread::CpuSet::new();
+    let all = rustix::thread::sched_getaffinity(None).unwrap();
+    one.set(
+        (0..rustix::thread::CpuSet::MAX_CPU)
+            .find(|c| all.is_set(*c))
+            .unwrap(),
+    );
+    rustix::thread::sched_setaffinity(None, &one).unwrap();
+    let m = machine(&h, 1, DirtyMethod::Auto, &[]);
+    // jmp to itself.
+    m.ram()
+        .memory()
+        .write_slice(&[0xeb, 0xfe], GuestAddress(0x1000))
+        .unwrap();
+    m.set_registers(0, |mut s| {
+        (s.cs.base, s.cs.selector) = (0, 0);
+        let regs = kvm_bindings::kvm_regs {
+            rip: 0x1000,
+            rflags: 2,
+            ..Default::default()
+        };
+        (regs, s)
+    })
+    .unwrap();
+    m.make_runnable(0).unwrap();
+    m.hurry_stops();
+    m.resume();
+    // What stopping takes of the CPU, the guest's part of it too: who else wants this CPU does not count.
+    let worked = || {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+    };
+    let mut stopping = Duration::ZERO;
+    for _ in 0..STOPS {
+        std::thread::sleep(Duration::from_millis(5));
+        let before = worked();
+        drop(m.quiesce().unwrap());
+        stopping += worked() - before;
+    }
+    assert!(
+        stopping < Duration::from_millis(50) * STOPS,
+        "{STOPS} stops took {stopping:?} of the CPU"
+    );
+}
+
+const STOPS: u32 = 30;

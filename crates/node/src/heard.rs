@@ -78,12 +78,12 @@ mod tests {
         heard.note(&vm, Some(7), now, &said);
         let soon = heard.instead(&vm, Some(7), now + BELIEVED).unwrap();
         assert_eq!(
-            (soon.phase.clone(), soon.protected, soon.term),
+            (soon.phase, soon.protected, soon.term),
             (Phase::Running, true, Term(3))
         );
         let late = heard.instead(&vm, Some(7), now + BELIEVED * 2).unwrap();
         assert_eq!(
-            (late.phase.clone(), late.protected, late.filled),
+            (late.phase, late.protected, late.filled),
             (Phase::Running, false, false)
         );
         assert!(heard.instead(&vm, Some(8), now).is_none(), "another process");
