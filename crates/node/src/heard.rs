@@ -35,7 +35,7 @@ impl Heard {
     /// It runs, and does not answer: what is known of this process.
     pub fn instead(&self, vm: &VmId, pid: Option<u32>, now: Instant) -> Option<InstanceReport> {
         let all = self.lock();
-        let last = all.get(vm).filter(|l| l.pid == pid)?;
+        let last = all.get(vm).filter(|l| pid.is_some() && l.pid == pid)?;
         let mut report = last.report.clone();
         if now.saturating_duration_since(last.at) > BELIEVED {
             (report.protected, report.filled) = (false, false);
@@ -87,6 +87,9 @@ mod tests {
             (Phase::Running, false, false)
         );
         assert!(heard.instead(&vm, Some(8), now).is_none(), "another process");
+        heard.note(&vm, None, now, &said);
+        assert!(heard.instead(&vm, None, now).is_none(), "who knows which process");
+        heard.note(&vm, Some(7), now, &said);
         heard.keep(|_| false);
         assert!(heard.instead(&vm, Some(7), now).is_none());
     }

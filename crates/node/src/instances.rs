@@ -415,8 +415,9 @@ impl Instances {
             takeover: None,
             service: None,
         };
-        let mut late = false;
-        match self.ask(vm, &Request::Status, STATUS_BOUND) {
+        let answer = self.ask(vm, &Request::Status, STATUS_BOUND);
+        let answered = answer.is_ok();
+        match answer {
             Ok(status) if meta.hot => {
                 read_protocol(&status["protocol"], meta, &mut report);
                 if report.phase == Phase::Running {
@@ -425,14 +426,13 @@ impl Instances {
             }
             Ok(_) => report.phase = Phase::Running,
             Err(_) if self.pid(vm).is_some() => {
-                late = true;
                 if let Some(last) = self.heard.instead(vm, meta.pid, Instant::now()) {
                     report = last;
                 }
             }
             Err(_) => report.phase = Phase::Failed(FailureClass::ProcessDied),
         }
-        if !late {
+        if answered {
             self.heard.note(vm, meta.pid, Instant::now(), &report);
         }
         if meta.stopping.is_some() {

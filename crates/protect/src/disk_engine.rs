@@ -235,7 +235,7 @@ impl Engine {
     ) -> Result<(), ProcessError> {
         self.care.give_way(self.now());
         if self.care.chunks.is_empty() && self.now() >= self.care.due_us {
-            return self.send_a_chunk(&to, message, join, seq, have);
+            return self.send_chunk(&to, message, join, seq, have);
         }
         self.care.chunks.push_back(WaitingChunk {
             to,
@@ -257,23 +257,9 @@ impl Engine {
             let Status::Primary(_) = self.replica.status() else {
                 continue;
             };
-            self.send_a_chunk(&c.to, c.message, c.join, c.seq, c.have)?;
+            self.send_chunk(&c.to, c.message, c.join, c.seq, c.have)?;
             self.step(Event::Tick)?;
         }
-        Ok(())
-    }
-
-    fn send_a_chunk(
-        &mut self,
-        to: &HostId,
-        message: Message,
-        join: u64,
-        seq: u64,
-        have: EpochRef,
-    ) -> Result<(), ProcessError> {
-        let began = Instant::now();
-        self.send_chunk(to, message, join, seq, have)?;
-        self.care.worked(began.elapsed());
         Ok(())
     }
 

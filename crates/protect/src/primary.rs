@@ -207,6 +207,7 @@ impl Engine {
         seq: u64,
         have: EpochRef,
     ) -> Result<(), ProcessError> {
+        let began = Instant::now();
         let mirrored_by_others = match self.replica.status() {
             Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
             Status::Standby(_) => return Ok(()),
@@ -224,32 +225,18 @@ impl Engine {
         let Some(slot) = self.slot(to) else { return Ok(()) };
         let (bytes, most) = (self.care.piece_bytes(), self.care.piece_pages());
         let mut failed = None;
-        if self
-            .peers
-            .get(to)
-            .is_some_and(|p| p.join.as_ref().is_none_or(|j| j.join != join))
-        {
+        let copy = self.peers.get(to).and_then(|p| p.join.as_ref());
+        if copy.is_none_or(|j| j.join != join) {
             let from = self.copy_from(to, join, have);
             failed = self.disks.begin_resync(slot, from).err();
             self.note(format!(
                 "disks of {to} stand at {from}: {}",
                 self.disks.copy_status(slot)
             ));
-        }
-        let begins = self
-            .peers
-            .get(to)
-            .is_some_and(|p| p.join.as_ref().is_none_or(|j| j.join != join));
-        if begins && may_look {
-            // All that is dirty now comes with the copy: the first cut beside it is no longer than any other, however long
-            // the guest ran without a standby.
-            let mut dirty = Vec::new();
-            match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
-                Ok(()) => {
-                    let joins = self.peers.values_mut().filter_map(|p| p.join.as_mut());
-                    joins.for_each(|j| dirty.iter().for_each(|g| j.add(*g)));
-                }
-                Err(error) => tracing::warn!(%error, "what is dirty comes with the first cut of the copy"),
+            if may_look {
+                // All that is dirty now comes with the copy: the first cut beside it is no longer than any other, however
+                // long the guest ran without a standby.
+                self.look_for_dirty();
             }
         }
         let Some(peer) = self.peers.get_mut(to) else {
@@ -272,19 +259,11 @@ impl Engine {
         let pages = state.chunk(seq, most);
         if state.remaining() == 0 && state.rounds < COPY_ROUNDS && may_look {
             state.rounds += 1;
-            let mut dirty = Vec::new();
-            match self.capture.harvest_only(&self.vm.machine, &mut dirty) {
-                Ok(()) => {
-                    if dirty.len() <= COPY_ENOUGH_PAGES {
-                        state.rounds = COPY_ROUNDS;
-                    }
-                    // What KVM gave up here is missing in every copy that is under way.
-                    let joins = self.peers.values_mut().filter_map(|p| p.join.as_mut());
-                    joins.for_each(|j| dirty.iter().for_each(|g| j.add(*g)));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "a round of the full copy failed; its pages come with the base epoch")
-                }
+            let found = self.look_for_dirty();
+            if found.is_some_and(|n| n <= COPY_ENOUGH_PAGES)
+                && let Some(join) = self.peers.get_mut(to).and_then(|p| p.join.as_mut())
+            {
+                join.rounds = COPY_ROUNDS;
             }
         }
         let Some(peer) = self.peers.get_mut(to) else {
@@ -309,6 +288,7 @@ impl Engine {
         if let Some(error) = failed {
             self.note(format!("disks in chunk {seq} for {to}: {error}"));
         }
+        self.care.worked(began.elapsed());
         self.events.push_back(Event::ChunkSent {
             to: to.clone(),
             join,
@@ -316,6 +296,18 @@ impl Engine {
             remaining,
         });
         Ok(())
+    }
+
+    /// Looks for what the guest has changed; how many pages. What KVM gives up here is missing in every copy that is under way.
+    fn look_for_dirty(&mut self) -> Option<usize> {
+        let mut dirty = Vec::new();
+        if let Err(error) = self.capture.harvest_only(&self.vm.machine, &mut dirty) {
+            tracing::warn!(%error, "what is dirty could not be told; its pages come with the next cut");
+            return None;
+        }
+        let joins = self.peers.values_mut().filter_map(|p| p.join.as_mut());
+        joins.for_each(|j| dirty.iter().for_each(|g| j.add(*g)));
+        Some(dirty.len())
     }
 
     /// Lets the outputs of committed epochs out.

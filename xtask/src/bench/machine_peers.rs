@@ -6,10 +6,9 @@
 //! so that a machine that becomes slower or faster meets all of them.
 
 use super::row::{Goal, Row, median};
-use super::{Bench, Report};
+use super::{Bench, Report, build_programs};
 use anyhow::{Context, Result, bail};
 use std::net::Ipv4Addr;
-use std::process::Command;
 use std::time::Duration;
 use steadfast_rig::{Mini, Rig, Server};
 
@@ -92,7 +91,7 @@ const METRICS: [(&str, &str, bool); 7] = [
 
 fn run(extent: &super::Extent<'_>) -> Result<Report> {
     let quick = extent.quick;
-    build()?;
+    build_programs()?;
     let rig = Rig::builder()
         .memory_mib(1280)
         .packages(&["qemu-system-x86"])
@@ -143,18 +142,6 @@ fn run(extent: &super::Extent<'_>) -> Result<Report> {
 const NOTES: &str = "Nested in software emulation: ratios count, not numbers. All three run the same kernel, initrd, memory (128 MiB), raw disk \
 (cached by the server) and TAP. QEMU has an iothread, io_uring and no emulated devices that the guest does not need; its \
 network is its own, without vhost. Memory is Pss of the process and its children without the mapping that is guest RAM. Values are medians.";
-
-/// The programs that the rig puts into the server.
-fn build() -> Result<()> {
-    let status = Command::new("cargo")
-        .args(["build", "--release", "--workspace", "--bins"])
-        .status()
-        .context("run cargo")?;
-    if !status.success() {
-        bail!("steadfast and steadfast-rig do not build");
-    }
-    Ok(())
-}
 
 /// A script that starts a monitor and notes when the guest was there, and a disk with contents in the server's cache.
 fn prepare(server: &Server) -> Result<()> {

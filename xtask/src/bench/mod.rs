@@ -16,6 +16,7 @@ pub mod svg;
 use anyhow::{Context, Result, bail};
 use row::Row;
 use std::path::Path;
+use std::process::Command;
 
 /// Arguments of `bench`.
 #[derive(clap::Args)]
@@ -112,6 +113,18 @@ pub fn run(root: &Path, args: &Args) -> Result<bool> {
         );
     }
     Ok(missed.is_empty())
+}
+
+/// The programs that the rig puts into servers.
+fn build_programs() -> Result<()> {
+    let status = Command::new("cargo")
+        .args(["build", "--release", "--workspace", "--bins"])
+        .status()
+        .context("run cargo")?;
+    if !status.success() {
+        bail!("steadfast and steadfast-rig do not build");
+    }
+    Ok(())
 }
 
 fn keep(root: &Path, bench: &Bench, report: &Report, table: &str) -> Result<()> {

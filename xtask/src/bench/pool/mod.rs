@@ -5,10 +5,9 @@ mod ours;
 mod pacemaker;
 
 use super::row::{Goal, Row, median};
-use super::{Bench, Extent, Report};
+use super::{Bench, Extent, Report, build_programs};
 use anyhow::{Context, Result, bail};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::Command;
 use std::time::{Duration, Instant};
 use steadfast_rig::host::qemu::DiskCache;
 use steadfast_rig::vm::COUNT_PORT;
@@ -30,7 +29,7 @@ pub fn bench() -> Bench {
 }
 
 fn run(extent: &Extent<'_>) -> Result<Report> {
-    build()?;
+    build_programs()?;
     let rounds = if extent.quick { 1 } else { 3 };
     let mut peer = Vec::new();
     if !extent.case.starts_with("ours") {
@@ -67,18 +66,7 @@ const NOTES: &str = "Nested in software emulation: ratios count, not numbers. Bo
 initrd and memory; the guest is booted from its kernel. Pacemaker 2.1 and corosync 3.1 as Debian has them, with their defaults (token \
 3650 ms with three hosts, consensus 1.2 times that, both rings), quorum, and **without fencing**, which makes it faster than anybody may run it: with a watchdog it waits for that \
 as well (10 s by default). Its VM is QEMU q35 with KVM under a resource agent of a few lines. Our `restart` is fenced: it waits until the \
-host's lease has ended, here 3 s instead of the default 10 s, plus 4 s. Values are medians.";
-
-fn build() -> Result<()> {
-    let status = Command::new("cargo")
-        .args(["build", "--release", "--workspace", "--bins"])
-        .status()
-        .context("run cargo")?;
-    if !status.success() {
-        bail!("steadfast and steadfast-rig do not build");
-    }
-    Ok(())
-}
+host's lease has ended, here 3 s instead of the default 10 s, plus 2 s. Values are medians.";
 
 fn servers(builder: RigBuilder) -> Result<Rig> {
     builder
