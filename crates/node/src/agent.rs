@@ -15,7 +15,7 @@ use crate::measure::Measure;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
-use crate::{certs, etcd, records};
+use crate::{certs, etcd, records, seat};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -49,6 +49,8 @@ pub struct Agent {
     member: etcd::Member,
     services: Services,
     certificates: certs::Keeper,
+    /// The look at etcd's members that is under way.
+    members: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Agent {
@@ -63,6 +65,7 @@ impl Agent {
             member: etcd::Member::new(node.folders.clone()),
             services: Services::default(),
             certificates: certs::Keeper::default(),
+            members: None,
             node,
         }
     }
@@ -73,10 +76,10 @@ impl Agent {
         loop {
             let began = Instant::now();
             let node = Arc::clone(&self.node);
-            if self.seq.is_multiple_of(MEMBERS_EVERY)
-                && let Err(error) = refresh_endpoints(&node).await
-            {
-                tracing::debug!(%error, "etcd's members are not known now");
+            let idle = self.members.as_ref().is_none_or(tokio::task::JoinHandle::is_finished);
+            if self.seq.is_multiple_of(MEMBERS_EVERY) && idle {
+                // Beside the rounds: a member whose host is dead may take seconds to be given up, and the report must not wait.
+                self.members = Some(tokio::spawn(look_at_members(Arc::clone(&node))));
             }
             // The round blocks: on the store, and on control sockets.
             let done = tokio::task::spawn_blocking(move || {
@@ -443,6 +446,15 @@ fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
         };
     }
     propose(&mut store, id, vm, me).map(|_| ())
+}
+
+async fn look_at_members(node: Arc<Node>) {
+    if let Err(error) = refresh_endpoints(&node).await {
+        tracing::debug!(%error, "etcd's members are not known now");
+    }
+    if let Err(error) = seat::look(&node).await {
+        tracing::debug!(%error, "where the store is led from was not looked at");
+    }
 }
 
 /// Learns which members etcd has, so that a lost one can be replaced by others.

@@ -265,3 +265,42 @@ pub async fn remove(spec: &StoreSpec, name: &str) -> Result<()> {
     }
     Ok(())
 }
+
+/// A client of the member at this address only.
+async fn client_at(spec: &StoreSpec, at: &str) -> Result<Client> {
+    let mut spec = spec.clone();
+    if let StoreSpec::Etcd { etcd } = &mut spec {
+        etcd.endpoints = vec![at.to_owned()];
+    }
+    client(&spec).await
+}
+
+/// Whether the member at this address leads the cluster.
+///
+/// # Errors
+/// It does not answer.
+pub async fn leads(spec: &StoreSpec, at: &str) -> Result<bool> {
+    let status = client_at(spec, at).await?.maintenance_client().status().await;
+    let status = status.map_err(|e| NodeError::Etcd(e.to_string()))?;
+    let own = status.header().map(|h| h.member_id());
+    Ok(own == Some(status.leader()))
+}
+
+/// Lets the leader, which is at this address, give the lead to the member of that name.
+///
+/// # Errors
+/// It does not answer or refuses, or there is no such member.
+pub async fn give_lead(spec: &StoreSpec, at: &str, name: &str) -> Result<()> {
+    let all = members(spec).await?;
+    let Some(to) = all.iter().find(|m| m.name == name) else {
+        return Err(NodeError::Etcd(format!("it has no member {name}")));
+    };
+    let given = client_at(spec, at)
+        .await?
+        .maintenance_client()
+        .move_leader(to.id)
+        .await;
+    given
+        .map(|_| ())
+        .map_err(|e| NodeError::Etcd(format!("the lead cannot go to {name}: {e}")))
+}

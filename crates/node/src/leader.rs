@@ -386,7 +386,12 @@ impl Decider {
             self.node.config().store,
             crate::config::StoreChoice::Managed { .. }
         ) {
-            etcd::promote_learners(&spec).await?;
+            // Beside the round: a member whose host is dead may take seconds to be given up.
+            tokio::spawn(async move {
+                if let Err(error) = etcd::promote_learners(&spec).await {
+                    tracing::debug!(%error, "etcd's learners were not looked at");
+                }
+            });
         }
         let old: Vec<String> = pool
             .tasks

@@ -43,6 +43,7 @@ pub mod pki;
 mod pool;
 pub mod records;
 mod relocate;
+mod seat;
 pub mod setup;
 pub mod tls;
 mod upgrade;

@@ -11,6 +11,9 @@
 //! host that died with the leader. Who answers whom it does not know: silence counts from its election. A host that answers but cannot reach the store stays
 //! suspect, not dead, until its lease is out: it has then stopped its `restart` VMs, and may not start any.
 //!
+//! A store that takes no reports, as while it elects its leader after the death of a host, makes nobody suspect: time in which no
+//! report of any host moves, the leader's own among them, is the store's silence. A lease runs on all the same.
+//!
 //! Bound on detection: `dead_ms` plus a report and a round of the leader; for `restart` VMs lease, margin and a round.
 
 use crate::pool::Pool;
@@ -29,6 +32,8 @@ struct Seen {
     reported: Instant,
     /// When it last answered a question.
     answered: Instant,
+    /// From when its report's age makes it suspect: when that was new, and later by what the store was silent since.
+    doubted_from: Instant,
 }
 
 /// See the module.
@@ -37,10 +42,11 @@ pub struct Observer {
     hosts: BTreeMap<HostId, Seen>,
     /// When the leader itself last looked: a long pause of its own says nothing about others (I7).
     looked: Option<Instant>,
+    /// When a report of any host last moved.
+    moved: Option<Instant>,
+    /// What was counted as the store's silence since.
+    counted: Duration,
 }
-
-/// Longest time between two looks that counts as the others' silence.
-const STEP_MAX: Duration = Duration::from_secs(3);
 
 impl Observer {
     /// A host answered a question.
@@ -67,44 +73,75 @@ impl Observer {
 
     /// What is to be thought of each host now.
     pub fn look(&mut self, pool: &Pool, now: Instant) -> BTreeMap<HostId, HostHealth> {
-        let own_pause = self.looked.map_or(Duration::ZERO, |at| {
-            now.saturating_duration_since(at).saturating_sub(STEP_MAX)
-        });
+        let ms = Duration::from_millis;
+        let step = self.looked.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        // A longer one does not count as the others' silence: they were not asked meanwhile.
+        let own_pause = step.saturating_sub(ms(pool.timings.suspect_ms));
         self.looked = Some(now);
         self.hosts.retain(|h, _| pool.hosts.contains_key(h));
+        let report_of = |id: &HostId| pool.reports.get(id).map_or((0, 0), |r| (r.daemon, r.seq));
+        let any_moved = self.hosts.iter().any(|(id, seen)| seen.report != report_of(id));
+        let store_silent = self.store_silence(any_moved, ms(pool.timings.report_ms), now);
         let mut health = BTreeMap::new();
         for id in pool.hosts.keys() {
-            let report = pool.reports.get(id).map_or((0, 0), |r| (r.daemon, r.seq));
+            let report = report_of(id);
             let seen = self.hosts.entry(id.clone()).or_insert(Seen {
                 report,
                 reported: now,
                 answered: now,
+                doubted_from: now,
             });
             if own_pause > Duration::ZERO {
                 // It counts as if the host had been heard of that much later, on whatever path it was heard of last.
                 seen.answered = (seen.reported.max(seen.answered) + own_pause).min(now);
             }
+            seen.doubted_from = (seen.doubted_from + store_silent).min(now);
             if seen.report != report {
                 seen.report = report;
-                seen.reported = now;
+                (seen.reported, seen.doubted_from) = (now, now);
             }
-            let silent = now.saturating_duration_since(seen.reported.max(seen.answered));
-            let stands = now.saturating_duration_since(seen.reported);
-            health.insert(id.clone(), judge(&pool.timings, stands, silent));
+            let age = Age {
+                stands: now.saturating_duration_since(seen.reported),
+                doubted: now.saturating_duration_since(seen.doubted_from),
+                silent: now.saturating_duration_since(seen.reported.max(seen.answered)),
+            };
+            health.insert(id.clone(), judge(&pool.timings, &age));
         }
         health
     }
+
+    /// How much longer the store was silent than was counted before. Hosts report once in `every`.
+    fn store_silence(&mut self, any_moved: bool, every: Duration, now: Instant) -> Duration {
+        let gap = now.saturating_duration_since(*self.moved.get_or_insert(now));
+        let new = match gap > every * 3 / 2 {
+            true => (gap - every).saturating_sub(self.counted),
+            false => Duration::ZERO,
+        };
+        self.counted += new;
+        if any_moved {
+            (self.moved, self.counted) = (Some(now), Duration::ZERO);
+        }
+        new
+    }
 }
 
-/// `stands`: since the report moved; `silent`: since it was heard of on any path.
-fn judge(t: &Timings, stands: Duration, silent: Duration) -> HostHealth {
+struct Age {
+    /// Since its report moved.
+    stands: Duration,
+    /// The same, of the time in which the store took reports.
+    doubted: Duration,
+    /// Since it was heard of on any path.
+    silent: Duration,
+}
+
+fn judge(t: &Timings, age: &Age) -> HostHealth {
     let ms = Duration::from_millis;
-    if stands >= ms(t.lease_ms + t.lease_margin_ms) {
+    if age.stands >= ms(t.lease_ms + t.lease_margin_ms) {
         // Fencing rests on the lease alone; that no path works is only the reason to look at it.
         HostHealth::Dead { fenced: true }
-    } else if silent >= ms(t.dead_ms) {
+    } else if age.silent >= ms(t.dead_ms) {
         HostHealth::Dead { fenced: false }
-    } else if stands >= ms(t.suspect_ms) {
+    } else if age.doubted >= ms(t.suspect_ms) {
         HostHealth::Suspect
     } else {
         HostHealth::Up
@@ -118,37 +155,40 @@ mod tests {
     use steadfast_cluster::model::{HostRecord, Resources};
     use steadfast_types::SiteId;
 
-    fn pool(seq: u64) -> Pool {
-        let id = HostId::new("a").unwrap();
-        let record = HostRecord {
-            id: id.clone(),
-            site: SiteId::new("s").unwrap(),
-            rack: None,
-            addresses: BTreeMap::new(),
-            witness: false,
-            capacity: Resources::new(1, 1, 1),
-            reserved: Resources::ZERO,
-            baselines: Default::default(),
-            storages: Default::default(),
-            link_bytes_per_s: 0,
-            admin: Default::default(),
-            health: HostHealth::Up,
-        };
+    /// Two hosts with the counters of their reports.
+    fn pool(a: u64, b: u64) -> Pool {
         let mut pool = Pool::default();
-        let info = HostInfo {
-            record,
-            index: 0,
-            api: ([127, 0, 0, 1], 1).into(),
-            replication: Vec::new(),
-            etcd: None,
-            admin_since_ms: None,
-        };
-        pool.hosts.insert(id.clone(), info);
-        let report = HostReport {
-            seq,
-            ..HostReport::default()
-        };
-        pool.reports.insert(id, report);
+        for (host, seq) in [("a", a), ("b", b)] {
+            let id = HostId::new(host).unwrap();
+            let record = HostRecord {
+                id: id.clone(),
+                site: SiteId::new("s").unwrap(),
+                rack: None,
+                addresses: BTreeMap::new(),
+                witness: false,
+                capacity: Resources::new(1, 1, 1),
+                reserved: Resources::ZERO,
+                baselines: Default::default(),
+                storages: Default::default(),
+                link_bytes_per_s: 0,
+                admin: Default::default(),
+                health: HostHealth::Up,
+            };
+            let info = HostInfo {
+                record,
+                index: 0,
+                api: ([127, 0, 0, 1], 1).into(),
+                replication: Vec::new(),
+                etcd: None,
+                admin_since_ms: None,
+            };
+            pool.hosts.insert(id.clone(), info);
+            let report = HostReport {
+                seq,
+                ..HostReport::default()
+            };
+            pool.reports.insert(id, report);
+        }
         pool
     }
 
@@ -157,7 +197,8 @@ mod tests {
         let (mut o, t0) = (Observer::default(), Instant::now());
         let id = HostId::new("a").unwrap();
         let at = |ms| t0 + Duration::from_millis(ms);
-        let look = |o: &mut Observer, seq, ms| o.look(&pool(seq), at(ms))[&id];
+        // The other host reports all the time.
+        let look = |o: &mut Observer, seq, ms| o.look(&pool(seq, ms), at(ms))[&id];
         assert_eq!(look(&mut o, 1, 0), HostHealth::Up);
         for ms in (1000..=2000).step_by(1000) {
             assert_eq!(look(&mut o, 1, ms), HostHealth::Up);
@@ -175,15 +216,45 @@ mod tests {
     }
 
     #[test]
+    fn a_store_that_takes_no_reports_makes_nobody_suspect() {
+        let (mut o, t0) = (Observer::default(), Instant::now());
+        let (a, b) = (HostId::new("a").unwrap(), HostId::new("b").unwrap());
+        let at = |ms| t0 + Duration::from_millis(ms);
+        let mut look = |seq_a, seq_b, ms| {
+            let health = o.look(&pool(seq_a, seq_b), at(ms));
+            if ms < 14_000 {
+                // Both are asked, and answer.
+                o.answered(&a, at(ms));
+                o.answered(&b, at(ms));
+            }
+            (health[&a], health[&b])
+        };
+        use HostHealth::{Dead, Suspect, Up};
+        for ms in (0..=1000).step_by(500) {
+            assert_eq!(look(ms, ms, ms), (Up, Up));
+        }
+        // The store elects: none moves for 6 s, of which one would have been silence at any time.
+        for ms in (1500..=6500).step_by(500) {
+            assert_eq!(look(1000, 1000, ms), (Up, Up), "at {ms}");
+        }
+        for (seq, ms) in (0..).zip((7000..=8500).step_by(500)) {
+            assert_eq!(look(1000, seq, ms), (Up, Up), "the other is heard again, at {ms}");
+        }
+        assert_eq!(look(1000, 9, 9000), (Suspect, Up));
+        // Its lease was not longer for it.
+        assert_eq!(look(1000, 10, 15_000), (Dead { fenced: true }, Up));
+    }
+
+    #[test]
     fn a_new_leader_knows_leases_and_no_silence() {
         let (mut o, t0) = (Observer::default(), Instant::now());
         let id = HostId::new("a").unwrap();
         let at = |ms| t0 + Duration::from_millis(ms);
         for ms in (0..=9000).step_by(1000) {
-            o.follow(&pool(1), at(ms));
+            o.follow(&pool(1, ms), at(ms));
         }
         // Elected.
-        let look = |o: &mut Observer, ms| o.look(&pool(1), at(ms))[&id];
+        let look = |o: &mut Observer, ms| o.look(&pool(1, ms), at(ms))[&id];
         assert_eq!(look(&mut o, 10_000), HostHealth::Suspect);
         assert_eq!(look(&mut o, 12_500), HostHealth::Suspect);
         assert_eq!(look(&mut o, 14_000), HostHealth::Dead { fenced: true });

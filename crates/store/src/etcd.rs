@@ -1,11 +1,12 @@
 //! The store of a pool: an etcd cluster, asked from blocking callers.
 //!
 //! One thread with a tokio runtime of its own carries the requests; callers wait for their answer with a bound. Each
-//! endpoint has its own connection, made when first needed and thrown away when a request on it fails, so that a member whose
-//! host died costs one timeout; the endpoint that answered last is asked first.
+//! endpoint has its own connection, made when first needed and thrown away when a request on it fails; the endpoint that
+//! answered last is asked first.
 //!
-//! - Reads are transactions without changes: linearizable, and all keys as of one revision. They are repeated at the next
-//!   endpoint when one fails.
+//! - Reads are transactions without changes: linearizable, and all keys as of one revision. While one endpoint is late, or when it
+//!   fails, the next is asked as well, and the first answer counts: a member whose host died costs a quarter of the timeout. A
+//!   member that was reached and has no answer, as while the cluster elects a leader, is asked again.
 //! - A commit is one transaction and is *not* repeated once it may have been sent: what then failed is
 //!   [`StoreError::Unknown`].
 //! - Identity: the cluster's id mixed with the key `.generation`, made once, at random. etcd restored from a snapshot under the
@@ -27,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 /// Key that is part of the identity, below the prefix.
 const GENERATION: &str = ".generation";
@@ -34,6 +36,11 @@ const GENERATION: &str = ".generation";
 const ANSWER_MAX: usize = 64 << 20;
 /// Interval of HTTP/2 pings on a connection with a watch; etcd closes connections that ping more often than every 5 s.
 const PING_EVERY: Duration = Duration::from_secs(6);
+/// Pause before a member that was reached and did not answer is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// A connection is there sooner than an answer may be: so many parts of the timeout, and no less than that.
+const CONNECT_PART: u32 = 4;
+const CONNECT_MIN: Duration = Duration::from_millis(500);
 /// Pause before a watch that failed is set up again.
 const WATCH_AGAIN: Duration = Duration::from_secs(1);
 
@@ -100,7 +107,7 @@ impl Etcd {
         }
         let timeout = Duration::from_millis(spec.timeout_ms.max(1));
         let mut options = ConnectOptions::new()
-            .with_connect_timeout(timeout)
+            .with_connect_timeout((timeout / CONNECT_PART).max(CONNECT_MIN).min(timeout))
             .with_timeout(timeout)
             .with_keep_alive(PING_EVERY.max(timeout), timeout);
         if let Some(tls) = &spec.tls {
@@ -225,20 +232,48 @@ impl Shared {
         Err(failed)
     }
 
-    /// A transaction that may be repeated, at whichever endpoint answers.
-    async fn send_anywhere(&self, txn: Txn) -> Result<TxnResponse, Failed> {
+    /// A transaction that may be repeated, at whichever endpoint answers first.
+    async fn send_anywhere(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse, Failed> {
         let (first, many) = (self.first.load(Ordering::Relaxed), self.clients.len());
+        let timeout = Duration::from_millis(self.spec.timeout_ms);
+        let deadline = tokio::time::Instant::now() + timeout * many as u32;
+        let ask = |index: usize, after: Duration| {
+            let (shared, txn) = (Arc::clone(self), txn.clone());
+            async move {
+                tokio::time::sleep(after).await;
+                (index, shared.send(index, txn).await)
+            }
+        };
         let mut last = Failed::NotSent("no endpoint".into());
-        for turn in 0..many {
-            match self.send((first + turn) % many, txn.clone()).await {
-                Ok(response) => return Ok(response),
-                Err(failed) => last = failed,
+        // What still runs when the answer is there ends with the set.
+        let mut asked = JoinSet::new();
+        let mut count = 0;
+        loop {
+            // At the begin, when one failed, and when one is late.
+            if count < many {
+                asked.spawn(ask((first + count) % many, Duration::ZERO));
+                count += 1;
+            }
+            tokio::select! {
+                done = asked.join_next() => match done {
+                    Some(Ok((_, Ok(response)))) => return Ok(response),
+                    Some(Ok((index, Err(failed)))) => {
+                        if matches!(failed, Failed::Sent(_)) {
+                            asked.spawn(ask(index, ASK_AGAIN));
+                        }
+                        last = failed;
+                    }
+                    Some(Err(_)) => {}
+                    None if count == many => return Err(last),
+                    None => {}
+                },
+                () = tokio::time::sleep(timeout / 4), if count < many => {}
+                () = tokio::time::sleep_until(deadline) => return Err(last),
             }
         }
-        Err(last)
     }
 
-    async fn look(&self, ops: Vec<TxnOp>) -> Result<Snapshot, Failed> {
+    async fn look(self: &Arc<Self>, ops: Vec<TxnOp>) -> Result<Snapshot, Failed> {
         let generation = self.key(GENERATION);
         let mut all = vec![TxnOp::get(generation.as_str(), None)];
         all.extend(ops);

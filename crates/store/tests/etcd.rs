@@ -114,6 +114,32 @@ fn frozen_is_unknown_and_dead_is_unreachable() {
     assert!(matches!(dead, Err(StoreError::Unreachable { .. })), "{dead:?}");
 }
 
+/// The member that is asked first hangs: the next one's answer counts, long before the first is given up.
+#[test]
+fn a_read_does_not_wait_for_a_member_that_hangs() {
+    let (Some(hangs), Some(answers)) = (Server::start(), Server::start()) else {
+        return common::skip();
+    };
+    let timeout = Duration::from_secs(8);
+    let spec = EtcdSpec {
+        endpoints: [hangs.spec().endpoints, answers.spec().endpoints].concat(),
+        timeout_ms: timeout.as_millis() as u64,
+        ..answers.spec()
+    };
+    let kv = Etcd::new(&answers.spec()).unwrap();
+    kv.commit(&Commit::default().put("k", "v")).unwrap();
+    hangs.freeze();
+    let kv = Etcd::new(&spec).unwrap();
+    let began = Instant::now();
+    let found = kv.read(&["k"]).unwrap();
+    let took = began.elapsed();
+    assert_eq!(found.entries[0].value, b"v");
+    assert!(took < timeout, "it waited for the first: {took:?}");
+    let again = Instant::now();
+    kv.read(&["k"]).unwrap();
+    assert!(again.elapsed() < timeout / 4, "who answered is asked first");
+}
+
 #[test]
 fn a_restored_store_has_another_identity() {
     let Some(mut server) = Server::start() else {

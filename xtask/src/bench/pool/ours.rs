@@ -12,6 +12,8 @@ use steadfast_rig::vm::CPU;
 
 pub const LEASE: Duration = Duration::from_secs(3);
 pub const SUSPECT: Duration = Duration::from_millis(1500);
+/// Of the store; an election takes ten to twenty.
+const HEARTBEAT: Duration = Duration::from_millis(200);
 const VMS: [(&str, Ipv4Addr); 2] = [
     ("restart", Ipv4Addr::new(10, 90, 0, 121)),
     ("ft", Ipv4Addr::new(10, 90, 0, 122)),
@@ -20,7 +22,8 @@ const VMS: [(&str, Ipv4Addr); 2] = [
 /// Seconds from kill to answer: class `restart`, class `ft`.
 pub fn measure(rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let rig = servers(Rig::builder())?;
-    let hosts: Vec<PoolHost<'_>> = rig.servers().iter().map(PoolHost::new).collect();
+    let host = |server| PoolHost::new(server).heartbeat(HEARTBEAT);
+    let hosts: Vec<PoolHost<'_>> = rig.servers().iter().map(host).collect();
     let pool = Pool { rig: &rig, hosts };
     let measured = pool.measure(rounds);
     if measured.is_err() {
