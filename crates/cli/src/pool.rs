@@ -644,6 +644,8 @@ pub fn node(args: &NodeArgs) -> Outcome {
         return Ok(ExitCode::SUCCESS);
     }
     let program = std::env::current_exe()?;
+    // Before there are other threads, which inherit it.
+    steadfast_node::take_precedence();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(2)

@@ -138,6 +138,21 @@ fn nothing_is_taken_from_a_suspect_host() {
             "{d}"
         );
     }
+    // Whether what was down there still is, nobody knows: the alarm stays up.
+    let mut t = s.clone();
+    let on = t.vms[&v("b")].state.owner.clone().unwrap();
+    t.hosts.get_mut(&on).unwrap().status.observed = HostHealth::Suspect;
+    t.alarms.insert(AlarmKey::VmDown(v("b")));
+    let d = decide(&t);
+    let clears = |a: &Action| {
+        matches!(
+            a,
+            Action::ClearAlarm {
+                alarm: AlarmKey::VmDown(_)
+            }
+        )
+    };
+    assert!(!d.actions.iter().any(|x| clears(&x.action)), "{d}");
     // Nor is it given anything.
     s.hosts.get_mut(&h(1)).unwrap().status.observed = HostHealth::Suspect;
     add(&mut s, vm("n", Protection::None).unwrap());

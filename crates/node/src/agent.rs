@@ -17,6 +17,7 @@ use crate::pool::{Pool, PoolVm};
 use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
 use crate::{certs, etcd, records, seat};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::Action;
@@ -35,8 +36,8 @@ const STANDBY_AGAIN: Duration = Duration::from_secs(2);
 const HANDOVER_BOUND: Duration = Duration::from_secs(20);
 /// A process that ends so soon after its start has failed to start, ms.
 const EARLY_MS: u64 = 10_000;
-/// Members of etcd are looked up every so many rounds.
-const MEMBERS_EVERY: u64 = 5;
+/// Time between two looks at the members of etcd.
+const MEMBERS_EVERY: Duration = Duration::from_secs(5);
 
 /// See the module.
 pub struct Agent {
@@ -49,8 +50,6 @@ pub struct Agent {
     member: etcd::Member,
     services: Services,
     certificates: certs::Keeper,
-    /// The look at etcd's members that is under way.
-    members: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Agent {
@@ -65,7 +64,6 @@ impl Agent {
             member: etcd::Member::new(node.folders.clone()),
             services: Services::default(),
             certificates: certs::Keeper::default(),
-            members: None,
             node,
         }
     }
@@ -73,13 +71,16 @@ impl Agent {
     /// Rounds until the daemon ends.
     pub async fn run(mut self) {
         let mut every = records::Timings::default().report_ms;
+        let mut looking = tokio::spawn(look_at_store(Arc::clone(&self.node), etcd::Looker::default()));
+        let mut looked = Instant::now();
         loop {
             let began = Instant::now();
             let node = Arc::clone(&self.node);
-            let idle = self.members.as_ref().is_none_or(tokio::task::JoinHandle::is_finished);
-            if self.seq.is_multiple_of(MEMBERS_EVERY) && idle {
-                // Beside the rounds: a member whose host is dead may take seconds to be given up, and the report must not wait.
-                self.members = Some(tokio::spawn(look_at_members(Arc::clone(&node))));
+            // Beside the rounds: a member whose host is dead may take seconds to be given up, and the report must not wait.
+            if looked.elapsed() >= MEMBERS_EVERY && looking.is_finished() {
+                looked = Instant::now();
+                let looker = looking.await.unwrap_or_default();
+                looking = tokio::spawn(look_at_store(Arc::clone(&node), looker));
             }
             // The round blocks: on the store, and on control sockets.
             let done = tokio::task::spawn_blocking(move || {
@@ -125,15 +126,14 @@ impl Agent {
             seq: self.seq,
             daemon: node.run,
             at_ms: now_ms(),
+            leads_store: node.leads_store.load(Ordering::Relaxed),
             status,
             instances,
         };
         // The lease counts from before the store was asked: whoever saw this report saw it later.
         let asked = boot_ms();
-        let kv = node.kv();
-        kv.commit(&Commit::default().put(host_report(&config.host), json(&report)?))?;
-        let pool = Pool::load(&*kv)?;
-        drop(kv);
+        let report = Commit::default().put(host_report(&config.host), json(&report)?);
+        let pool = node.commit_and_load(&report)?;
         if let Err(error) = self.certificates.look(&node, &pool) {
             tracing::error!(%error, "this host's certificates could not be kept; tried again");
         }
@@ -448,25 +448,32 @@ fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
     propose(&mut store, id, vm, me).map(|_| ())
 }
 
-async fn look_at_members(node: Arc<Node>) {
-    if let Err(error) = refresh_endpoints(&node).await {
+/// Learns which members etcd has, and gives its lead away where that is better.
+async fn look_at_store(node: Arc<Node>, mut looker: etcd::Looker) -> etcd::Looker {
+    let config = node.config();
+    if !matches!(config.store, StoreChoice::Managed { .. }) {
+        return looker;
+    }
+    let done = async {
+        let cluster = looker.look(&config.store_spec(&node.folders)).await?;
+        refresh_endpoints(&node, &cluster).await?;
+        seat::look(&node, &cluster).await
+    };
+    if let Err(error) = done.await {
         tracing::debug!(%error, "etcd's members are not known now");
     }
-    if let Err(error) = seat::look(&node).await {
-        tracing::debug!(%error, "where the store is led from was not looked at");
-    }
+    looker
 }
 
-/// Learns which members etcd has, so that a lost one can be replaced by others.
-async fn refresh_endpoints(node: &Arc<Node>) -> Result<()> {
+/// Keeps etcd's members, so that a lost one can be replaced by others.
+async fn refresh_endpoints(node: &Arc<Node>, cluster: &etcd::Cluster) -> Result<()> {
     let mut config = node.config();
-    let spec = config.store_spec(&node.folders);
     let StoreChoice::Managed { endpoints, .. } = &mut config.store else {
         return Ok(());
     };
     // Learners do not serve clients.
-    let voters = etcd::members(&spec).await?.into_iter().filter(|m| !m.learner);
-    let mut now: Vec<String> = voters.filter_map(|m| m.client).collect();
+    let voters = cluster.members.iter().filter(|m| !m.learner);
+    let mut now: Vec<String> = voters.filter_map(|m| m.client.clone()).collect();
     now.sort();
     if now.is_empty() || now == *endpoints {
         return Ok(());

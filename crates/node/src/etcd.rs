@@ -16,6 +16,8 @@ use steadfast_store::StoreSpec;
 
 /// How long one request about membership may take.
 const BOUND: Duration = Duration::from_secs(10);
+/// A client is made anew after so long: certificates are renewed.
+const CLIENT_KEPT: Duration = Duration::from_secs(600);
 /// Members beyond this do not make the store safer, only slower.
 pub const MEMBERS_MAX: usize = 5;
 
@@ -202,15 +204,18 @@ pub struct Listed {
 /// The cluster does not answer.
 pub async fn members(spec: &StoreSpec) -> Result<Vec<Listed>> {
     let listed = client(spec).await?.cluster_client().member_list().await;
-    let listed = listed.map_err(|e| NodeError::Etcd(e.to_string()))?;
-    let all = listed.members().iter().map(|m| Listed {
+    Ok(list(&listed.map_err(|e| NodeError::Etcd(e.to_string()))?))
+}
+
+fn list(answer: &etcd_client::MemberListResponse) -> Vec<Listed> {
+    let all = answer.members().iter().map(|m| Listed {
         id: m.id(),
         name: m.name().to_owned(),
         peer: m.peer_urls().first().cloned().unwrap_or_default(),
         client: m.client_urls().first().cloned(),
         learner: m.is_learner(),
     });
-    Ok(all.collect())
+    all.collect()
 }
 
 /// Adds a member as a learner, unless it is there. Returns `--initial-cluster` for its start.
@@ -266,41 +271,52 @@ pub async fn remove(spec: &StoreSpec, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A client of the member at this address only.
-async fn client_at(spec: &StoreSpec, at: &str) -> Result<Client> {
-    let mut spec = spec.clone();
-    if let StoreSpec::Etcd { etcd } = &mut spec {
+/// The cluster as it said last.
+pub struct Cluster {
+    /// Who belongs to it.
+    pub members: Vec<Listed>,
+    /// The number of the member that leads; 0: none that is known of.
+    pub leader: u64,
+}
+
+/// Looks at the cluster again and again, over one connection: each new one costs both sides a handshake.
+#[derive(Default)]
+pub struct Looker {
+    client: Option<(StoreSpec, Client, Instant)>,
+}
+
+impl Looker {
+    /// The cluster now.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn look(&mut self, spec: &StoreSpec) -> Result<Cluster> {
+        let known = self.client.take();
+        let (client, since) = match known.filter(|(of, _, since)| of == spec && since.elapsed() < CLIENT_KEPT)
+        {
+            Some((_, client, since)) => (client, since),
+            None => (client(spec).await?, Instant::now()),
+        };
+        let status = client.maintenance_client().status().await;
+        let leader = status.map_err(|e| NodeError::Etcd(e.to_string()))?.leader();
+        let listed = client.cluster_client().member_list().await;
+        let members = list(&listed.map_err(|e| NodeError::Etcd(e.to_string()))?);
+        self.client = Some((spec.clone(), client, since));
+        Ok(Cluster { members, leader })
+    }
+}
+
+/// Lets the leader, which is at this address, give the lead to that member.
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub async fn give_lead(spec: &StoreSpec, at: &str, to: &Listed) -> Result<()> {
+    let mut only = spec.clone();
+    if let StoreSpec::Etcd { etcd } = &mut only {
         etcd.endpoints = vec![at.to_owned()];
     }
-    client(&spec).await
-}
-
-/// Whether the member at this address leads the cluster.
-///
-/// # Errors
-/// It does not answer.
-pub async fn leads(spec: &StoreSpec, at: &str) -> Result<bool> {
-    let status = client_at(spec, at).await?.maintenance_client().status().await;
-    let status = status.map_err(|e| NodeError::Etcd(e.to_string()))?;
-    let own = status.header().map(|h| h.member_id());
-    Ok(own == Some(status.leader()))
-}
-
-/// Lets the leader, which is at this address, give the lead to the member of that name.
-///
-/// # Errors
-/// It does not answer or refuses, or there is no such member.
-pub async fn give_lead(spec: &StoreSpec, at: &str, name: &str) -> Result<()> {
-    let all = members(spec).await?;
-    let Some(to) = all.iter().find(|m| m.name == name) else {
-        return Err(NodeError::Etcd(format!("it has no member {name}")));
-    };
-    let given = client_at(spec, at)
-        .await?
-        .maintenance_client()
-        .move_leader(to.id)
-        .await;
+    let given = client(&only).await?.maintenance_client().move_leader(to.id).await;
     given
         .map(|_| ())
-        .map_err(|e| NodeError::Etcd(format!("the lead cannot go to {name}: {e}")))
+        .map_err(|e| NodeError::Etcd(format!("the lead cannot go to {}: {e}", to.name)))
 }

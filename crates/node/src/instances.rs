@@ -229,7 +229,7 @@ impl Instances {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(id);
-        let mut child = match command.spawn() {
+        let mut child = match crate::precedence::without(|| command.spawn())? {
             Ok(child) => child,
             Err(source) => {
                 let what = format!("start {}", self.program.display());

@@ -21,7 +21,7 @@ use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms
 use crate::upgrade;
 use crate::watch::Watch;
 use hyper::Method;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::What;
@@ -38,6 +38,10 @@ const ACT_BOUND: Duration = Duration::from_secs(60);
 const PING_BOUND: Duration = Duration::from_secs(2);
 /// A start that was sent is believed for so long without a report of it.
 const UNREPORTED: Duration = Duration::from_secs(8);
+/// A host that does not decide believes what was read so long ago.
+const READ_LATELY: Duration = Duration::from_secs(5);
+/// A leader renews its claim so many times before it would be replaced.
+const CLAIM_PART: u64 = 6;
 /// An action that fails the same way each time is told of again only after so long.
 const TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// What takes longer is told as a decision and its end, each at its time; what is shorter as one event.
@@ -56,6 +60,8 @@ pub struct Decider {
     /// Another's claim, and since when it stands.
     other: Option<(Leader, Instant)>,
     mine: Option<u64>,
+    /// When that was asked for.
+    claimed: Instant,
     /// Actions under way, so that none is sent twice at a time.
     under_way: Arc<Mutex<HashSet<String>>>,
     /// Refusals that were told already.
@@ -80,6 +86,7 @@ impl Decider {
             observer: Arc::default(),
             other: None,
             mine: None,
+            claimed: Instant::now(),
             under_way: Arc::default(),
             told: HashSet::new(),
             failing: Arc::default(),
@@ -103,9 +110,7 @@ impl Decider {
     }
 
     async fn turn(&mut self) -> Result<()> {
-        // Before the store is read: what is seen there may be newer, never older.
-        let read_at = Instant::now();
-        let pool = self.node.blocking(|n| Pool::load(&*n.kv())).await?;
+        let (pool, read_at) = self.pool().await?;
         if !self.elected(&pool).await? {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
             observer.follow(&pool, read_at);
@@ -114,12 +119,13 @@ impl Decider {
             *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Watch::default();
             return Ok(());
         }
-        self.ping(&pool);
-        let (observed, silent_ms) = {
+        let (observed, silent_ms, late) = {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
             let observed = observer.look(&pool, read_at);
-            (observed, observer.silent_ms(read_at))
+            let late = observer.late(pool.timings.report_ms, read_at);
+            (observed, observer.silent_ms(read_at), late)
         };
+        self.ping(&pool, &late);
         self.remember_owners(&pool).await?;
         self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
@@ -177,6 +183,17 @@ impl Decider {
         Ok(())
     }
 
+    /// The pool, and a moment before it was read: what is seen there may be newer, never older. Who does not decide has read it already, to
+    /// report.
+    async fn pool(&self) -> Result<(Arc<Pool>, Instant)> {
+        let follows = self.mine.is_none();
+        if let Some(latest) = self.node.latest_pool(READ_LATELY).filter(|_| follows) {
+            return Ok(latest);
+        }
+        let read_at = Instant::now();
+        Ok((self.node.blocking(Node::load_pool).await?, read_at))
+    }
+
     async fn tell(&self, about: About, what: What, why: String) -> Result<()> {
         self.node
             .blocking(move |n| {
@@ -193,6 +210,9 @@ impl Decider {
         let taken_ms = pool.timings.leader_ms;
         let seq = match &current {
             Some(leader) if leader.host.as_ref() == Some(&me) && self.mine == Some(leader.seq) => {
+                if self.claimed.elapsed() < Duration::from_millis(taken_ms / CLAIM_PART) {
+                    return Ok(true);
+                }
                 leader.seq + 1
             }
             Some(leader) if leader.host.is_some() => {
@@ -212,6 +232,7 @@ impl Decider {
             Some(leader) => leader.seq + 1,
             None => 1,
         };
+        let claimed = Instant::now();
         let claim = Leader { host: Some(me), seq };
         let value = json(&claim)?;
         let won = self
@@ -234,12 +255,15 @@ impl Decider {
                 .await?;
         }
         self.mine = won.then_some(seq);
+        if won {
+            self.claimed = claimed;
+        }
         Ok(won)
     }
 
-    /// Asks every host whether it is there; answers count when they come.
-    fn ping(&self, pool: &Pool) {
-        for (id, info) in &pool.hosts {
+    /// Asks every host that is late with its report whether it is there; answers count when they come.
+    fn ping(&self, pool: &Pool, late: &BTreeSet<HostId>) {
+        for (id, info) in pool.hosts.iter().filter(|(id, _)| late.contains(id)) {
             let Ok(target) = self.node.target(id, info) else {
                 continue;
             };

@@ -5,16 +5,18 @@ use crate::error::{NodeError, Result};
 use crate::http::Target;
 use crate::instances::Instances;
 use crate::journal::{self, About, Told};
+use crate::pool::Pool;
 use crate::records::{HostInfo, now_ms};
 use crate::relocate::ReadOnly;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::{Event, What};
-use steadfast_store::Kv;
+use steadfast_store::{Commit, Kv};
 use steadfast_types::HostId;
 use tokio::sync::{Notify, watch};
 
@@ -39,6 +41,10 @@ pub struct Node {
     pub drilling: tokio::sync::Mutex<()>,
     /// One drill at a time on this host.
     pub drill_here: Mutex<()>,
+    /// The pool as the agent read it last, and when it began to read.
+    latest: Mutex<Option<(Arc<Pool>, Instant)>>,
+    /// This host's member of the store leads, as it said last.
+    pub leads_store: AtomicBool,
     config: RwLock<NodeConfig>,
     kv: RwLock<Arc<dyn Kv>>,
 }
@@ -79,6 +85,8 @@ impl Node {
             run,
             drilling: tokio::sync::Mutex::new(()),
             drill_here: Mutex::new(()),
+            latest: Mutex::default(),
+            leads_store: AtomicBool::new(false),
             kv: RwLock::new(kv),
             config: RwLock::new(config),
             program,
@@ -106,6 +114,41 @@ impl Node {
     #[must_use]
     pub fn kv(&self) -> Arc<dyn Kv> {
         Arc::clone(&self.kv.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Reads the pool. Blocks.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn load_pool(&self) -> Result<Arc<Pool>> {
+        let began = Instant::now();
+        let pool = Pool::load(&*self.kv())?;
+        Ok(self.keep_latest(pool, began))
+    }
+
+    /// Makes a change, and reads the pool as it is then. Blocks.
+    ///
+    /// # Errors
+    /// The store's, or it was restored.
+    pub fn commit_and_load(&self, commit: &Commit) -> Result<Arc<Pool>> {
+        let began = Instant::now();
+        match Pool::commit_and_load(&*self.kv(), commit)? {
+            Some(pool) => Ok(self.keep_latest(pool, began)),
+            None => Err(NodeError::Refused("the store was restored; tried again".into())),
+        }
+    }
+
+    fn keep_latest(&self, pool: Pool, began: Instant) -> Arc<Pool> {
+        let pool = Arc::new(pool);
+        *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Some((Arc::clone(&pool), began));
+        pool
+    }
+
+    /// The pool as it was read last, if that is not older, and when that was.
+    #[must_use]
+    pub fn latest_pool(&self, younger_than: Duration) -> Option<(Arc<Pool>, Instant)> {
+        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.clone().filter(|(_, at)| at.elapsed() < younger_than)
     }
 
     /// Changes this host's settings, on disk first; opens the store that they name.

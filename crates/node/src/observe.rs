@@ -18,7 +18,7 @@
 
 use crate::pool::Pool;
 use crate::records::Timings;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::HostHealth;
 use steadfast_types::HostId;
@@ -65,6 +65,16 @@ impl Observer {
             .collect()
     }
 
+    /// Hosts whose reports are overdue: to be asked. The others have said that they are there, and a question costs both sides a
+    /// handshake.
+    #[must_use]
+    pub fn late(&self, report_ms: u64, now: Instant) -> BTreeSet<HostId> {
+        let overdue = Duration::from_millis(report_ms * 3 / 2);
+        let late = |seen: &Seen| now.saturating_duration_since(seen.reported) > overdue;
+        let all = self.hosts.iter().filter(|(_, seen)| late(seen));
+        all.map(|(host, _)| host.clone()).collect()
+    }
+
     /// As a host that does not lead: only reports are looked at.
     pub fn follow(&mut self, pool: &Pool, now: Instant) {
         self.look(pool, now);
@@ -74,7 +84,9 @@ impl Observer {
     /// What is to be thought of each host now.
     pub fn look(&mut self, pool: &Pool, now: Instant) -> BTreeMap<HostId, HostHealth> {
         let ms = Duration::from_millis;
-        let step = self.looked.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let step = self
+            .looked
+            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         // A longer one does not count as the others' silence: they were not asked meanwhile.
         let own_pause = step.saturating_sub(ms(pool.timings.suspect_ms));
         self.looked = Some(now);

@@ -11,7 +11,7 @@ use steadfast_cluster::model::{
     AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Snapshot, Standby, Vm, VmState,
 };
 use steadfast_epoch::arbiter::VmRecord;
-use steadfast_store::Kv;
+use steadfast_store::{Commit, Entry, Kv};
 use steadfast_types::{HostId, Term, VmId};
 
 /// A VM, all of it.
@@ -58,6 +58,9 @@ impl PoolVm {
 /// What the store has of a VM: specification, arbiter's record, state, last drill.
 type Parts = (Option<StoredVm>, Option<VmRecord>, VmMemory, Option<DrillReport>);
 
+/// All that a pool is made of in the store.
+const ALL: [&str; 2] = ["p/", "vm/"];
+
 /// See the module.
 #[derive(Clone, Default)]
 pub struct Pool {
@@ -84,14 +87,27 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Reads it. Two reads of the store: what is of hosts and what is of VMs may be of slightly different instants, which
-    /// the terms in both make harmless.
+    /// Reads it, all as of one instant.
     ///
     /// # Errors
     /// The store's. A value that cannot be read is left out and logged: one bad record must not stop the pool.
     pub fn load(kv: &dyn Kv) -> Result<Self> {
+        Ok(Self::read(kv.list_all(&ALL)?.entries))
+    }
+
+    /// Makes a change, and reads it as it is then.
+    ///
+    /// # Errors
+    /// The store's. A conflict is none: nothing is read then.
+    pub fn commit_and_load(kv: &dyn Kv, commit: &Commit) -> Result<Option<Self>> {
+        let (_, all) = kv.commit_and_list(commit, &ALL)?;
+        Ok(all.map(|all| Self::read(all.entries)))
+    }
+
+    fn read(all: Vec<Entry>) -> Self {
         let mut pool = Self::default();
-        for entry in kv.list("p/")?.entries {
+        let (vms, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|e| e.key.starts_with("vm/"));
+        for entry in others {
             let (key, value) = (entry.key.as_str(), entry.value.as_slice());
             let done = match key {
                 SETTINGS => parse(key, value).map(|v| pool.settings = v),
@@ -107,7 +123,7 @@ impl Pool {
             }
         }
         let mut parts: BTreeMap<VmId, Parts> = BTreeMap::new();
-        for entry in kv.list("vm/")?.entries {
+        for entry in vms {
             let mut path = entry.key.split('/').skip(1);
             let (Some(Ok(id)), Some(part)) = (path.next().map(VmId::new), path.next()) else {
                 continue;
@@ -141,7 +157,7 @@ impl Pool {
                 ))
             })
             .collect();
-        Ok(pool)
+        pool
     }
 
     fn take(&mut self, key: &str, value: &[u8]) -> Result<()> {

@@ -125,7 +125,8 @@ impl Timings {
             dead_ms: scaled(usual.dead_ms),
             lease_ms,
             lease_margin_ms: scaled(usual.lease_margin_ms),
-            leader_ms: scaled(usual.leader_ms),
+            // A few rounds of a leader, and of who watches it.
+            leader_ms: scaled(usual.leader_ms).max(4000),
             ..usual
         }
     }
@@ -169,6 +170,9 @@ pub struct HostReport {
     pub daemon: u64,
     /// The host's wall clock, ms; for people.
     pub at_ms: u64,
+    /// Its member of the store leads.
+    #[serde(default)]
+    pub leads_store: bool,
     /// Measured.
     pub status: HostStatus,
     /// What runs there.

@@ -31,8 +31,8 @@ impl Kv for ReadOnly {
         self.0.read(keys)
     }
 
-    fn list(&self, prefix: &str) -> std::result::Result<Snapshot, StoreError> {
-        self.0.list(prefix)
+    fn list_all(&self, prefixes: &[&str]) -> std::result::Result<Snapshot, StoreError> {
+        self.0.list_all(prefixes)
     }
 
     fn commit(&self, _: &Commit) -> std::result::Result<Committed, StoreError> {

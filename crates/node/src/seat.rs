@@ -7,10 +7,11 @@
 
 use crate::config::StoreChoice;
 use crate::error::Result;
-use crate::etcd;
+use crate::etcd::{self, Cluster};
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use steadfast_cluster::model::{HostAdmin, HostHealth, Power, Protection};
 use steadfast_types::HostId;
 
@@ -60,25 +61,34 @@ fn better<'s>(mine: &Seat, others: &'s [Seat]) -> Option<&'s HostId> {
 ///
 /// # Errors
 /// The store does not answer, or refuses.
-pub async fn look(node: &Arc<Node>) -> Result<()> {
+pub async fn look(node: &Arc<Node>, cluster: &Cluster) -> Result<()> {
     let config = node.config();
-    if !matches!(config.store, StoreChoice::Managed { member: true, .. }) {
+    let leader = cluster.members.iter().find(|m| m.id == cluster.leader);
+    let leads = leader.is_some_and(|m| m.name == config.host.as_str());
+    node.leads_store.store(leads, Ordering::Relaxed);
+    if !leads || !matches!(config.store, StoreChoice::Managed { member: true, .. }) {
         return Ok(());
     }
-    let spec = config.store_spec(&node.folders);
-    let own = config.url(config.ports.etcd_client);
-    if !etcd::leads(&spec, &own).await? {
-        return Ok(());
-    }
-    let voters = etcd::members(&spec).await?.into_iter().filter(|m| !m.learner);
-    let voters: Vec<HostId> = voters.filter_map(|m| HostId::new(m.name).ok()).collect();
     let pool = node.blocking(|n| Pool::load(&*n.kv())).await?;
-    let seats = voters.into_iter().filter_map(|host| Seat::of(&pool, host));
+    let voters = cluster.members.iter().filter(|m| !m.learner);
+    let seats = voters.filter_map(|m| Seat::of(&pool, HostId::new(m.name.as_str()).ok()?));
     let (mine, others): (Vec<Seat>, Vec<Seat>) = seats.partition(|s| s.host == config.host);
-    if let Some(to) = mine.first().and_then(|mine| better(mine, &others)) {
-        etcd::give_lead(&spec, &own, to.as_str()).await?;
-        tracing::info!(%to, "the store is led by another host's member from now on: its death would cost less");
-    }
+    let Some(best) = mine.first().and_then(|mine| better(mine, &others)) else {
+        return Ok(());
+    };
+    let Some(to) = cluster.members.iter().find(|m| m.name == best.as_str()) else {
+        return Ok(());
+    };
+    let (spec, own) = (
+        config.store_spec(&node.folders),
+        config.url(config.ports.etcd_client),
+    );
+    etcd::give_lead(&spec, &own, to).await?;
+    node.leads_store.store(false, Ordering::Relaxed);
+    tracing::info!(
+        to = to.name,
+        "the store is led from another host from now on: its death would cost less"
+    );
     Ok(())
 }
 
@@ -103,13 +113,23 @@ mod tests {
         assert_eq!(to(&two, &[seat("b", 0), seat("w", 0)]).as_deref(), Some("w"));
         assert_eq!(to(&two, &[seat("b", 1)]), None, "not worth it");
         assert_eq!(to(&two, &[seat("b", 0)]).as_deref(), Some("b"));
-        assert_eq!(to(&seat("a", 4), &[seat("c", 1), seat("b", 1)]).as_deref(), Some("b"));
-        assert_eq!(to(&none, &[seat("b", 0), seat("w", 0)]), None, "nothing is gained");
+        assert_eq!(
+            to(&seat("a", 4), &[seat("c", 1), seat("b", 1)]).as_deref(),
+            Some("b")
+        );
+        assert_eq!(
+            to(&none, &[seat("b", 0), seat("w", 0)]),
+            None,
+            "nothing is gained"
+        );
         assert_eq!(to(&two, &[]), None);
         let (mut sick, mut away) = (seat("b", 0), seat("c", 0));
         (sick.well, away.in_use) = (false, false);
         assert_eq!(to(&two, &[sick.clone(), away.clone()]), None);
-        let leaving = Seat { in_use: false, ..none };
+        let leaving = Seat {
+            in_use: false,
+            ..none
+        };
         assert_eq!(to(&leaving, &[sick, away, seat("d", 7)]).as_deref(), Some("d"));
     }
 }

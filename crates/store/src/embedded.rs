@@ -269,10 +269,12 @@ impl Kv for Embedded {
         self.locked(|s| Ok(s.snapshot(keys.iter().filter_map(|k| s.entry(k)).collect())))
     }
 
-    fn list(&self, prefix: &str) -> Result<Snapshot, StoreError> {
+    fn list_all(&self, prefixes: &[&str]) -> Result<Snapshot, StoreError> {
         self.locked(|s| {
-            let keys = s.map.range(prefix.to_owned()..).map(|(k, _)| k);
-            let below = keys.take_while(|k| k.starts_with(prefix));
+            let below = prefixes.iter().flat_map(|prefix| {
+                let keys = s.map.range((*prefix).to_owned()..).map(|(k, _)| k);
+                keys.take_while(move |k| k.starts_with(prefix))
+            });
             Ok(s.snapshot(below.filter_map(|k| s.entry(k)).collect()))
         })
     }

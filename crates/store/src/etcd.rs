@@ -1,8 +1,8 @@
 //! The store of a pool: an etcd cluster, asked from blocking callers.
 //!
 //! One thread with a tokio runtime of its own carries the requests; callers wait for their answer with a bound. Each
-//! endpoint has its own connection, made when first needed and thrown away when a request on it fails; the endpoint that
-//! answered last is asked first.
+//! endpoint has its own connection, made when first needed and thrown away when a request on it fails; the nearest endpoint
+//! is asked first as long as it answers (`order.rs`).
 //!
 //! - Reads are transactions without changes: linearizable, and all keys as of one revision. While one endpoint is late, or when it
 //!   fails, the next is asked as well, and the first answer counts: a member whose host died costs a quarter of the timeout. A
@@ -14,6 +14,7 @@
 //!   generation, so that from then on everybody sees another identity. Who was started after the restore cannot notice;
 //!   restoring through `steadfast` gives the cluster a new id.
 
+use crate::order::Order;
 use crate::{
     Change, Check, Commit, Committed, Entry, EtcdSpec, Identity, Kv, Snapshot, StoreError, Wake, WatchGuard,
     random_u64,
@@ -23,9 +24,8 @@ use etcd_client::{
     TlsOptions, Txn, TxnOp, TxnOpResponse, TxnResponse, WatchOptions,
 };
 use std::future::Future;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -56,8 +56,8 @@ struct Shared {
     spec: EtcdSpec,
     options: ConnectOptions,
     clients: Vec<Mutex<Option<Client>>>,
-    /// Index of the endpoint that answered last.
-    first: AtomicUsize,
+    /// Whom to ask first.
+    order: Mutex<Order>,
     seen: Mutex<Seen>,
 }
 
@@ -149,7 +149,7 @@ impl Etcd {
                 clients: spec.endpoints.iter().map(|_| Mutex::new(None)).collect(),
                 spec: spec.clone(),
                 options,
-                first: AtomicUsize::new(0),
+                order: Mutex::new(Order::new(spec.endpoints.len(), Instant::now())),
                 seen: Mutex::default(),
             }),
             runtime,
@@ -192,6 +192,10 @@ impl Etcd {
 }
 
 impl Shared {
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn key(&self, key: &str) -> String {
         format!("{}{key}", self.spec.prefix)
     }
@@ -214,14 +218,16 @@ impl Shared {
 
     /// One transaction at one endpoint.
     async fn send(&self, index: usize, txn: Txn) -> Result<TxnResponse, Failed> {
-        let client = self.client(index).await?;
+        let client = self.client(index).await.inspect_err(|_| {
+            self.order().failed(index, Instant::now());
+        })?;
         let mut kv = client.kv_client().max_decoding_message_size(ANSWER_MAX);
         let bound = Duration::from_millis(self.spec.timeout_ms);
         let answer = tokio::time::timeout(bound, kv.txn(txn)).await;
         let endpoint = &self.spec.endpoints[index];
         let failed = match answer {
             Ok(Ok(response)) => {
-                self.first.store(index, Ordering::Relaxed);
+                self.order().answered(index, Instant::now());
                 return Ok(response);
             }
             Ok(Err(error)) if refused(&error) => Failed::NotSent(format!("{endpoint}: connection refused")),
@@ -229,12 +235,13 @@ impl Shared {
             Err(_) => Failed::Sent(format!("{endpoint}: no answer within {} ms", bound.as_millis())),
         };
         *self.clients[index].lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.order().failed(index, Instant::now());
         Err(failed)
     }
 
     /// A transaction that may be repeated, at whichever endpoint answers first.
     async fn send_anywhere(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse, Failed> {
-        let (first, many) = (self.first.load(Ordering::Relaxed), self.clients.len());
+        let (first, many) = (self.order().for_read(Instant::now()), self.clients.len());
         let timeout = Duration::from_millis(self.spec.timeout_ms);
         let deadline = tokio::time::Instant::now() + timeout * many as u32;
         let ask = |index: usize, after: Duration| {
@@ -347,7 +354,12 @@ impl Shared {
         }
     }
 
-    fn transaction(&self, commit: &Commit, seen: &Seen) -> Txn {
+    fn below(&self, prefix: &str) -> TxnOp {
+        let options = GetOptions::new().with_prefix();
+        TxnOp::get(self.key(prefix), Some(options))
+    }
+
+    fn transaction(&self, commit: &Commit, prefixes: &[&str], seen: &Seen) -> Txn {
         let generation = self.key(GENERATION);
         let mut when = vec![Compare::value(
             generation.as_str(),
@@ -359,7 +371,7 @@ impl Shared {
             Check::Revision(r) => Compare::mod_revision(self.key(key), CompareOp::Equal, *r as i64),
             Check::Value(v) => Compare::value(self.key(key), CompareOp::Equal, v.clone()),
         }));
-        let then: Vec<_> = commit
+        let mut then: Vec<_> = commit
             .changes
             .iter()
             .map(|(key, change)| match change {
@@ -367,6 +379,7 @@ impl Shared {
                 Change::Delete => TxnOp::delete(self.key(key), None),
             })
             .collect();
+        then.extend(prefixes.iter().map(|prefix| self.below(prefix)));
         let mut otherwise = vec![TxnOp::get(generation, None)];
         otherwise.extend(
             commit
@@ -379,25 +392,19 @@ impl Shared {
 
     /// Sends a transaction until it may have reached a member.
     async fn commit(&self, txn: Txn) -> Result<TxnResponse, Failed> {
-        let (first, many) = (self.first.load(Ordering::Relaxed), self.clients.len());
+        let (first, many) = (self.order().for_change(), self.clients.len());
         let mut last = Failed::NotSent("no endpoint".into());
         for turn in 0..many {
             match self.send((first + turn) % many, txn.clone()).await {
                 Err(Failed::NotSent(why)) => last = Failed::NotSent(why),
-                known => {
-                    if known.is_err() {
-                        // Whoever reads back asks another member first.
-                        self.first.store((first + turn + 1) % many, Ordering::Relaxed);
-                    }
-                    return known;
-                }
+                known => return known,
             }
         }
         Err(last)
     }
 
     async fn watch(&self, prefix: &str, wake: &Wake, alive: &std::sync::Weak<()>) {
-        let mut index = self.first.load(Ordering::Relaxed);
+        let mut index = self.order().for_change();
         while alive.strong_count() > 0 {
             if let Ok(client) = self.client(index).await {
                 let options = WatchOptions::new().with_prefix();
@@ -465,14 +472,22 @@ impl Kv for Etcd {
         )
     }
 
-    fn list(&self, prefix: &str) -> Result<Snapshot, StoreError> {
-        let options = GetOptions::new().with_prefix();
-        let mut all = self.look(vec![TxnOp::get(self.shared.key(prefix), Some(options))])?;
+    fn list_all(&self, prefixes: &[&str]) -> Result<Snapshot, StoreError> {
+        let below = prefixes.iter().map(|prefix| self.shared.below(prefix));
+        let mut all = self.look(below.collect())?;
         all.entries.retain(|e| e.key != GENERATION);
         Ok(all)
     }
 
     fn commit(&self, commit: &Commit) -> Result<Committed, StoreError> {
+        self.commit_and_list(commit, &[]).map(|(done, _)| done)
+    }
+
+    fn commit_and_list(
+        &self,
+        commit: &Commit,
+        prefixes: &[&str],
+    ) -> Result<(Committed, Option<Snapshot>), StoreError> {
         commit.validate()?;
         let shared = &self.shared;
         let mut seen = shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -481,11 +496,11 @@ impl Kv for Etcd {
             let keys: Vec<&str> = commit.checks.iter().map(|(k, _)| k.as_str()).collect();
             let now = self.read(&keys)?;
             if commit.identity.is_some_and(|i| i != now.identity) {
-                return Ok(Committed::Conflict(now));
+                return Ok((Committed::Conflict(now), None));
             }
             seen = shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
-        let txn = shared.transaction(commit, &seen);
+        let txn = shared.transaction(commit, prefixes, &seen);
         let unknown = |why: String| StoreError::Unknown {
             at: shared.spec.endpoints.join(","),
             why,
@@ -504,14 +519,23 @@ impl Kv for Etcd {
             return Err(unknown("the store went back in time".into()));
         }
         if response.succeeded() {
+            let identity = seen.identity();
             shared.saw(Seen {
                 cluster,
                 revision,
                 generation: seen.generation,
             });
-            return Ok(Committed::Done {
-                revision: revision as u64,
-            });
+            let revision = revision as u64;
+            let read = answers(&response).into_iter().flatten();
+            let all = Snapshot {
+                identity,
+                revision,
+                entries: read
+                    .map(|kv| shared.entry(&kv))
+                    .filter(|e| e.key != GENERATION)
+                    .collect(),
+            };
+            return Ok((Committed::Done { revision }, Some(all)));
         }
         // The keys as they were at that instant, under the generation that was read with them.
         let mut found = answers(&response);
@@ -525,11 +549,11 @@ impl Kv for Etcd {
         if moved || revision < seen.revision {
             // Restored, or a new generation: a look sorts it out.
             let keys: Vec<&str> = commit.checks.iter().map(|(k, _)| k.as_str()).collect();
-            return Ok(Committed::Conflict(self.read(&keys)?));
+            return Ok((Committed::Conflict(self.read(&keys)?), None));
         }
         let identity = now.identity();
         shared.saw(now);
-        Ok(Committed::Conflict(Snapshot {
+        let now = Snapshot {
             identity,
             revision: revision as u64,
             entries: found
@@ -538,7 +562,8 @@ impl Kv for Etcd {
                 .flatten()
                 .map(|kv| shared.entry(&kv))
                 .collect(),
-        }))
+        };
+        Ok((Committed::Conflict(now), None))
     }
 
     fn watch(&self, prefix: &str, wake: Wake) -> WatchGuard {

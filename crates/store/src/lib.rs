@@ -16,6 +16,7 @@ pub mod embedded;
 mod error;
 pub mod etcd;
 mod log;
+mod order;
 mod random;
 pub mod spec;
 
@@ -184,17 +185,40 @@ pub trait Kv: Send + Sync {
     /// [`StoreError`].
     fn read(&self, keys: &[&str]) -> Result<Snapshot, StoreError>;
 
+    /// Reads all keys that begin with one of these prefixes, all as of the same instant.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn list_all(&self, prefixes: &[&str]) -> Result<Snapshot, StoreError>;
+
     /// Reads all keys that begin with `prefix`.
     ///
     /// # Errors
     /// [`StoreError`].
-    fn list(&self, prefix: &str) -> Result<Snapshot, StoreError>;
+    fn list(&self, prefix: &str) -> Result<Snapshot, StoreError> {
+        self.list_all(&[prefix])
+    }
 
     /// Checks and changes, all or nothing.
     ///
     /// # Errors
     /// [`StoreError::Unknown`]: nobody knows whether it happened or will. All other errors: it did not and will not.
     fn commit(&self, commit: &Commit) -> Result<Committed, StoreError>;
+
+    /// Commits, and reads all keys that begin with one of these prefixes as they are then: one question instead of two. Nothing is read
+    /// after a conflict.
+    ///
+    /// # Errors
+    /// As [`Kv::commit`]; what it changed may have happened when the reading failed.
+    fn commit_and_list(
+        &self,
+        commit: &Commit,
+        prefixes: &[&str],
+    ) -> Result<(Committed, Option<Snapshot>), StoreError> {
+        let done = self.commit(commit)?;
+        let all = done.is_done().then(|| self.list_all(prefixes)).transpose()?;
+        Ok((done, all))
+    }
 
     /// Calls `wake` when something below `prefix` may have changed, as long as the returned guard lives. A hint: changes
     /// by other processes may go unnoticed, so look again at intervals too.

@@ -118,7 +118,8 @@ pub fn run(root: &Path, args: &Args) -> Result<bool> {
 /// The programs that the rig puts into servers.
 fn build_programs() -> Result<()> {
     let status = Command::new("cargo")
-        .args(["build", "--release", "--workspace", "--bins"])
+        // As ./test builds: other targets have other features, and all would be built twice.
+        .args(["build", "--release", "--workspace", "--all-targets"])
         .status()
         .context("run cargo")?;
     if !status.success() {

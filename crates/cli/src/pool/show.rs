@@ -120,10 +120,12 @@ pub fn applications(apps: &[AppStatus]) -> String {
 pub fn status(s: &PoolStatus) -> String {
     let mut text = String::new();
     let leader = s.leader.as_ref().map_or("nobody".into(), ToString::to_string);
+    let led = s.store_led_by.as_ref();
+    let led = led.map_or(String::new(), |h| format!(", led by {h}"));
     let health = if s.healthy { "healthy" } else { "NEEDS ATTENTION" };
     let _ = writeln!(
         text,
-        "pool {}: {health}   store: {}   decided by: {leader}\n",
+        "pool {}: {health}   store: {}{led}   decided by: {leader}\n",
         s.pool, s.store
     );
     text += &hosts(&s.hosts);

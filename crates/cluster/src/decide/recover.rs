@@ -32,6 +32,14 @@ pub(crate) fn recover(w: &mut World) {
     for &(v, _) in &lost {
         w.alarms_wanted.insert(AlarmKey::VmDown(w.vms[v].id().clone()));
     }
+    // What is on a host that is suspect is not known: an alarm that is up stays up.
+    let unknown = w.vms.iter().filter(|vm| {
+        vm.owner
+            .is_some_and(|o| vm.on() && w.health(o) == HostHealth::Suspect)
+    });
+    let down = unknown.map(|vm| AlarmKey::VmDown(vm.id().clone()));
+    let kept: Vec<AlarmKey> = down.filter(|alarm| w.alarms.contains(alarm)).collect();
+    w.alarms_wanted.extend(kept);
     let order = w.by_priority(lost.iter().map(|(v, _)| *v).collect());
     let mut boots = Vec::new();
     for v in order {

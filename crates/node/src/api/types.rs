@@ -25,6 +25,10 @@ pub struct PoolStatus {
     pub leader: Option<HostId>,
     /// `embedded`, `etcd` (the pool's own) or `external etcd`.
     pub store: String,
+    /// Whose member of the pool's own etcd leads it: when that host dies, the store takes nothing for an election.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub store_led_by: Option<HostId>,
     /// Hosts.
     pub hosts: Vec<HostStatus>,
     /// VMs.
@@ -260,6 +264,7 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
             StoreChoice::External(_) => "external etcd",
         }
         .into(),
+        store_led_by: store_led_by(pool),
         hosts,
         vms,
         tasks: pool
@@ -269,6 +274,12 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
             .cloned()
             .collect(),
     }
+}
+
+/// As the reports say, the newest first: a host that died reports no change.
+fn store_led_by(pool: &Pool) -> Option<HostId> {
+    let leads = pool.reports.iter().filter(|(_, r)| r.leads_store);
+    leads.max_by_key(|(_, r)| r.at_ms).map(|(host, _)| host.clone())
 }
 
 /// How available a VM was.

@@ -221,7 +221,7 @@ fn hold(
     command.env("STEADFAST_RUN_DIR", &run);
     let log = fs::File::create(folder.join("log")).what(|| "a log".into())?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    let child = command.spawn().what(|| "start the copy".into())?;
+    let child = crate::precedence::without(|| command.spawn())?.what(|| "start the copy".into())?;
     let mut copy = Copy { child, folder };
     let socket = run.join(format!("{vm}.sock"));
     copy.progress(&socket)?;

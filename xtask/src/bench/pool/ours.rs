@@ -13,7 +13,7 @@ use steadfast_rig::vm::CPU;
 pub const LEASE: Duration = Duration::from_secs(3);
 pub const SUSPECT: Duration = Duration::from_millis(1500);
 /// Of the store; an election takes ten to twenty.
-const HEARTBEAT: Duration = Duration::from_millis(200);
+const HEARTBEAT: Duration = Duration::from_millis(300);
 const VMS: [(&str, Ipv4Addr); 2] = [
     ("restart", Ipv4Addr::new(10, 90, 0, 121)),
     ("ft", Ipv4Addr::new(10, 90, 0, 122)),
