@@ -110,7 +110,8 @@ impl Decider {
     }
 
     async fn turn(&mut self) -> Result<()> {
-        let (pool, read_at) = self.pool().await?;
+        let (mut pool, mut read_at) = self.pool().await?;
+        let led = self.mine.is_some();
         if !self.elected(&pool).await? {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
             observer.follow(&pool, read_at);
@@ -118,6 +119,10 @@ impl Decider {
             self.told.clear();
             *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Watch::default();
             return Ok(());
+        }
+        if !led {
+            // Decisions are made from what is there now.
+            (pool, read_at) = self.pool().await?;
         }
         let (observed, silent_ms, late) = {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);

@@ -119,7 +119,7 @@ pub fn run(root: &Path, args: &Args) -> Result<bool> {
 fn build_programs() -> Result<()> {
     let status = Command::new("cargo")
         // As ./test builds: other targets have other features, and all would be built twice.
-        .args(["build", "--release", "--workspace", "--all-targets"])
+        .args(["build", "--release", "--workspace", "--bins", "--tests"])
         .status()
         .context("run cargo")?;
     if !status.success() {
