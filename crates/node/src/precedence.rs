@@ -49,6 +49,14 @@ pub fn without<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
     })
 }
 
+/// Takes it from a process that has just been started, and has one thread.
+pub fn give_up(pid: u32) {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    if let Some(Err(error)) = pid.map(|pid| rustix::process::setpriority_process(Some(pid), 0)) {
+        tracing::debug!(%error, "a process that was started has ended");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +76,12 @@ mod tests {
         }
         assert_eq!(nice_of_child(), NICE.to_string());
         assert_eq!(without(nice_of_child).unwrap(), "0");
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let (pid, nice) = (child.id(), rustix::process::getpriority_process);
+        give_up(pid);
+        let left = nice(rustix::process::Pid::from_raw(pid as i32));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((left.unwrap(), nice(None).unwrap()), (0, NICE));
     }
 }

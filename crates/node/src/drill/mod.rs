@@ -221,7 +221,9 @@ fn hold(
     command.env("STEADFAST_RUN_DIR", &run);
     let log = fs::File::create(folder.join("log")).what(|| "a log".into())?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    let child = crate::precedence::without(|| command.spawn())?.what(|| "start the copy".into())?;
+    let child = command.spawn().what(|| "start the copy".into())?;
+    // Not from a thread without precedence: it ends with the thread that started it.
+    crate::precedence::give_up(child.id());
     let mut copy = Copy { child, folder };
     let socket = run.join(format!("{vm}.sock"));
     copy.progress(&socket)?;
