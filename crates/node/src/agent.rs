@@ -133,7 +133,7 @@ impl Agent {
         // The lease counts from before the store was asked: whoever saw this report saw it later.
         let asked = boot_ms();
         let report = Commit::default().put(host_report(&config.host), json(&report)?);
-        let pool = node.commit_and_load(&report)?;
+        let pool = node.commit_and_load(&report)?.pool;
         if let Err(error) = self.certificates.look(&node, &pool) {
             tracing::error!(%error, "this host's certificates could not be kept; tried again");
         }

@@ -16,7 +16,7 @@ use crate::journal::{self, About, EVENTS_MAX};
 use crate::migrate;
 use crate::node::Node;
 use crate::observe::Observer;
-use crate::pool::{Pool, PoolVm};
+use crate::pool::{Pool, PoolVm, Read};
 use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
 use crate::upgrade;
 use crate::watch::Watch;
@@ -110,11 +110,11 @@ impl Decider {
     }
 
     async fn turn(&mut self) -> Result<()> {
-        let (mut pool, mut read_at) = self.pool().await?;
+        let mut read = self.pool().await?;
         let led = self.mine.is_some();
-        if !self.elected(&pool).await? {
+        if !self.elected(&read.pool).await? {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
-            observer.follow(&pool, read_at);
+            observer.follow(&read);
             drop(observer);
             self.told.clear();
             *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Watch::default();
@@ -122,13 +122,14 @@ impl Decider {
         }
         if !led {
             // Decisions are made from what is there now.
-            (pool, read_at) = self.pool().await?;
+            read = self.pool().await?;
         }
+        let pool = Arc::clone(&read.pool);
         let (observed, silent_ms, late) = {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
-            let observed = observer.look(&pool, read_at);
-            let late = observer.late(pool.timings.report_ms, read_at);
-            (observed, observer.silent_ms(read_at), late)
+            let observed = observer.look(&read);
+            let late = observer.late(pool.timings.report_ms, read.began);
+            (observed, observer.silent_ms(read.began), late)
         };
         self.ping(&pool, &late);
         self.remember_owners(&pool).await?;
@@ -188,15 +189,13 @@ impl Decider {
         Ok(())
     }
 
-    /// The pool, and a moment before it was read: what is seen there may be newer, never older. Who does not decide has read it already, to
-    /// report.
-    async fn pool(&self) -> Result<(Arc<Pool>, Instant)> {
-        let follows = self.mine.is_none();
-        if let Some(latest) = self.node.latest_pool(READ_LATELY).filter(|_| follows) {
-            return Ok(latest);
+    /// The pool. Who does not decide has read it already, to report.
+    async fn pool(&self) -> Result<Read> {
+        let latest = self.node.latest_pool(READ_LATELY);
+        match latest.filter(|_| self.mine.is_none()) {
+            Some(latest) => Ok(latest),
+            None => self.node.blocking(Node::load_pool).await,
         }
-        let read_at = Instant::now();
-        Ok((self.node.blocking(Node::load_pool).await?, read_at))
     }
 
     async fn tell(&self, about: About, what: What, why: String) -> Result<()> {

@@ -5,7 +5,7 @@ use crate::error::{NodeError, Result};
 use crate::http::Target;
 use crate::instances::Instances;
 use crate::journal::{self, About, Told};
-use crate::pool::Pool;
+use crate::pool::{Pool, Read};
 use crate::records::{HostInfo, now_ms};
 use crate::relocate::ReadOnly;
 use rustls::pki_types::ServerName;
@@ -41,8 +41,8 @@ pub struct Node {
     pub drilling: tokio::sync::Mutex<()>,
     /// One drill at a time on this host.
     pub drill_here: Mutex<()>,
-    /// The pool as the agent read it last, and when it began to read.
-    latest: Mutex<Option<(Arc<Pool>, Instant)>>,
+    /// The pool as it was read last.
+    latest: Mutex<Option<Read>>,
     /// This host's member of the store leads, as it said last.
     pub leads_store: AtomicBool,
     config: RwLock<NodeConfig>,
@@ -120,7 +120,7 @@ impl Node {
     ///
     /// # Errors
     /// The store's.
-    pub fn load_pool(&self) -> Result<Arc<Pool>> {
+    pub fn load_pool(&self) -> Result<Read> {
         let began = Instant::now();
         let pool = Pool::load(&*self.kv())?;
         Ok(self.keep_latest(pool, began))
@@ -130,7 +130,7 @@ impl Node {
     ///
     /// # Errors
     /// The store's, or it was restored.
-    pub fn commit_and_load(&self, commit: &Commit) -> Result<Arc<Pool>> {
+    pub fn commit_and_load(&self, commit: &Commit) -> Result<Read> {
         let began = Instant::now();
         match Pool::commit_and_load(&*self.kv(), commit)? {
             Some(pool) => Ok(self.keep_latest(pool, began)),
@@ -138,17 +138,25 @@ impl Node {
         }
     }
 
-    fn keep_latest(&self, pool: Pool, began: Instant) -> Arc<Pool> {
-        let pool = Arc::new(pool);
-        *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Some((Arc::clone(&pool), began));
-        pool
+    fn keep_latest(&self, pool: Pool, began: Instant) -> Read {
+        let read = Read {
+            pool: Arc::new(pool),
+            began,
+            ended: Instant::now(),
+        };
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another may have begun later and ended sooner: what is believed does not go back in time.
+        if latest.as_ref().is_none_or(|known| known.began <= began) {
+            *latest = Some(read.clone());
+        }
+        read
     }
 
-    /// The pool as it was read last, if that is not older, and when that was.
+    /// The pool as it was read last, if that was begun so lately.
     #[must_use]
-    pub fn latest_pool(&self, younger_than: Duration) -> Option<(Arc<Pool>, Instant)> {
+    pub fn latest_pool(&self, within: Duration) -> Option<Read> {
         let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
-        latest.clone().filter(|(_, at)| at.elapsed() < younger_than)
+        latest.clone().filter(|read| read.began.elapsed() < within)
     }
 
     /// Changes this host's settings, on disk first; opens the store that they name.

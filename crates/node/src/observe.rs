@@ -14,9 +14,12 @@
 //! A store that takes no reports, as while it elects its leader after the death of a host, makes nobody suspect: time in which no
 //! report of any host moves, the leader's own among them, is the store's silence. A lease runs on all the same.
 //!
+//! Reading takes time, seconds while the store elects. A report that is new in what was read counts from the end of the reading: the host may have
+//! asked for its lease while the store was read. How old what did not move is counts to the begin of the reading: it may have moved since.
+//!
 //! Bound on detection: `dead_ms` plus a report and a round of the leader; for `restart` VMs lease, margin and a round.
 
-use crate::pool::Pool;
+use crate::pool::Read;
 use crate::records::Timings;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -76,13 +79,20 @@ impl Observer {
     }
 
     /// As a host that does not lead: only reports are looked at.
-    pub fn follow(&mut self, pool: &Pool, now: Instant) {
-        self.look(pool, now);
-        self.hosts.values_mut().for_each(|seen| seen.answered = now);
+    pub fn follow(&mut self, read: &Read) {
+        self.look(read);
+        let ended = read.ended;
+        self.hosts.values_mut().for_each(|seen| seen.answered = ended);
     }
 
     /// What is to be thought of each host now.
-    pub fn look(&mut self, pool: &Pool, now: Instant) -> BTreeMap<HostId, HostHealth> {
+    pub fn look(&mut self, read: &Read) -> BTreeMap<HostId, HostHealth> {
+        let Read {
+            pool,
+            began: now,
+            ended,
+        } = read;
+        let (now, ended) = (*now, *ended);
         let ms = Duration::from_millis;
         let step = self
             .looked
@@ -93,24 +103,24 @@ impl Observer {
         self.hosts.retain(|h, _| pool.hosts.contains_key(h));
         let report_of = |id: &HostId| pool.reports.get(id).map_or((0, 0), |r| (r.daemon, r.seq));
         let any_moved = self.hosts.iter().any(|(id, seen)| seen.report != report_of(id));
-        let store_silent = self.store_silence(any_moved, ms(pool.timings.report_ms), now);
+        let store_silent = self.store_silence(any_moved, ms(pool.timings.report_ms), read);
         let mut health = BTreeMap::new();
         for id in pool.hosts.keys() {
             let report = report_of(id);
             let seen = self.hosts.entry(id.clone()).or_insert(Seen {
                 report,
-                reported: now,
-                answered: now,
-                doubted_from: now,
+                reported: ended,
+                answered: ended,
+                doubted_from: ended,
             });
             if own_pause > Duration::ZERO {
                 // It counts as if the host had been heard of that much later, on whatever path it was heard of last.
-                seen.answered = (seen.reported.max(seen.answered) + own_pause).min(now);
+                seen.answered = (seen.reported.max(seen.answered) + own_pause).min(ended);
             }
-            seen.doubted_from = (seen.doubted_from + store_silent).min(now);
+            seen.doubted_from = (seen.doubted_from + store_silent).min(ended);
             if seen.report != report {
                 seen.report = report;
-                (seen.reported, seen.doubted_from) = (now, now);
+                (seen.reported, seen.doubted_from) = (ended, ended);
             }
             let age = Age {
                 stands: now.saturating_duration_since(seen.reported),
@@ -123,15 +133,18 @@ impl Observer {
     }
 
     /// How much longer the store was silent than was counted before. Hosts report once in `every`.
-    fn store_silence(&mut self, any_moved: bool, every: Duration, now: Instant) -> Duration {
-        let gap = now.saturating_duration_since(*self.moved.get_or_insert(now));
+    fn store_silence(&mut self, any_moved: bool, every: Duration, read: &Read) -> Duration {
+        let moved = *self.moved.get_or_insert(read.ended);
+        // What moved did so before the end of the reading; what did not had not at its begin.
+        let until = if any_moved { read.ended } else { read.began };
+        let gap = until.saturating_duration_since(moved);
         let new = match gap > every * 3 / 2 {
             true => (gap - every).saturating_sub(self.counted),
             false => Duration::ZERO,
         };
         self.counted += new;
         if any_moved {
-            (self.moved, self.counted) = (Some(now), Duration::ZERO);
+            (self.moved, self.counted) = (Some(read.ended), Duration::ZERO);
         }
         new
     }
@@ -163,9 +176,20 @@ fn judge(t: &Timings, age: &Age) -> HostHealth {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pool::Pool;
     use crate::records::{HostInfo, HostReport};
+    use std::sync::Arc;
     use steadfast_cluster::model::{HostRecord, Resources};
     use steadfast_types::SiteId;
+
+    /// Read in no time.
+    fn read(pool: Pool, at: Instant) -> Read {
+        Read {
+            pool: Arc::new(pool),
+            began: at,
+            ended: at,
+        }
+    }
 
     /// Two hosts with the counters of their reports.
     fn pool(a: u64, b: u64) -> Pool {
@@ -210,7 +234,7 @@ mod tests {
         let id = HostId::new("a").unwrap();
         let at = |ms| t0 + Duration::from_millis(ms);
         // The other host reports all the time.
-        let look = |o: &mut Observer, seq, ms| o.look(&pool(seq, ms), at(ms))[&id];
+        let look = |o: &mut Observer, seq, ms| o.look(&read(pool(seq, ms), at(ms)))[&id];
         assert_eq!(look(&mut o, 1, 0), HostHealth::Up);
         for ms in (1000..=2000).step_by(1000) {
             assert_eq!(look(&mut o, 1, ms), HostHealth::Up);
@@ -233,7 +257,7 @@ mod tests {
         let (a, b) = (HostId::new("a").unwrap(), HostId::new("b").unwrap());
         let at = |ms| t0 + Duration::from_millis(ms);
         let mut look = |seq_a, seq_b, ms| {
-            let health = o.look(&pool(seq_a, seq_b), at(ms));
+            let health = o.look(&read(pool(seq_a, seq_b), at(ms)));
             if ms < 14_000 {
                 // Both are asked, and answer.
                 o.answered(&a, at(ms));
@@ -258,15 +282,56 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_asked_for_while_the_store_was_read_counts_from_the_end_of_the_reading() {
+        let (mut o, t0) = (Observer::default(), Instant::now());
+        let id = HostId::new("a").unwrap();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        o.look(&read(pool(1, 1), at(0)));
+        // The store elects for 6 s. Host a reports as soon as it can, with the lease from then on, and dies; the reading sees it.
+        let slow = Read {
+            pool: Arc::new(pool(2, 2)),
+            began: at(500),
+            ended: at(6500),
+        };
+        o.look(&slow);
+        let fence = Timings::default().lease_ms + Timings::default().lease_margin_ms;
+        let mut last = HostHealth::Up;
+        for ms in (7000..6500 + fence).step_by(500) {
+            last = o.look(&read(pool(2, ms), at(ms)))[&id];
+            assert_ne!(
+                last,
+                HostHealth::Dead { fenced: true },
+                "its lease may stand, at {ms}"
+            );
+        }
+        assert_eq!(last, HostHealth::Dead { fenced: false });
+        let after = o.look(&read(pool(2, 9), at(6500 + fence)))[&id];
+        assert_eq!(after, HostHealth::Dead { fenced: true });
+        // What did not move is not older than when the reading began.
+        let slow = Read {
+            pool: Arc::new(pool(3, 10)),
+            began: at(21_000),
+            ended: at(21_000),
+        };
+        o.look(&slow);
+        let slow = Read {
+            pool: Arc::new(pool(3, 11)),
+            began: at(21_500),
+            ended: at(27_500),
+        };
+        assert_eq!(o.look(&slow)[&id], HostHealth::Up);
+    }
+
+    #[test]
     fn a_new_leader_knows_leases_and_no_silence() {
         let (mut o, t0) = (Observer::default(), Instant::now());
         let id = HostId::new("a").unwrap();
         let at = |ms| t0 + Duration::from_millis(ms);
         for ms in (0..=9000).step_by(1000) {
-            o.follow(&pool(1, ms), at(ms));
+            o.follow(&read(pool(1, ms), at(ms)));
         }
         // Elected.
-        let look = |o: &mut Observer, ms| o.look(&pool(1, ms), at(ms))[&id];
+        let look = |o: &mut Observer, ms| o.look(&read(pool(1, ms), at(ms)))[&id];
         assert_eq!(look(&mut o, 10_000), HostHealth::Suspect);
         assert_eq!(look(&mut o, 12_500), HostHealth::Suspect);
         assert_eq!(look(&mut o, 14_000), HostHealth::Dead { fenced: true });

@@ -6,6 +6,8 @@ use crate::records::{
     TaskState, Timings, VmMemory, WATCHED, now_ms, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
 use steadfast_cluster::health;
 use steadfast_cluster::model::{
     AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Snapshot, Standby, Vm, VmState,
@@ -60,6 +62,17 @@ type Parts = (Option<StoredVm>, Option<VmRecord>, VmMemory, Option<DrillReport>)
 
 /// All that a pool is made of in the store.
 const ALL: [&str; 2] = ["p/", "vm/"];
+
+/// A pool as it was read.
+#[derive(Clone)]
+pub struct Read {
+    /// The pool at some moment between these two.
+    pub pool: Arc<Pool>,
+    /// When the store was asked.
+    pub began: Instant,
+    /// When it had answered.
+    pub ended: Instant,
+}
 
 /// See the module.
 #[derive(Clone, Default)]

@@ -69,7 +69,7 @@ pub async fn look(node: &Arc<Node>, cluster: &Cluster) -> Result<()> {
     if !leads || !matches!(config.store, StoreChoice::Managed { member: true, .. }) {
         return Ok(());
     }
-    let pool = node.blocking(|n| Pool::load(&*n.kv())).await?;
+    let pool = node.blocking(Node::load_pool).await?.pool;
     let voters = cluster.members.iter().filter(|m| !m.learner);
     let seats = voters.filter_map(|m| Seat::of(&pool, HostId::new(m.name.as_str()).ok()?));
     let (mine, others): (Vec<Seat>, Vec<Seat>) = seats.partition(|s| s.host == config.host);

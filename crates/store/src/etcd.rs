@@ -1,7 +1,7 @@
 //! The store of a pool: an etcd cluster, asked from blocking callers.
 //!
 //! One thread with a tokio runtime of its own carries the requests; callers wait for their answer with a bound. Each
-//! endpoint has its own connection, made when first needed and thrown away when a request on it fails; the nearest endpoint
+//! endpoint has its own connection, made when first needed and thrown away when it fails; the nearest endpoint
 //! is asked first as long as it answers (`order.rs`).
 //!
 //! - Reads are transactions without changes: linearizable, and all keys as of one revision. While one endpoint is late, or when it
@@ -36,8 +36,8 @@ const GENERATION: &str = ".generation";
 const ANSWER_MAX: usize = 64 << 20;
 /// Interval of HTTP/2 pings on a connection with a watch; etcd closes connections that ping more often than every 5 s.
 const PING_EVERY: Duration = Duration::from_secs(6);
-/// Pause before a member that was reached and did not answer is asked again.
-const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// Pause before a member that was reached and did not answer is asked again, in parts of the timeout.
+const ASK_AGAIN_PART: u32 = 20;
 /// A connection is there sooner than an answer may be: so many parts of the timeout, and no less than that.
 const CONNECT_PART: u32 = 4;
 const CONNECT_MIN: Duration = Duration::from_millis(500);
@@ -225,16 +225,22 @@ impl Shared {
         let bound = Duration::from_millis(self.spec.timeout_ms);
         let answer = tokio::time::timeout(bound, kv.txn(txn)).await;
         let endpoint = &self.spec.endpoints[index];
+        let mut broken = true;
         let failed = match answer {
             Ok(Ok(response)) => {
                 self.order().answered(index, Instant::now());
                 return Ok(response);
             }
             Ok(Err(error)) if refused(&error) => Failed::NotSent(format!("{endpoint}: connection refused")),
-            Ok(Err(error)) => Failed::Sent(format!("{endpoint}: {error}")),
+            Ok(Err(error)) => {
+                broken = !said_by_member(&error);
+                Failed::Sent(format!("{endpoint}: {error}"))
+            }
             Err(_) => Failed::Sent(format!("{endpoint}: no answer within {} ms", bound.as_millis())),
         };
-        *self.clients[index].lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if broken {
+            *self.clients[index].lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
         self.order().failed(index, Instant::now());
         Err(failed)
     }
@@ -266,7 +272,7 @@ impl Shared {
                     Some(Ok((_, Ok(response)))) => return Ok(response),
                     Some(Ok((index, Err(failed)))) => {
                         if matches!(failed, Failed::Sent(_)) {
-                            asked.spawn(ask(index, ASK_AGAIN));
+                            asked.spawn(ask(index, timeout / ASK_AGAIN_PART));
                         }
                         last = failed;
                     }
@@ -425,6 +431,11 @@ impl Shared {
             tokio::time::sleep(WATCH_AGAIN).await;
         }
     }
+}
+
+/// Whether the member itself said so, as that there is no leader: the connection is good, and a new one would cost both sides a handshake.
+fn said_by_member(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status) if std::error::Error::source(status).is_none())
 }
 
 /// Whether an error says that no connection could be made.

@@ -276,9 +276,13 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
     }
 }
 
-/// As the reports say, the newest first: a host that died reports no change.
+/// As the reports of hosts that are up say, the newest first: a host that died reports no change.
 fn store_led_by(pool: &Pool) -> Option<HostId> {
-    let leads = pool.reports.iter().filter(|(_, r)| r.leads_store);
+    let up = |host: &HostId| {
+        let info = pool.hosts.get(host);
+        info.is_some_and(|info| info.record.health == HostHealth::Up)
+    };
+    let leads = pool.reports.iter().filter(|(host, r)| r.leads_store && up(host));
     leads.max_by_key(|(_, r)| r.at_ms).map(|(host, _)| host.clone())
 }
 
