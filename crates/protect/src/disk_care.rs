@@ -22,6 +22,8 @@ use steadfast_types::{Epoch, Term};
 const REOPEN: Duration = Duration::from_secs(1);
 /// A request of the guest that waits so long is worth an alarm.
 const LONG_WAIT: Duration = Duration::from_secs(2);
+/// An end in order waits so long for the disks below.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
 
 /// A copy to a standby, in bytes of disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -152,6 +154,16 @@ impl Disks {
     /// Nothing of the guest waits for a disk any more: the machine ends.
     pub fn close(&self) {
         self.list.iter().for_each(|d| d.late.close());
+    }
+
+    /// At an end in order: what was sealed or staged here does not depend on the kernel's caches. An end by force is a loss of power.
+    pub fn settle(&self) {
+        for d in &self.list {
+            let Ok(replica) = &d.replica else { continue };
+            if let Err(error) = replica.wait_synced(replica.progress().tip, SETTLE_MAX) {
+                tracing::warn!(disk = %d.path.display(), %error, "the journal is not known to be on the disk at the end");
+            }
+        }
     }
 
     /// Something hangs that would hold up the end of this process's threads.

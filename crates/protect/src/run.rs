@@ -123,6 +123,8 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     if engine.abandoned || engine.disks.hung() {
         // Its threads would be waited for; whoever called this ends the process.
         std::mem::forget(engine);
+    } else {
+        engine.disks.settle();
     }
     if let Some(path) = control_path {
         let _ = std::fs::remove_file(path);
