@@ -17,6 +17,8 @@
 //! Reading takes time, seconds while the store elects. A report that is new in what was read counts from the end of the reading: the host may have
 //! asked for its lease while the store was read. How old what did not move is counts to the begin of the reading: it may have moved since.
 //!
+//! A host that was let in and did not report yet owns nothing: until its daemon is up it is suspect, not dead.
+//!
 //! Bound on detection: `dead_ms` plus a report and a round of the leader; for `restart` VMs lease, margin and a round.
 
 use crate::pool::Read;
@@ -25,6 +27,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::HostHealth;
 use steadfast_types::HostId;
+
+/// How long a host that was let in may take until its first report.
+const NEWCOMER: Duration = Duration::from_secs(60);
 
 /// One host.
 #[derive(Clone, Copy, Debug)]
@@ -127,7 +132,11 @@ impl Observer {
                 doubted: now.saturating_duration_since(seen.doubted_from),
                 silent: now.saturating_duration_since(seen.reported.max(seen.answered)),
             };
-            health.insert(id.clone(), judge(&pool.timings, &age));
+            let mut judged = judge(&pool.timings, &age);
+            if !pool.reports.contains_key(id) && age.stands < NEWCOMER && judged != HostHealth::Up {
+                judged = HostHealth::Suspect;
+            }
+            health.insert(id.clone(), judged);
         }
         health
     }
@@ -320,6 +329,37 @@ mod tests {
             ended: at(27_500),
         };
         assert_eq!(o.look(&slow)[&id], HostHealth::Up);
+    }
+
+    #[test]
+    fn a_host_that_was_let_in_is_not_dead_before_its_first_report() {
+        let (mut o, t0) = (Observer::default(), Instant::now());
+        let id = HostId::new("a").unwrap();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        let look = |o: &mut Observer, reports: bool, ms| {
+            let mut pool = pool(1, ms);
+            if !reports {
+                pool.reports.remove(&id);
+            }
+            o.look(&read(pool, at(ms)))[&id]
+        };
+        for ms in (0..=40_000).step_by(1000) {
+            let expected = match ms {
+                0..3000 => HostHealth::Up,
+                _ => HostHealth::Suspect,
+            };
+            assert_eq!(look(&mut o, false, ms), expected, "{ms}");
+        }
+        assert_eq!(look(&mut o, true, 41_000), HostHealth::Up);
+        // Reported once, and silent since.
+        for ms in (42_000..60_000).step_by(1000) {
+            look(&mut o, true, ms);
+        }
+        assert_eq!(look(&mut o, true, 60_000), HostHealth::Dead { fenced: true });
+        // One that never comes.
+        let mut o = Observer::default();
+        let last = (0..=61_000).step_by(1000).map(|ms| look(&mut o, false, ms));
+        assert_eq!(last.last(), Some(HostHealth::Dead { fenced: true }));
     }
 
     #[test]

@@ -14,7 +14,28 @@ fn long_rig_pool_of_ten() {
     if !can_run("long_rig_pool_of_ten") {
         return;
     }
-    let report = play(&Options::default(), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
+    let report = play(&Options::ten(), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
     println!("{report:?}");
     assert!(report.steps > 0 && report.ft_longest < report.restarted);
+}
+
+/// Drain and rolling upgrade under load: no session breaks, nobody is without a standby for longer than the switch.
+#[test]
+fn long_rig_pool_upkeep() {
+    if !can_run("long_rig_pool_upkeep") {
+        return;
+    }
+    let report = play(&Options::upkeep(), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
+    println!("{report:?}");
+    assert!(report.steps > 0);
+}
+
+/// Faults of hosts, one after another: an `ft` VM with a disk goes on where it is, and the pool is well again by itself.
+#[test]
+fn long_rig_pool_faults() {
+    if !can_run("long_rig_pool_faults") {
+        return;
+    }
+    let report = play(&Options::faults(), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
+    assert!(report.steps > 0);
 }

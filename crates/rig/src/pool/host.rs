@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 const BOUND: Duration = Duration::from_secs(120);
 /// Simulated servers that share few real CPUs with many VMs answer late.
 const HEARTBEAT: Duration = Duration::from_millis(600);
+/// What the daemon says.
+const LOG: &str = "/data/steadfast-node.log";
+const OWN_PROGRAM: &str = "/data/steadfast-program";
 /// The daemon's folders. What must outlive the server's power is on its data disk.
 const FOLDERS: &str = "STEADFAST_DATA_DIR=/data/steadfast STEADFAST_RUN_DIR=/run/steadfast";
 
@@ -18,6 +21,8 @@ pub struct PoolHost<'r> {
     /// Where.
     pub server: &'r Server,
     heartbeat: Duration,
+    /// The program there.
+    program: &'static str,
 }
 
 impl<'r> PoolHost<'r> {
@@ -27,7 +32,18 @@ impl<'r> PoolHost<'r> {
         Self {
             server,
             heartbeat: HEARTBEAT,
+            program: "steadfast",
         }
+    }
+
+    /// With a program of its own, which an upgrade can replace: the common one is on a disk that cannot be written.
+    ///
+    /// # Errors
+    /// It cannot be put there.
+    pub fn own_program(mut self, bytes: &[u8]) -> Result<Self> {
+        self.program = OWN_PROGRAM;
+        self.server.put_bytes(bytes, OWN_PROGRAM, 0o755)?;
+        Ok(self)
     }
 
     /// With another time between two heartbeats of its store.
@@ -49,7 +65,7 @@ impl<'r> PoolHost<'r> {
     /// What it said.
     pub fn run(&self, arguments: &str) -> Result<String> {
         self.server
-            .exec_within(&format!("{FOLDERS} steadfast {arguments}"), BOUND)
+            .exec_within(&format!("{FOLDERS} {} {arguments}", self.program), BOUND)
     }
 
     /// `steadfast --json ARGUMENTS`, whatever its exit code; nothing while it does not answer.
@@ -57,7 +73,7 @@ impl<'r> PoolHost<'r> {
     /// # Errors
     /// The server cannot be asked.
     pub fn json(&self, arguments: &str) -> Result<Option<Value>> {
-        let command = format!("{FOLDERS} steadfast --json {arguments}");
+        let command = format!("{FOLDERS} {} --json {arguments}", self.program);
         let output = self.server.shell(&command, BOUND)?;
         Ok(serde_json::from_slice(&output.stdout).ok())
     }
@@ -112,20 +128,39 @@ impl<'r> PoolHost<'r> {
         self.start_daemon()
     }
 
+    /// Whether a token lets it in.
+    ///
+    /// # Errors
+    /// It could not be tried.
+    pub fn is_let_in(&self, first: &PoolHost<'_>, token: &str) -> Result<bool> {
+        let at = first.json("pool token")?.unwrap_or_default();
+        let at = at["address"].as_str().unwrap_or_default();
+        let own = self.own_arguments()?;
+        Ok(self.run(&format!("pool join {at} --token {token} {own}")).is_ok())
+    }
+
+    /// Starts the daemon.
+    ///
+    /// # Errors
+    /// The server's.
+    pub fn spawn_daemon(&self) -> Result<()> {
+        let node = format!(
+            "env {FOLDERS} STEADFAST_LOG=info NO_COLOR=1 {} node",
+            self.program
+        );
+        self.server.spawn(&node, LOG).map(|_| ())
+    }
+
     /// Starts the daemon, and waits until it answers.
     ///
     /// # Errors
     /// It does not; with the end of its log.
     pub fn start_daemon(&self) -> Result<()> {
-        let log = "/data/steadfast-node.log";
-        self.server.spawn(
-            &format!("env {FOLDERS} STEADFAST_LOG=info NO_COLOR=1 steadfast node"),
-            log,
-        )?;
+        self.spawn_daemon()?;
         let began = Instant::now();
         while self.json("pool status")?.is_none() {
             ensure(began.elapsed() < BOUND, || {
-                let said = self.server.shell(&format!("tail -n 20 {log}"), BOUND);
+                let said = self.server.shell(&format!("tail -n 20 {LOG}"), BOUND);
                 let said = said.map_or_else(|e| e.to_string(), |o| o.text());
                 format!("the daemon of {} does not answer; it said: {said}", self.name())
             })?;

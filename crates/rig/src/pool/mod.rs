@@ -5,11 +5,16 @@
 //! init on s1, join on s2, s3, s4 (witness) ── ten VMs ── the axe ──> ft go on, restart are booted elsewhere, all protected again
 //!        ── the server is powered on ──> used again ── drain a server under load ──> empty, nobody noticed
 //! ```
+//! Smaller plays: upkeep (each server is emptied for another build of the program and used again), and faults of hosts, one after another,
+//! under an `ft` VM with a disk.
+//!
 //! Clients hold a TCP session to each `ft` VM all the time: a step lost, done twice or a reset is an error. What does not hold is
 //! an error; what did is in the [`Report`], with its times.
 
+mod faults;
 mod host;
 mod steps;
+mod upkeep;
 
 pub use host::PoolHost;
 
@@ -17,20 +22,79 @@ use crate::error::Result;
 use crate::failover::Tell;
 use std::time::Duration;
 
+/// A part of a play, after all VMs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// The standby of one is tried.
+    Drill,
+    /// A server loses its power.
+    Kill,
+    /// It is powered on again.
+    Return,
+    /// A server is emptied.
+    Drain,
+    /// It is used again.
+    Resume,
+    /// All hosts get another build of the program, one after the other.
+    Upgrade,
+    /// Faults of hosts, one after another.
+    Faults,
+}
+
 /// How to play it.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// VMs of class `ft`, `restart`, `checkpoint` and `none`.
     pub vms: [usize; 4],
+    /// Servers that run VMs.
+    pub servers: usize,
+    /// Whether there is a witness as well.
+    pub witness: bool,
     /// Megabytes of memory of each server.
     pub server_mib: u32,
+    /// Whether an `ft` VM has a disk; one VM can.
+    pub disk: bool,
+    /// What happens.
+    pub acts: &'static [Act],
 }
 
-impl Default for Options {
-    fn default() -> Self {
+impl Options {
+    /// Ten VMs of all classes.
+    #[must_use]
+    pub fn ten() -> Self {
         Options {
             vms: [4, 3, 1, 2],
+            servers: 3,
+            witness: true,
             server_mib: 2000,
+            disk: false,
+            acts: &[Act::Drill, Act::Kill, Act::Return, Act::Drain],
+        }
+    }
+
+    /// What an operator does with a pool that is well.
+    #[must_use]
+    pub fn upkeep() -> Self {
+        Options {
+            vms: [2, 0, 0, 0],
+            servers: 3,
+            witness: false,
+            server_mib: 1600,
+            disk: false,
+            acts: &[Act::Drain, Act::Resume, Act::Upgrade],
+        }
+    }
+
+    /// Faults that an `ft` VM with a disk survives where it is.
+    #[must_use]
+    pub fn faults() -> Self {
+        Options {
+            vms: [1, 0, 0, 0],
+            servers: 3,
+            witness: false,
+            server_mib: 1400,
+            disk: true,
+            acts: &[Act::Faults],
         }
     }
 }
@@ -60,6 +124,12 @@ pub struct Report {
     pub drain_longest: Duration,
     /// The longest that an `ft` VM had no standby during the drain, as its availability says.
     pub drain_degraded: Duration,
+    /// From `pool upgrade` to three hosts that run the other build and are in use.
+    pub upgraded: Duration,
+    /// The longest wait of a session during the upgrade.
+    pub upgrade_longest: Duration,
+    /// The longest that an `ft` VM had no standby during the upgrade.
+    pub upgrade_degraded: Duration,
     /// Steps of all sessions.
     pub steps: u64,
 }

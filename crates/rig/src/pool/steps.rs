@@ -1,7 +1,8 @@
 //! The steps of the play.
 
-use super::{Options, PoolHost, Report};
-use crate::error::{Result, RigError};
+use super::{Act, Options, PoolHost, Report};
+use crate::artifacts::initramfs::{steadfast_program, stripped};
+use crate::error::{IoContext, Result, RigError};
 use crate::failover::{Tell, ensure, ms};
 use crate::host::qemu::DiskCache;
 use crate::rig::Rig;
@@ -10,9 +11,9 @@ use serde_json::Value;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-const BOOT_BOUND: Duration = Duration::from_secs(180);
+pub(super) const BOOT_BOUND: Duration = Duration::from_secs(180);
 const BOUND: Duration = Duration::from_secs(300);
-const ANSWER: Duration = Duration::from_secs(60);
+pub(super) const ANSWER: Duration = Duration::from_secs(60);
 /// Simulated servers share few real CPUs: one that is well may not get to renew its lease for seconds.
 const LEASE: Duration = Duration::from_secs(20);
 /// Each step is two epochs on two servers, which have one emulated CPU each.
@@ -20,28 +21,42 @@ const STEP_EVERY: Duration = Duration::from_millis(400);
 /// As do their VMs' instances.
 const SUSPECT: Duration = Duration::from_secs(4);
 /// Asking is a program that runs on a server, which has other things to do.
-const ASK_EVERY: Duration = Duration::from_secs(1);
+pub(super) const ASK_EVERY: Duration = Duration::from_secs(1);
+/// The disk of an `ft` VM, on every host.
+pub(super) const IMAGE: &str = "/data/ft.raw";
 const CLASSES: [&str; 4] = ["ft", "restart", "checkpoint", "none"];
 
 /// A VM of the play.
-struct Guest {
-    name: String,
-    class: usize,
+pub(super) struct Guest {
+    pub name: String,
+    pub class: usize,
     mini: Mini,
-    session: Option<Counting>,
+    pub session: Option<Counting>,
 }
 
-struct Stage<'a, 'r> {
-    rig: &'r Rig,
-    hosts: Vec<PoolHost<'r>>,
-    guests: Vec<Guest>,
-    tell: &'a mut dyn Tell,
+pub(super) struct Stage<'a, 'r> {
+    pub rig: &'r Rig,
+    pub hosts: Vec<PoolHost<'r>>,
+    /// So many of the hosts, the first, run VMs.
+    pub workers: usize,
+    pub guests: Vec<Guest>,
+    /// The host that was emptied.
+    pub drained: Option<String>,
+    pub tell: &'a mut dyn Tell,
+}
+
+/// The program that all servers get, without what is for debuggers.
+pub(super) fn program() -> Result<Vec<u8>> {
+    let path = steadfast_program().ok_or_else(none)?;
+    let bytes = std::fs::read(&path).what(|| format!("read {}", path.display()))?;
+    Ok(stripped(bytes))
 }
 
 pub(super) fn play(options: &Options, tell: &mut dyn Tell) -> Result<Report> {
-    tell.doing("four simulated servers start");
+    let servers = options.servers + usize::from(options.witness);
+    tell.doing(&format!("{servers} simulated servers start"));
     let rig = Rig::builder()
-        .servers(4)
+        .servers(servers)
         .memory_mib(options.server_mib)
         .mini_guest(true)
         .data_cache(DiskCache::Unsafe)
@@ -49,13 +64,23 @@ pub(super) fn play(options: &Options, tell: &mut dyn Tell) -> Result<Report> {
     for server in rig.servers() {
         server.wait_ready(BOOT_BOUND)?;
     }
-    tell.done("four servers are up: Debian, KVM, two replication networks, one for clients");
+    tell.done(&format!(
+        "{servers} servers are up: Debian, KVM, two replication networks, one for clients"
+    ));
     let mut stage = Stage {
         rig: &rig,
         hosts: rig.servers().iter().map(PoolHost::new).collect(),
+        workers: options.servers,
         guests: Vec::new(),
+        drained: None,
         tell,
     };
+    if options.acts.contains(&Act::Upgrade) {
+        let bytes = program()?;
+        for host in &mut stage.hosts {
+            *host = host.clone().own_program(&bytes)?;
+        }
+    }
     let mut report = Report::default();
     let played = stage.play(options, &mut report);
     if let Err(error) = played {
@@ -73,10 +98,17 @@ impl Stage<'_, '_> {
     fn play(&mut self, options: &Options, report: &mut Report) -> Result<()> {
         self.form(report)?;
         self.place(options, report)?;
-        self.drill(report)?;
-        self.kill(report)?;
-        self.bring_back(report)?;
-        self.drain(report)?;
+        for act in options.acts {
+            match act {
+                Act::Drill => self.drill(report)?,
+                Act::Kill => self.kill(report)?,
+                Act::Return => self.bring_back(report)?,
+                Act::Drain => self.drain(report)?,
+                Act::Resume => self.resume()?,
+                Act::Upgrade => self.upgrade(report)?,
+                Act::Faults => self.faults()?,
+            }
+        }
         for guest in &mut self.guests {
             let Some(session) = guest.session.take() else {
                 continue;
@@ -99,18 +131,25 @@ impl Stage<'_, '_> {
         let (first, others) = self.hosts.split_first().ok_or_else(none)?;
         first.init(LEASE, SUSPECT)?;
         for (i, host) in others.iter().enumerate() {
-            host.join(first, i == 2)?;
+            host.join(first, i + 1 >= self.workers)?;
         }
-        self.wait("four hosts that are up", |s| {
+        let all = self.hosts.len();
+        self.wait("all hosts to be up", |s| {
             let hosts = s["hosts"].as_array()?;
-            (hosts.len() == 4 && hosts.iter().all(|h| h["health"] == "up") && s["leader"].is_string())
+            (hosts.len() == all && hosts.iter().all(|h| h["health"] == "up") && s["leader"].is_string())
                 .then_some(())
         })?;
         // Guests that wait most of the time, on servers with one CPU each.
         self.hosts[0].run("pool set --cpu-overcommit-permille 8000")?;
         report.formed = began.elapsed();
         self.tell.done(&format!(
-            "a pool of s1, s2, s3 and the witness s4: `pool init` and three `pool join` ({:.0} s)",
+            "a pool of {} hosts{}: `pool init` on one, `pool join` on each other ({:.0} s)",
+            all,
+            if self.workers < all {
+                ", one of them a witness"
+            } else {
+                ""
+            },
             report.formed.as_secs_f64()
         ));
         Ok(())
@@ -124,8 +163,16 @@ impl Stage<'_, '_> {
                 self.tell.doing(&format!("VM {name} is made"));
                 let number = self.guests.len() as u8;
                 let address = Ipv4Addr::new(10, 90, 0, 120 + number);
+                let disk = if options.disk && class == 0 {
+                    for host in &self.hosts[..self.workers] {
+                        host.server.exec(&format!("truncate -s 16M {IMAGE}"))?;
+                    }
+                    format!("--disk {IMAGE},format=raw")
+                } else {
+                    String::new()
+                };
                 let create = format!(
-                    "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 \
+                    "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 {disk} \
                      --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
                      --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000 mini.clock_ms=200'",
                     CLASSES[class],
@@ -210,7 +257,7 @@ impl Stage<'_, '_> {
         };
         let status = self.status()?;
         let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        let victim = self.hosts[..3]
+        let victim = self.hosts[..self.workers]
             .iter()
             .max_by_key(|h| {
                 on(h.name(), 0, &vms).min(1) * 100 + on(h.name(), 1, &vms) * 10 + on(h.name(), 0, &vms)
@@ -291,116 +338,38 @@ impl Stage<'_, '_> {
         self.show()
     }
 
-    /// Where most ft VMs run.
-    fn drain(&mut self, report: &mut Report) -> Result<()> {
-        let status = self.status()?;
-        let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        // A `none` VM cannot be moved while it runs: its host waits for somebody to stop it.
-        for vm in vms
-            .iter()
-            .filter(|v| v["class"] == "none" || v["class"] == "restart")
-        {
-            let name = vm["vm"].as_str().unwrap_or_default();
-            self.hosts[0].run(&format!("vm stop {name}"))?;
-        }
-        self.wait("what cannot be moved to be off", |s| {
-            let mut cold = s["vms"]
-                .as_array()?
-                .iter()
-                .filter(|v| v["class"] == "none" || v["class"] == "restart");
-            cold.all(|v| v["state"] == "off").then_some(())
-        })?;
-        let count = |host: &str| {
-            vms.iter()
-                .filter(|v| v["host"] == host && v["class"] == "ft")
-                .count()
-        };
-        let host = self.hosts[..3]
-            .iter()
-            .max_by_key(|h| count(h.name()))
-            .ok_or_else(none)?
-            .clone();
-        let moved = count(host.name());
-        ensure(moved > 0, || format!("no server runs an ft VM: {vms:?}"))?;
-        self.tell.doing(&format!("{} is drained", host.name()));
-        let before = self.degraded()?;
-        self.look_away();
-        let began = Instant::now();
-        self.hosts[0].run(&format!("host drain {}", host.name()))?;
-        self.wait("an empty host", |s| {
-            let hosts = s["hosts"].as_array()?;
-            let found = hosts.iter().find(|h| h["host"] == host.name())?;
-            (found["admin"] == "maintenance").then_some(())
-        })?;
-        report.drained = began.elapsed();
-        self.wait("every ft VM to be protected elsewhere", |s| {
-            let vms = s["vms"].as_array()?;
-            let mut hot = vms.iter().filter(|v| v["class"] == "ft");
-            hot.all(|v| v["protection"] == "protected" && v["host"] != host.name())
-                .then_some(())
-        })?;
-        report.drain_longest = self.longest();
-        let worst = self
-            .degraded()?
-            .iter()
-            .zip(&before)
-            .map(|(a, b)| a.saturating_sub(*b))
-            .max();
-        report.drain_degraded = worst.unwrap_or_default();
-        self.tell.done(&format!(
-            "{} is empty: {moved} ft VMs moved under load in {:.0} s; longest wait of a session {}, longest without a standby {}",
-            host.name(),
-            report.drained.as_secs_f64(),
-            ms(report.drain_longest),
-            ms(report.drain_degraded)
-        ));
-        Ok(())
-    }
-
-    /// How long each ft VM was without a standby so far.
-    fn degraded(&self) -> Result<Vec<Duration>> {
-        let of = |guest: &Guest| {
-            let found = self.asker()?.json(&format!("availability {}", guest.name))?;
-            let value = found.unwrap_or_default();
-            let ms = value["degraded_ms"].as_u64();
-            ms.map(Duration::from_millis)
-                .ok_or_else(|| RigError::malformed("availability", value))
-        };
-        self.guests.iter().filter(|g| g.class == 0).map(of).collect()
-    }
-
-    fn host(&self, name: &str) -> Result<PoolHost<'_>> {
+    pub(super) fn host(&self, name: &str) -> Result<PoolHost<'_>> {
         let found = self.hosts.iter().find(|h| h.name() == name);
         found.cloned().ok_or_else(none)
     }
 
     /// A host that is on, to ask about the pool.
-    fn asker(&self) -> Result<&PoolHost<'_>> {
+    pub(super) fn asker(&self) -> Result<&PoolHost<'_>> {
         let found = self.hosts.iter().find(|h| h.server.is_ready());
         found.ok_or_else(none)
     }
 
-    fn status(&self) -> Result<Value> {
+    pub(super) fn status(&self) -> Result<Value> {
         Ok(self.asker()?.json("pool status")?.unwrap_or_default())
     }
 
-    fn look_away(&self) {
+    pub(super) fn look_away(&self) {
         for session in self.guests.iter().filter_map(|g| g.session.as_ref()) {
             session.take_longest();
         }
     }
 
-    fn longest(&self) -> Duration {
+    pub(super) fn longest(&self) -> Duration {
         let sessions = self.guests.iter().filter_map(|g| g.session.as_ref());
         sessions.map(Counting::longest).max().unwrap_or_default()
     }
 
-    fn well(&self, what: &str) -> Result<()> {
+    pub(super) fn well(&self, what: &str) -> Result<()> {
         self.wait(what, |s| (s["healthy"] == true).then_some(()))
     }
 
     /// Waits until the pool says so; a session that ended ends it.
-    fn wait<T>(&self, what: &str, wanted: impl Fn(&Value) -> Option<T>) -> Result<T> {
+    pub(super) fn wait<T>(&self, what: &str, wanted: impl Fn(&Value) -> Option<T>) -> Result<T> {
         let began = Instant::now();
         loop {
             let status = self.status()?;
@@ -428,7 +397,7 @@ impl Stage<'_, '_> {
     fn show(&mut self) -> Result<()> {
         let status = self.status()?;
         let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        for host in &self.hosts[..3] {
+        for host in &self.hosts[..self.workers] {
             let mut here: Vec<&str> = Vec::new();
             for vm in vms.iter().filter(|v| v["host"] == host.name()) {
                 here.extend(vm["vm"].as_str());
@@ -457,6 +426,6 @@ impl Stage<'_, '_> {
     }
 }
 
-fn none() -> RigError {
+pub(super) fn none() -> RigError {
     RigError::Unknown("there is none".to_string())
 }

@@ -27,7 +27,7 @@ pub fn measure(rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let pool = Pool { rig: &rig, hosts };
     let measured = pool.measure(rounds);
     if measured.is_err() {
-        eprintln!("{}", pool.story());
+        eprintln!("{}", pool.story(60));
     }
     drop(pool);
     rig.end();
@@ -42,6 +42,7 @@ struct Pool<'r> {
 impl Pool<'_> {
     fn measure(&self, rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
         let (first, others) = self.hosts.split_first().context("no servers")?;
+        eprintln!("three servers are up; they become a pool");
         first.init(LEASE, SUSPECT)?;
         for host in others {
             host.join(first, false)?;
@@ -57,10 +58,12 @@ impl Pool<'_> {
                  --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
                  --cmdline \"$(cat /guests/mini/cmdline) mini.ip={address}/24 mini.tick_ms=0 mini.clock_ms=200\""
             ))?;
+            let began = Instant::now();
             self.wait("the VM to run", |s| {
                 vm(s, class).is_some_and(|v| v["state"] == "running")
             })?;
-            until_answer(self.rig.client()?, address, Instant::now())?;
+            until_answer(self.rig.client()?, address, began)?;
+            eprintln!("{class}: booted in {:.2} s", began.elapsed().as_secs_f64());
         }
         let mut found = (Vec::new(), Vec::new());
         for round in 0..rounds {
@@ -76,7 +79,11 @@ impl Pool<'_> {
                 };
                 let took =
                     kill(self.rig, host.server, address).with_context(|| format!("{class} on {on}"))?;
-                eprintln!("round {} of {rounds}: {class}: {took:.2} s", round + 1);
+                eprintln!(
+                    "round {} of {rounds}: {on} was killed, {class}: {took:.2} s",
+                    round + 1
+                );
+                eprintln!("{}", self.story(12));
                 match class {
                     "ft" => found.1.push(took),
                     _ => found.0.push(took),
@@ -111,10 +118,14 @@ impl Pool<'_> {
         }
     }
 
-    fn story(&self) -> String {
+    /// What the pool says that it did last.
+    fn story(&self, events: u32) -> String {
         let on = self.hosts.iter().find(|h| h.server.is_ready());
-        let events = on.map(|h| h.run("events --limit 60"));
-        format!("{events:?}")
+        let said = on.map(|h| h.run(&format!("events --limit {events}")));
+        match said {
+            Some(Ok(text)) => text,
+            other => format!("{other:?}"),
+        }
     }
 }
 
