@@ -18,10 +18,12 @@ use steadfast_node::api::types::{
 };
 use steadfast_node::api::vms::{Console, Shown};
 use steadfast_node::config::Ports;
+use steadfast_node::fence::FenceAgent;
 use steadfast_node::http::{Method, Target, ask};
 use steadfast_node::journal::Told;
 use steadfast_node::records::{DrillReport, StoredTask, Timings};
 use steadfast_node::setup::{self, HostChoice};
+use steadfast_node::watchdog::Choice;
 use steadfast_node::{Ended, Folders, binary};
 use steadfast_protect::EtcdSpec;
 use steadfast_types::{HostId, SiteId, VmId};
@@ -83,6 +85,10 @@ pub struct HostArgs {
     /// hosts are slow or far apart; the same on all of them.
     #[arg(long, default_value_t = steadfast_node::config::etcd_heartbeat_ms())]
     etcd_heartbeat_ms: u64,
+    /// The host's watchdog device, such as /dev/watchdog0: it resets the host when that cannot end its `restart` VMs after its lease.
+    /// Nobody else may use it.
+    #[arg(long)]
+    watchdog: Option<PathBuf>,
     /// One more argument for each `steadfast vmm`, for example --vmm-arg=--cgroup=off. May be repeated.
     #[arg(long, allow_hyphen_values = true)]
     vmm_arg: Vec<String>,
@@ -109,6 +115,7 @@ impl HostArgs {
             vmm_args: self.vmm_arg.clone(),
             etcd_program: self.etcd_program.clone(),
             etcd_heartbeat_ms: self.etcd_heartbeat_ms,
+            watchdog: self.watchdog.clone(),
         })
     }
 }
@@ -198,8 +205,34 @@ pub enum HostVerb {
     Drain(OnHost),
     /// Use a host again.
     Resume(OnHost),
+    /// Say how a host is fenced from outside when it is dead: by a fence agent that cuts its power. Its VMs of class `restart` need not
+    /// wait for its lease then.
+    Fence(FenceArgs),
     /// Take a host out of the pool that is empty or gone for good.
     Remove(OnHost),
+}
+
+#[derive(Args)]
+pub struct FenceArgs {
+    #[command(flatten)]
+    on: OnHost,
+    /// The agent, such as fence_ipmilan; it must be on every host. It is asked for the host's power first.
+    #[arg(long, required_unless_present = "none")]
+    agent: Option<String>,
+    /// One of its options: NAME=VALUE, such as ip=10.0.0.9. May be repeated.
+    #[arg(long = "option", value_parser = parse_option)]
+    options: Vec<(String, String)>,
+    /// Whether it is switched off and on, or off.
+    #[arg(long, default_value = "reboot", value_parser = ["reboot", "off"])]
+    action: String,
+    /// By its lease alone.
+    #[arg(long, conflicts_with_all = ["agent", "options", "action"])]
+    none: bool,
+}
+
+fn parse_option(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("an option is NAME=VALUE")?;
+    Ok((name.into(), value.into()))
 }
 
 #[derive(Args)]
@@ -372,6 +405,19 @@ pub fn host(verb: HostVerb, json: bool) -> Outcome {
         HostVerb::Drain(on) => ("/drain", on, Method::POST),
         HostVerb::Resume(on) => ("/resume", on, Method::POST),
         HostVerb::Remove(on) => ("", on, Method::DELETE),
+        HostVerb::Fence(args) => {
+            let path = format!("/v1/hosts/{}/fence", args.on.host);
+            let api = api(&args.on.folders, json)?;
+            let Some(agent) = args.agent.clone().filter(|_| !args.none) else {
+                return api.done(Method::DELETE, &path, args.on.dry_run, None::<&()>);
+            };
+            let agent = FenceAgent {
+                agent,
+                options: args.options.iter().cloned().collect(),
+                action: args.action.clone(),
+            };
+            return api.done(Method::PUT, &path, args.on.dry_run, Some(&agent));
+        }
     };
     let path = format!("/v1/hosts/{}{what}", on.host);
     api(&on.folders, json)?.done(method, &path, on.dry_run, None::<&()>)
@@ -664,13 +710,22 @@ pub struct GuardArgs {
     /// The daemon's run folder.
     #[arg(long)]
     run: PathBuf,
+    /// The host's watchdog device.
+    #[arg(long, requires = "watchdog_seconds")]
+    watchdog: Option<PathBuf>,
+    /// From the guard's last sign of life to the reset.
+    #[arg(long)]
+    watchdog_seconds: Option<u32>,
 }
 
 /// Runs `steadfast guard`.
 pub fn guard(args: GuardArgs) -> Outcome {
-    steadfast_node::run_guard(&Folders {
+    let folders = Folders {
         data: PathBuf::new(),
         run: args.run,
-    })?;
+    };
+    let watchdog = args.watchdog.zip(args.watchdog_seconds);
+    let watchdog = watchdog.map(|(device, seconds)| Choice { device, seconds });
+    steadfast_node::run_guard(&folders, watchdog)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -329,3 +329,60 @@ fn a_standby_is_drilled() {
     pool.other("").run(&["drill", "f", "--every", "off"]);
     assert!(protected(&pool, "f") && ft.seen().boots == 0);
 }
+
+/// A dead host whose power an agent cuts is fenced at once: its `restart` VM does not wait for its lease. An agent that does not reach the
+/// power is refused, one that fails changes nothing.
+#[test]
+fn a_fence_agent_spares_the_lease() {
+    use std::os::unix::fs::PermissionsExt;
+    if !possible() {
+        return;
+    }
+    const LONG_LEASE_MS: u64 = 40_000;
+    let mut pool = Pool::new(&["a", "b", "c"], LONG_LEASE_MS);
+    let client = pool.client("r");
+    pool.create("r", "restart");
+    let lost = wait_for("r to run", || host_of(&pool, "r"));
+    client.answer("", Instant::now());
+    let (agent, said) = (pool.path("fence_test"), pool.path("said"));
+    let write = |script: &str| {
+        std::fs::write(&agent, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    let set = [
+        "host",
+        "fence",
+        &lost,
+        "--agent",
+        agent.to_str().unwrap(),
+        "--option",
+        "plug=7",
+    ];
+    write("echo no such plug >&2; exit 1");
+    let out = pool.other(&lost).try_run(&set);
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && text.contains("no such plug"), "{text}");
+    let out = pool.hosts.iter().find(|h| h.name == lost).unwrap().try_run(&set);
+    assert!(!out.status.success(), "no host fences itself");
+    // The first time it does not get through.
+    write(&format!(
+        "options=$(cat)\ncase $options in *action=status*) exit 0;; esac\n\
+         echo \"$options\" | tr '\\n' ' ' >> {0}; echo >> {0}\n[ $(wc -l < {0}) -gt 1 ]",
+        said.display()
+    ));
+    pool.other(&lost).run(&set);
+    let killed = pool.host(&lost).power_off();
+    let (to, gap) = client.answer(&lost, killed);
+    println!("r: answers from {to} {gap:?} after the death of {lost}");
+    let asked = std::fs::read_to_string(&said).unwrap();
+    assert_eq!(asked, "action=reboot plug=7 \naction=reboot plug=7 \n");
+    let events = pool.other(&lost).run(&["events", "--subject", &lost]);
+    assert!(
+        events.contains("could not be cut") && events.contains("it is fenced"),
+        "{events}"
+    );
+    assert!(
+        gap < Duration::from_millis(LONG_LEASE_MS),
+        "it waited for the lease of {lost}"
+    );
+}

@@ -15,6 +15,7 @@ use crate::measure::Measure;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
+use crate::watchdog::Choice;
 use crate::{certs, etcd, records, seat};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -127,6 +128,7 @@ impl Agent {
             daemon: node.run,
             at_ms: now_ms(),
             leads_store: node.leads_store.load(Ordering::Relaxed),
+            watchdog: guard::watchdog_words(&node.folders),
             status,
             instances,
         };
@@ -141,7 +143,9 @@ impl Agent {
             return Ok(pool.timings.report_ms);
         }
         guard::write_lease(&node.folders, asked + pool.timings.lease_ms)?;
-        guard::ensure(&node.folders, &node.program)?;
+        let watchdog = config.watchdog.as_deref();
+        let watchdog = watchdog.map(|device| Choice::new(device, pool.timings.lease_margin_ms));
+        guard::ensure(&node.folders, &node.program, watchdog.as_ref())?;
         self.reconcile(&pool, &config.host);
         self.services.look(&node, &pool, &config.host, starved);
         Ok(pool.timings.report_ms)

@@ -122,6 +122,10 @@ pub struct NodeConfig {
     /// Between two heartbeats of the pool's own etcd, ms. An election, and an answer of the store, may take ten times as long.
     #[serde(default = "etcd_heartbeat_ms")]
     pub etcd_heartbeat_ms: u64,
+    /// The host's watchdog device, which resets it when it cannot end its `restart` VMs after its lease. Not written where there is
+    /// none: a binary from before does not know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<PathBuf>,
 }
 
 /// A pool's hosts may be busy: a short pause must not cost an election.

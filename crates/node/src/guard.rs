@@ -6,24 +6,28 @@
 //! whose `RUN/NAME.meta` says `leased`. The daemon writes the lease anew whenever the store has taken its report, counted from
 //! *before* the report was sent, and starts the guard again if it is gone.
 //!
-//! Not covered: a host that freezes and thaws after its lease runs the guest for the moment until the guard is scheduled. Shared
-//! disks that cannot bear that need a watchdog device or a fence agent.
+//! A host that freezes and thaws after its lease runs the guest for the moment until the guard is scheduled, and a process that hangs in
+//! the kernel does not end. Against both there is the host's watchdog device (`watchdog/`), where one is named: `pool init --watchdog`.
 
 use crate::config::Folders;
 use crate::error::{IoContext, Result};
 use crate::instances::Meta;
+use crate::watchdog::{Choice, Watchdog};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use steadfast_types::VmId;
 use steadfast_vmm::control::served_by;
 
 /// The guard looks at the lease at least so often.
 const EVERY: Duration = Duration::from_millis(200);
+/// While the lease holds it looks for what to guard no more often than this.
+const LOOK: Duration = Duration::from_secs(1);
 /// With nothing to guard and no lease for so long, the guard ends.
 const IDLE_MS: u64 = 60_000;
 
@@ -68,11 +72,21 @@ pub fn is_vmm(pid: u32, vm: &VmId) -> bool {
     words.any(|w| w == b"vmm") && words.any(|w| String::from_utf8_lossy(w).contains(&path))
 }
 
+fn words_path(folders: &Folders) -> PathBuf {
+    folders.run.join("watchdog")
+}
+
+/// What the guard says about the host's watchdog; empty: nothing.
+#[must_use]
+pub fn watchdog_words(folders: &Folders) -> String {
+    fs::read_to_string(words_path(folders)).unwrap_or_default()
+}
+
 /// Starts the guard unless one runs.
 ///
 /// # Errors
 /// It cannot be started.
-pub fn ensure(folders: &Folders, program: &std::path::Path) -> Result<()> {
+pub fn ensure(folders: &Folders, program: &std::path::Path, watchdog: Option<&Choice>) -> Result<()> {
     let path = folders.run.join("guard.lock");
     let lock = File::options()
         .create(true)
@@ -85,9 +99,13 @@ pub fn ensure(folders: &Folders, program: &std::path::Path) -> Result<()> {
     }
     drop(lock);
     use std::os::unix::process::CommandExt;
-    let mut child = Command::new(program)
-        .args(["guard", "--run"])
-        .arg(&folders.run)
+    let mut command = Command::new(program);
+    command.args(["guard", "--run"]).arg(&folders.run);
+    if let Some(choice) = watchdog {
+        command.arg("--watchdog").arg(&choice.device);
+        command.arg(format!("--watchdog-seconds={}", choice.seconds));
+    }
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -105,7 +123,7 @@ pub fn ensure(folders: &Folders, program: &std::path::Path) -> Result<()> {
 ///
 /// # Errors
 /// The run folder cannot be used.
-pub fn run(folders: &Folders) -> Result<()> {
+pub fn run(folders: &Folders, watchdog: Option<Choice>) -> Result<()> {
     let path = folders.run.join("guard.lock");
     let lock = File::options()
         .create(true)
@@ -116,12 +134,28 @@ pub fn run(folders: &Folders) -> Result<()> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
     }
+    let mut watchdog = watchdog.map(Watchdog::new);
+    let (mut guarded, mut looked, mut said) = (Guarded::default(), None::<Instant>, String::new());
     loop {
         let (until, now) = (lease_until(folders), boot_ms());
-        if now >= until {
-            let guarded = fence(folders);
-            if guarded == 0 && now > until + IDLE_MS {
+        let holds = now < until;
+        if !holds || looked.is_none_or(|at| at.elapsed() >= LOOK) {
+            guarded.look(folders);
+            looked = Some(Instant::now());
+        }
+        if !holds {
+            guarded.kill();
+            if guarded.named == 0 && now > until + IDLE_MS {
+                let _ = fs::remove_file(words_path(folders));
                 return Ok(());
+            }
+        }
+        if let Some(watchdog) = &mut watchdog {
+            guarded.forget_ended();
+            watchdog.turn(!guarded.processes.is_empty(), holds, Instant::now());
+            let words = watchdog.words();
+            if words != said && fs::write(words_path(folders), &words).is_ok() {
+                said = words;
             }
         }
         let left = Duration::from_millis(until.saturating_sub(now));
@@ -129,31 +163,106 @@ pub fn run(folders: &Folders) -> Result<()> {
     }
 }
 
-/// Kills every leased instance; says how many there are.
-fn fence(folders: &Folders) -> usize {
-    let Ok(dir) = fs::read_dir(&folders.run) else {
-        return 0;
-    };
-    let mut count = 0;
-    for entry in dir.flatten() {
-        let name = entry.file_name();
-        let vm = name.to_str().and_then(|n| n.strip_suffix(".meta")).map(VmId::new);
-        let (Some(Ok(vm)), Ok(text)) = (vm, fs::read(entry.path())) else {
-            continue;
+/// What must not outlive the lease.
+#[derive(Default)]
+struct Guarded {
+    /// Instances that are named as such.
+    named: usize,
+    /// Their processes, with the time of their start: a number may be given again.
+    processes: BTreeMap<u32, u64>,
+}
+
+impl Guarded {
+    fn look(&mut self, folders: &Folders) {
+        let Ok(dir) = fs::read_dir(&folders.run) else {
+            return;
         };
-        let Ok(meta) = serde_json::from_slice::<Meta>(&text) else {
-            continue;
-        };
-        if !meta.leased {
-            continue;
-        }
-        count += 1;
-        let served = served_by(&folders.run.join(format!("{vm}.sock"))).ok();
-        for pid in served.into_iter().chain(meta.pid).filter(|pid| is_vmm(*pid, &vm)) {
-            if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
-                let _ = kill_process(pid, Signal::KILL);
+        self.named = 0;
+        for entry in dir.flatten() {
+            let name = entry.file_name();
+            let vm = name.to_str().and_then(|n| n.strip_suffix(".meta")).map(VmId::new);
+            let (Some(Ok(vm)), Ok(text)) = (vm, fs::read(entry.path())) else {
+                continue;
+            };
+            let Ok(meta) = serde_json::from_slice::<Meta>(&text) else {
+                continue;
+            };
+            if !meta.leased {
+                continue;
+            }
+            self.named += 1;
+            let served = served_by(&folders.run.join(format!("{vm}.sock"))).ok();
+            for pid in served.into_iter().chain(meta.pid).filter(|pid| is_vmm(*pid, &vm)) {
+                if let Some(started) = started(pid) {
+                    self.processes.insert(pid, started);
+                }
             }
         }
     }
-    count
+
+    fn kill(&self) {
+        for (pid, since) in &self.processes {
+            let Some(process) = Pid::from_raw(pid.cast_signed()).filter(|_| started(*pid) == Some(*since))
+            else {
+                continue;
+            };
+            let _ = kill_process(process, Signal::KILL);
+        }
+    }
+
+    /// A process has ended when its last thread has: one that waits for a disk may still write to it.
+    fn forget_ended(&mut self) {
+        self.processes.retain(|pid, since| {
+            let threads = fs::read_dir(format!("/proc/{pid}/task"))
+                .into_iter()
+                .flatten()
+                .flatten();
+            let lives =
+                |stat: String| matches!(fields(&stat).next(), Some(state) if state != "Z" && state != "X");
+            let mut stats = threads.filter_map(|t| fs::read_to_string(t.path().join("stat")).ok());
+            started(*pid) == Some(*since) && stats.any(lives)
+        });
+    }
+}
+
+/// When a process started, in ticks since the host did.
+fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    fields(&stat).nth(19)?.parse().ok()
+}
+
+/// The fields of a `stat` behind the name, which may hold anything.
+fn fields(stat: &str) -> impl Iterator<Item = &str> {
+    stat.rsplit_once(')')
+        .map_or("", |(_, rest)| rest)
+        .split_whitespace()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_guarded_until_its_last_thread_has_ended() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let since = started(child.id()).unwrap();
+        let mut guarded = Guarded::default();
+        guarded.processes.insert(child.id(), since);
+        // Another process that got the same number is not ours.
+        guarded.processes.insert(std::process::id(), 1);
+        guarded.forget_ended();
+        assert_eq!(
+            guarded.processes.keys().copied().collect::<Vec<_>>(),
+            [child.id()]
+        );
+        guarded.kill();
+        // Dead, and nobody took note of it yet: nothing of it runs.
+        let until = Instant::now() + Duration::from_secs(10);
+        while !guarded.processes.is_empty() {
+            assert!(Instant::now() < until, "it is still there");
+            guarded.forget_ended();
+        }
+        let status = child.wait().unwrap();
+        assert!(!status.success());
+    }
 }

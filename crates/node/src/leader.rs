@@ -11,6 +11,7 @@
 use crate::agent::mark_stopped;
 use crate::error::Result;
 use crate::etcd;
+use crate::fence;
 use crate::http::ask;
 use crate::journal::{self, About, EVENTS_MAX};
 use crate::migrate;
@@ -21,11 +22,11 @@ use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms
 use crate::upgrade;
 use crate::watch::Watch;
 use hyper::Method;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::What;
-use steadfast_cluster::model::{AlarmKey, HostHealth, Instance, Phase, Power};
+use steadfast_cluster::model::{AlarmKey, HostHealth, Instance, Phase, Power, Protection};
 use steadfast_cluster::{Action, Decision, Wanted, decide};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
@@ -75,6 +76,8 @@ pub struct Decider {
     /// Starts that were sent lately: their hosts may not have reported them yet.
     begun: HashMap<(VmId, HostId), Instant>,
     round: u64,
+    /// Hosts whose fence agents were asked, and when that ended.
+    fencing: Arc<Mutex<HashMap<HostId, Option<Instant>>>>,
 }
 
 impl Decider {
@@ -95,6 +98,7 @@ impl Decider {
             running_since: HashMap::new(),
             begun: HashMap::new(),
             round: 0,
+            fencing: Arc::default(),
         }
     }
 
@@ -132,6 +136,7 @@ impl Decider {
             (observed, observer.silent_ms(read.began), late)
         };
         self.ping(&pool, &late);
+        self.fence(&pool, &observed);
         self.remember_owners(&pool).await?;
         self.finish_stops(&pool).await?;
         migrate::progress(&self.node, &pool).await?;
@@ -279,6 +284,61 @@ impl Decider {
                     let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
                     observer.answered(&id, Instant::now());
                 }
+            });
+        }
+    }
+
+    /// Who is dead with `restart` VMs that cannot be booted before its lease is out: its agent is asked to cut its power.
+    fn fence(&self, pool: &Pool, observed: &BTreeMap<HostId, HostHealth>) {
+        let lately = |ended: &Option<Instant>| ended.is_none_or(|at| at.elapsed() < fence::AGAIN);
+        let mut fencing = self.fencing.lock().unwrap_or_else(PoisonError::into_inner);
+        fencing.retain(|_, ended| lately(ended));
+        for (host, health) in observed {
+            let agent = pool.hosts.get(host).and_then(|info| info.fence.clone());
+            let needed = pool.vms.values().any(|vm| {
+                let record = &vm.stored.record;
+                vm.owner() == Some(host)
+                    && record.protection == Protection::Restart
+                    && record.power == Power::On
+            });
+            let Some(agent) = agent.filter(|_| needed && *health == (HostHealth::Dead { fenced: false }))
+            else {
+                continue;
+            };
+            if fencing.contains_key(host) {
+                continue;
+            }
+            let observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(report) = observer.last_report(host) else {
+                continue;
+            };
+            drop(observer);
+            fencing.insert(host.clone(), None);
+            let done = Arc::clone(&self.fencing);
+            let (node, host, observer) = (Arc::clone(&self.node), host.clone(), Arc::clone(&self.observer));
+            tokio::task::spawn_blocking(move || {
+                let began = Instant::now();
+                let text = match agent.fence() {
+                    Ok(()) => {
+                        let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
+                        let counts = observer.was_cut(&host, report);
+                        drop(observer);
+                        let ms = began.elapsed().as_millis();
+                        match counts {
+                            true => format!("its power was cut by {} in {ms} ms: it is fenced", agent.agent),
+                            false => format!(
+                                "its power was cut by {} in {ms} ms; it had reported since",
+                                agent.agent
+                            ),
+                        }
+                    }
+                    Err(error) => format!("its power could not be cut, its lease is waited for: {error}"),
+                };
+                node.note(&host, text);
+                let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+                done.insert(host, Some(Instant::now()));
+                drop(done);
+                node.wake.notify_one();
             });
         }
     }

@@ -27,6 +27,7 @@ mod daemon;
 pub mod drill;
 mod error;
 mod etcd;
+pub mod fence;
 mod guard;
 pub mod health;
 mod heard;
@@ -49,6 +50,7 @@ pub mod setup;
 pub mod tls;
 mod upgrade;
 mod watch;
+pub mod watchdog;
 mod words;
 
 pub use config::Folders;

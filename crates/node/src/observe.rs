@@ -17,6 +17,8 @@
 //! Reading takes time, seconds while the store elects. A report that is new in what was read counts from the end of the reading: the host may have
 //! asked for its lease while the store was read. How old what did not move is counts to the begin of the reading: it may have moved since.
 //!
+//! A host whose power an agent has cut (`fence.rs`) is fenced at once, until it reports again.
+//!
 //! A host that was let in and did not report yet owns nothing: until its daemon is up it is suspect, not dead.
 //!
 //! Bound on detection: `dead_ms` plus a report and a round of the leader; for `restart` VMs lease, margin and a round.
@@ -42,6 +44,8 @@ struct Seen {
     answered: Instant,
     /// From when its report's age makes it suspect: when that was new, and later by what the store was silent since.
     doubted_from: Instant,
+    /// Its power was cut after its report, by an agent.
+    cut: bool,
 }
 
 /// See the module.
@@ -62,6 +66,18 @@ impl Observer {
         if let Some(seen) = self.hosts.get_mut(host) {
             seen.answered = now;
         }
+    }
+
+    /// Which report of a host was its last: its daemon's run and counter.
+    #[must_use]
+    pub fn last_report(&self, host: &HostId) -> Option<(u64, u64)> {
+        self.hosts.get(host).map(|seen| seen.report)
+    }
+
+    /// A host's power was cut, after it had made this report. False: it has reported since, and counts as anybody else.
+    pub fn was_cut(&mut self, host: &HostId, report: (u64, u64)) -> bool {
+        let seen = self.hosts.get_mut(host).filter(|seen| seen.report == report);
+        seen.map(|seen| seen.cut = true).is_some()
     }
 
     /// For how long each host was not heard of on any path, ms.
@@ -117,6 +133,7 @@ impl Observer {
                 reported: ended,
                 answered: ended,
                 doubted_from: ended,
+                cut: false,
             });
             if own_pause > Duration::ZERO {
                 // It counts as if the host had been heard of that much later, on whatever path it was heard of last.
@@ -126,6 +143,7 @@ impl Observer {
             if seen.report != report {
                 seen.report = report;
                 (seen.reported, seen.doubted_from) = (ended, ended);
+                seen.cut = false;
             }
             let age = Age {
                 stands: now.saturating_duration_since(seen.reported),
@@ -135,6 +153,9 @@ impl Observer {
             let mut judged = judge(&pool.timings, &age);
             if !pool.reports.contains_key(id) && age.stands < NEWCOMER && judged != HostHealth::Up {
                 judged = HostHealth::Suspect;
+            }
+            if seen.cut && judged == (HostHealth::Dead { fenced: false }) {
+                judged = HostHealth::Dead { fenced: true };
             }
             health.insert(id.clone(), judged);
         }
@@ -226,6 +247,7 @@ mod tests {
                 replication: Vec::new(),
                 etcd: None,
                 admin_since_ms: None,
+                fence: None,
             };
             pool.hosts.insert(id.clone(), info);
             let report = HostReport {
@@ -329,6 +351,33 @@ mod tests {
             ended: at(27_500),
         };
         assert_eq!(o.look(&slow)[&id], HostHealth::Up);
+    }
+
+    #[test]
+    fn a_host_whose_power_was_cut_is_fenced_until_it_reports() {
+        let (mut o, t0) = (Observer::default(), Instant::now());
+        let id = HostId::new("a").unwrap();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        let look = |o: &mut Observer, seq, ms| o.look(&read(pool(seq, ms), at(ms)))[&id];
+        look(&mut o, 1, 0);
+        let last = o.last_report(&id).unwrap();
+        for ms in (1000..=7000).step_by(1000) {
+            look(&mut o, 1, ms);
+        }
+        assert_eq!(look(&mut o, 1, 8000), HostHealth::Dead { fenced: false });
+        assert!(o.was_cut(&id, last));
+        assert_eq!(look(&mut o, 1, 9000), HostHealth::Dead { fenced: true });
+        // On again.
+        assert_eq!(look(&mut o, 2, 9500), HostHealth::Up);
+        for ms in (10_000..=17_000).step_by(1000) {
+            look(&mut o, 2, ms);
+        }
+        assert_eq!(look(&mut o, 2, 17_500), HostHealth::Dead { fenced: false });
+        assert!(
+            !o.was_cut(&id, last),
+            "an agent that took so long cut another life of it"
+        );
+        assert_eq!(look(&mut o, 2, 18_000), HostHealth::Dead { fenced: false });
     }
 
     #[test]

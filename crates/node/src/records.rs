@@ -16,6 +16,7 @@
 //! All values are JSON. Fields that are added carry a default, so that hosts of the previous version can be read.
 
 use crate::error::{NodeError, Result};
+use crate::fence::FenceAgent;
 use crate::limits::VmLimits;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -149,6 +150,9 @@ pub struct HostInfo {
     /// Since when `record.admin` is what it is, wall clock, ms.
     #[serde(default)]
     pub admin_since_ms: Option<u64>,
+    /// How it is fenced from outside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence: Option<FenceAgent>,
 }
 
 impl HostInfo {
@@ -173,6 +177,9 @@ pub struct HostReport {
     /// Its member of the store leads.
     #[serde(default)]
     pub leads_store: bool,
+    /// What its guard says about its watchdog device; empty: nothing.
+    #[serde(default)]
+    pub watchdog: String,
     /// Measured.
     pub status: HostStatus,
     /// What runs there.

@@ -39,6 +39,8 @@ pub struct HostChoice {
     pub etcd_program: Option<PathBuf>,
     /// Between two heartbeats of the pool's own etcd, ms; the same on all hosts.
     pub etcd_heartbeat_ms: u64,
+    /// The watchdog device.
+    pub watchdog: Option<PathBuf>,
 }
 
 fn make_folders(folders: &Folders) -> Result<()> {
@@ -95,6 +97,7 @@ pub fn init(
         vmm_args: choice.vmm_args,
         etcd: choice.etcd_program,
         etcd_heartbeat_ms: choice.etcd_heartbeat_ms,
+        watchdog: choice.watchdog,
     };
     let info = HostInfo {
         record: HostRecord {
@@ -116,6 +119,7 @@ pub fn init(
         replication: config.replication(),
         etcd: None,
         admin_since_ms: None,
+        fence: None,
     };
     let settings = PoolSettings {
         name: pool.into(),
@@ -187,6 +191,7 @@ pub async fn join(
         vmm_args: choice.vmm_args,
         etcd: choice.etcd_program,
         etcd_heartbeat_ms: choice.etcd_heartbeat_ms,
+        watchdog: choice.watchdog,
     };
     if matches!(config.store, StoreChoice::Managed { member: true, .. }) {
         crate::etcd::program(&config)?;

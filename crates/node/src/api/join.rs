@@ -123,6 +123,7 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
             false => request.replication.clone(),
         },
         admin_since_ms: None,
+        fence: None,
         etcd: own_etcd.then(|| {
             format!(
                 "https://{}",

@@ -6,6 +6,7 @@
 
 pub mod apps;
 pub mod drill;
+mod fence;
 pub mod handlers;
 pub mod join;
 pub mod serve;
@@ -20,7 +21,7 @@ use axum::Json;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use std::sync::Arc;
 use utoipa::OpenApi;
 
@@ -65,6 +66,8 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         handlers::hosts,
         handlers::drain,
         handlers::resume,
+        fence::set,
+        fence::remove,
         handlers::remove_host,
         handlers::events,
         handlers::availability,
@@ -105,6 +108,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::NewClass,
         types::NewHealth,
         crate::limits::VmLimits,
+        crate::fence::FenceAgent,
         settings::VmChange,
         settings::PoolChange,
         apps::AppStatus,
@@ -132,6 +136,7 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/hosts/{host}", axum::routing::delete(handlers::remove_host))
         .route("/v1/hosts/{host}/drain", post(handlers::drain))
         .route("/v1/hosts/{host}/resume", post(handlers::resume))
+        .route("/v1/hosts/{host}/fence", put(fence::set).delete(fence::remove))
         .route("/v1/events", get(handlers::events))
         .route("/v1/tasks", get(handlers::tasks))
         .route("/v1/tasks/{task}", axum::routing::delete(handlers::cancel_task))

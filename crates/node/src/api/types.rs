@@ -3,6 +3,7 @@
 use crate::config::{NodeConfig, StoreChoice};
 use crate::pool::{Pool, PoolVm};
 use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
+use crate::watchdog;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use steadfast_cluster::health::State;
@@ -61,6 +62,9 @@ pub struct HostStatus {
     pub api: String,
     /// What it runs.
     pub version: String,
+    /// What its guard says about its watchdog device, while it guards something; empty: nothing.
+    #[serde(default)]
+    pub watchdog: String,
 }
 
 /// A VM.
@@ -219,6 +223,7 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
                 version: report
                     .map(|r| r.status.versions.steadfast.clone())
                     .unwrap_or_default(),
+                watchdog: report.map(|r| r.watchdog.clone()).unwrap_or_default(),
             }
         })
         .collect();
@@ -227,6 +232,8 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         .filter(|h| h.health != "up")
         .map(|h| format!("host {} is {}", h.host, h.health))
         .collect();
+    let watchdogs = hosts.iter().filter(|h| h.watchdog.starts_with(watchdog::FAILED));
+    problems.extend(watchdogs.map(|h| format!("host {} {}", h.host, h.watchdog)));
     problems.extend(vms.iter().filter(|v| v.state != "off").filter_map(|v| {
         let fine = v.state == "running"
             && !v.protection.starts_with("unprotected")

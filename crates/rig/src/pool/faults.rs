@@ -7,9 +7,10 @@
 //! Where a row says so, the VM must not have moved: anything else is a false failover (I7).
 
 use super::PoolHost;
-use super::steps::{ANSWER, BOOT_BOUND, IMAGE, Stage, none};
+use super::steps::{ANSWER, BOOT_BOUND, CLASSES, IMAGE, Stage, none};
 use crate::error::{Result, RigError};
 use crate::failover::{ensure, ms};
+use serde_json::Value;
 use std::time::{Duration, Instant};
 
 /// How long most faults last: shorter than a lease, longer than anything that suspects.
@@ -101,6 +102,12 @@ const ROWS: &[Row] = &[
         may_move: false,
     },
     Row {
+        number: 4,
+        what: "the host of a `restart` VM freezes beyond its lease, and its watchdog resets it when it goes on",
+        play: frozen_beyond_its_lease,
+        may_move: true,
+    },
+    Row {
         number: 36,
         what: "a host and its member of the store are replaced; a wrong token is refused (49)",
         play: member_replaced,
@@ -141,7 +148,7 @@ impl<'r> Stage<'_, 'r> {
         let status = self.status()?;
         let vms = status["vms"].as_array().cloned().unwrap_or_default();
         let vm = vms.iter().find(|v| v["class"] == "ft").ok_or_else(none)?;
-        let named = |name: &serde_json::Value| self.hosts.iter().find(|h| *name == h.name()).cloned();
+        let named = |name: &Value| self.hosts.iter().find(|h| *name == h.name()).cloned();
         let (primary, standby) = (named(&vm["host"]), named(&vm["in_sync"][0]));
         let (Some(primary), Some(standby)) = (primary, standby) else {
             return Err(RigError::Unknown(format!("it is not protected: {status}")));
@@ -285,6 +292,45 @@ fn power_lost_at_the_start<'r>(stage: &Stage<'_, 'r>, cast: &Cast<'r>) -> Result
         // Its etcd is read from its disk now, or begins to catch up.
         stage.steps_on(&cast.vm)?;
     }
+    host.start_daemon()
+}
+
+/// Where it ran before, the VM must not run for a moment once it was booted elsewhere.
+fn frozen_beyond_its_lease<'r>(stage: &Stage<'_, 'r>, _: &Cast<'r>) -> Result<()> {
+    let guest = stage
+        .guests
+        .iter()
+        .find(|g| CLASSES[g.class] == "restart")
+        .ok_or_else(none)?;
+    let runs_on = |status: &Value| -> Option<String> {
+        let vm = status["vms"]
+            .as_array()?
+            .iter()
+            .find(|v| v["vm"] == guest.name.as_str())?;
+        (vm["state"] == "running").then(|| vm["host"].as_str().map(str::to_string))?
+    };
+    let before = stage.wait("it to be armed", |s| {
+        let on = runs_on(s)?;
+        let host = s["hosts"].as_array()?.iter().find(|h| h["host"] == on.as_str())?;
+        host["watchdog"]
+            .as_str()?
+            .contains("resets this host")
+            .then_some(on)
+    })?;
+    let host = stage.host(&before)?;
+    let starts = host.server.starts();
+    host.server.freeze()?;
+    stage.wait("it to run elsewhere", |s| runs_on(s).filter(|on| *on != before))?;
+    guest.mini.status(BOOT_BOUND)?;
+    host.server.thaw()?;
+    let began = Instant::now();
+    while host.server.starts() == starts {
+        ensure(began.elapsed() < NOTICED, || {
+            format!("{before} goes on after its lease: its watchdog did not reset it")
+        })?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    host.server.wait_ready(BOOT_BOUND)?;
     host.start_daemon()
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 const BOUND: Duration = Duration::from_secs(120);
 /// Simulated servers that share few real CPUs with many VMs answer late.
 const HEARTBEAT: Duration = Duration::from_millis(600);
+const WATCHDOG: &str = "/dev/watchdog0";
 /// What the daemon says.
 const LOG: &str = "/data/steadfast-node.log";
 const OWN_PROGRAM: &str = "/data/steadfast-program";
@@ -23,6 +24,7 @@ pub struct PoolHost<'r> {
     heartbeat: Duration,
     /// The program there.
     program: &'static str,
+    watchdog: bool,
 }
 
 impl<'r> PoolHost<'r> {
@@ -33,7 +35,19 @@ impl<'r> PoolHost<'r> {
             server,
             heartbeat: HEARTBEAT,
             program: "steadfast",
+            watchdog: false,
         }
+    }
+
+    /// With a watchdog device, the kernel's own.
+    ///
+    /// # Errors
+    /// The server's.
+    pub fn watchdog(mut self) -> Result<Self> {
+        self.server
+            .exec(&format!("modprobe softdog && test -c {WATCHDOG}"))?;
+        self.watchdog = true;
+        Ok(self)
     }
 
     /// With a program of its own, which an upgrade can replace: the common one is on a disk that cannot be written.
@@ -84,8 +98,12 @@ impl<'r> PoolHost<'r> {
             found.ok_or_else(|| RigError::Unknown(format!("server {} has no NIC {nic}", self.name())))
         };
         let (one, other) = (address("repl0")?, address("repl1")?);
+        let watchdog = match self.watchdog {
+            true => format!("--watchdog {WATCHDOG}"),
+            false => String::new(),
+        };
         Ok(format!(
-            "--name {} --address {one} --replication {one} --replication {other} --etcd-heartbeat-ms {}",
+            "{watchdog} --name {} --address {one} --replication {one} --replication {other} --etcd-heartbeat-ms {}",
             self.name(),
             self.heartbeat.as_millis()
         ))
@@ -144,6 +162,10 @@ impl<'r> PoolHost<'r> {
     /// # Errors
     /// The server's.
     pub fn spawn_daemon(&self) -> Result<()> {
+        if self.watchdog {
+            // Gone with the server's power.
+            self.server.exec("modprobe softdog")?;
+        }
         let node = format!(
             "env {FOLDERS} STEADFAST_LOG=info NO_COLOR=1 {} node",
             self.program

@@ -54,6 +54,8 @@ pub struct Options {
     pub server_mib: u32,
     /// Whether an `ft` VM has a disk; one VM can.
     pub disk: bool,
+    /// Whether the servers have watchdog devices.
+    pub watchdog: bool,
     /// What happens.
     pub acts: &'static [Act],
 }
@@ -68,6 +70,7 @@ impl Options {
             witness: true,
             server_mib: 2000,
             disk: false,
+            watchdog: false,
             acts: &[Act::Drill, Act::Kill, Act::Return, Act::Drain],
         }
     }
@@ -81,19 +84,21 @@ impl Options {
             witness: false,
             server_mib: 1600,
             disk: false,
+            watchdog: false,
             acts: &[Act::Drain, Act::Resume, Act::Upgrade],
         }
     }
 
-    /// Faults that an `ft` VM with a disk survives where it is.
+    /// Faults that an `ft` VM with a disk survives, most of them where it is. A `restart` VM is beside it.
     #[must_use]
     pub fn faults() -> Self {
         Options {
-            vms: [1, 0, 0, 0],
+            vms: [1, 1, 0, 0],
             servers: 3,
             witness: false,
             server_mib: 1400,
             disk: true,
+            watchdog: true,
             acts: &[Act::Faults],
         }
     }

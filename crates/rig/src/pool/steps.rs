@@ -24,13 +24,13 @@ const SUSPECT: Duration = Duration::from_secs(4);
 pub(super) const ASK_EVERY: Duration = Duration::from_secs(1);
 /// The disk of an `ft` VM, on every host.
 pub(super) const IMAGE: &str = "/data/ft.raw";
-const CLASSES: [&str; 4] = ["ft", "restart", "checkpoint", "none"];
+pub(super) const CLASSES: [&str; 4] = ["ft", "restart", "checkpoint", "none"];
 
 /// A VM of the play.
 pub(super) struct Guest {
     pub name: String,
     pub class: usize,
-    mini: Mini,
+    pub mini: Mini,
     pub session: Option<Counting>,
 }
 
@@ -75,6 +75,11 @@ pub(super) fn play(options: &Options, tell: &mut dyn Tell) -> Result<Report> {
         drained: None,
         tell,
     };
+    if options.watchdog {
+        for host in &mut stage.hosts {
+            *host = host.clone().watchdog()?;
+        }
+    }
     if options.acts.contains(&Act::Upgrade) {
         let bytes = program()?;
         for host in &mut stage.hosts {
