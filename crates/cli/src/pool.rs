@@ -27,6 +27,7 @@ use steadfast_node::watchdog::Choice;
 use steadfast_node::{Ended, Folders, binary};
 use steadfast_protect::EtcdSpec;
 use steadfast_types::{HostId, SiteId, VmId};
+use steadfast_vmm::resident;
 use steadfast_vmm::spec::VmSpec;
 
 type Outcome = Result<ExitCode, Box<dyn Error>>;
@@ -692,6 +693,7 @@ pub fn node(args: &NodeArgs) -> Outcome {
     let program = std::env::current_exe()?;
     // Before there are other threads, which inherit it.
     steadfast_node::take_precedence();
+    resident::stay(resident::ESSENTIAL);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(2)
@@ -724,6 +726,7 @@ pub fn guard(args: GuardArgs) -> Outcome {
         data: PathBuf::new(),
         run: args.run,
     };
+    resident::stay(resident::ESSENTIAL);
     let watchdog = args.watchdog.zip(args.watchdog_seconds);
     let watchdog = watchdog.map(|(device, seconds)| Choice { device, seconds });
     steadfast_node::run_guard(&folders, watchdog)?;

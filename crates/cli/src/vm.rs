@@ -19,6 +19,7 @@ use steadfast_vmm::isolation::seccomp::SeccompMode;
 use steadfast_vmm::isolation::user::UserChoice;
 use steadfast_vmm::last_words::{self, At};
 use steadfast_vmm::process::{Ended, Options, ProcessError, Start, run};
+use steadfast_vmm::resident;
 use steadfast_vmm::spec::{
     Boot, Dirty, DiskSpec, MemoryKind, NicSpec, NicTarget, VmSpec, VsockSpec, parse_mac, parse_size,
 };
@@ -495,6 +496,7 @@ fn saved_name(file: &Path) -> Result<VmId, Box<dyn Error>> {
 
 /// Runs `steadfast vmm`.
 pub fn run_vmm(args: VmmArgs) -> Done {
+    resident::stay(resident::VM);
     if let Some(starter) = args.end_with {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
         // It may have ended before that.

@@ -9,6 +9,7 @@ mod happened;
 pub mod isolation;
 pub mod last_words;
 pub mod process;
+pub mod resident;
 pub mod resources;
 pub mod spec;
 

@@ -122,6 +122,11 @@ impl Server {
         matches!(&*lock(&self.inner.power), Power::On(live) if live.hello.is_some())
     }
 
+    /// Whether it stands still.
+    pub fn is_frozen(&self) -> bool {
+        self.inner.frozen.load(Ordering::Acquire)
+    }
+
     /// The process id of its QEMU, while it runs.
     pub fn qemu_pid(&self) -> Option<i32> {
         match &*lock(&self.inner.power) {

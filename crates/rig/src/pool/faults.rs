@@ -197,7 +197,7 @@ fn daemon_killed<'r>(stage: &Stage<'_, 'r>, cast: &Cast<'r>) -> Result<()> {
 
 /// Process numbers of the instances on a host.
 fn instance(host: &PoolHost<'_>) -> Result<String> {
-    let found = host.server.exec("pgrep -f ' vmm --spec ' | sort -n")?;
+    let found = host.server.exec("pgrep -f '[v]mm --spec' | sort -n")?;
     Ok(found.trim().replace('\n', " "))
 }
 
@@ -214,9 +214,9 @@ fn unplugged<'r>(stage: &Stage<'_, 'r>, host: &PoolHost<'r>, nic: &str) -> Resul
 
 /// Nobody can reach the VM there; who sends again is answered when the cable is back.
 fn clients_unplugged<'r>(stage: &Stage<'_, 'r>, cast: &Cast<'r>) -> Result<()> {
-    stage.rig.unplug(cast.primary.name(), "client")?;
+    stage.rig.unplug(cast.primary.name(), "client0")?;
     std::thread::sleep(HOLD);
-    stage.rig.plug(cast.primary.name(), "client")
+    stage.rig.plug(cast.primary.name(), "client0")
 }
 
 fn memory_taken<'r>(stage: &Stage<'_, 'r>, host: &PoolHost<'r>) -> Result<()> {
@@ -277,7 +277,7 @@ fn disk_full<'r>(stage: &Stage<'_, 'r>, cast: &Cast<'r>) -> Result<()> {
 
 fn replica_lost<'r>(stage: &Stage<'_, 'r>, cast: &Cast<'r>) -> Result<()> {
     let server = cast.standby.server;
-    server.exec(&format!("pkill -KILL -f ' vmm --spec '; rm -rf {IMAGE}*"))?;
+    server.exec(&format!("pkill -KILL -f '[v]mm --spec'; rm -rf {IMAGE}*"))?;
     stage.goes_on_for(&cast.vm, HOLD)
 }
 
@@ -344,7 +344,7 @@ fn member_replaced<'r>(stage: &Stage<'_, 'r>, cast: &Cast<'r>) -> Result<()> {
     })?;
     // Its power and its disk are gone.
     host.server.exec(&format!(
-        "pkill -KILL -xf '{DAEMON}'; pkill -KILL -x etcd; pkill -KILL -f 'steadfast guard'; true"
+        "pkill -KILL -xf '{DAEMON}'; pkill -KILL -x etcd; pkill -KILL -f '[s]teadfast guard'; true"
     ))?;
     host.server.exec("rm -rf /data/steadfast /run/steadfast")?;
     stage.steps_on(&cast.vm)?;

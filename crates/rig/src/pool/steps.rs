@@ -350,8 +350,8 @@ impl Stage<'_, '_> {
 
     /// A host that is on, to ask about the pool.
     pub(super) fn asker(&self) -> Result<&PoolHost<'_>> {
-        let found = self.hosts.iter().find(|h| h.server.is_ready());
-        found.ok_or_else(none)
+        let answers = |h: &&PoolHost<'_>| h.server.is_ready() && !h.server.is_frozen();
+        self.hosts.iter().find(answers).ok_or_else(none)
     }
 
     pub(super) fn status(&self) -> Result<Value> {
@@ -415,7 +415,11 @@ impl Stage<'_, '_> {
     /// What the pool and the daemons said last, for who looks for a fault.
     fn story(&self) -> String {
         let mut text = String::new();
-        for host in self.hosts.iter().filter(|h| h.server.is_ready()) {
+        for host in self
+            .hosts
+            .iter()
+            .filter(|h| h.server.is_ready() && !h.server.is_frozen())
+        {
             let tail = "tail -n 12 /data/steadfast-node.log; uptime; free -m | sed -n 2p; tail -n 8 /data/steadfast/vm/*/log";
             let said = host
                 .server
