@@ -4,8 +4,8 @@
 mod common;
 use common::{check_all_run, check_apart, check_capacity, h, protected, v};
 use steadfast_cluster::model::{
-    AlarmKey, AppRecord, DiskPlace, DrainWhy, FailingPart, FailureClass, GroupRule, HostAdmin, HostHealth,
-    Keep, Phase, Power, Prediction, Protection, Snapshot,
+    AlarmKey, AppRecord, DiskPlace, DrainWhy, FailingPart, FailureClass, GroupRule, Home, HostAdmin,
+    HostHealth, Keep, Phase, Power, Prediction, Protection, Snapshot,
 };
 use steadfast_cluster::synthetic::{add, describe, kill, pool, revive, run, vm};
 use steadfast_cluster::{Action, Because, Wanted, admit, apply, decide, settle};
@@ -496,11 +496,116 @@ fn a_drain_empties_the_host_without_unprotecting_and_the_vms_come_home() {
         );
         assert!(s.vms.values().all(|x| !common::copies(&s, x).contains_key(&h(n))));
         s.hosts.get_mut(&h(n)).unwrap().record.admin = HostAdmin::InUse;
-        run(&mut s, 30, |_| {});
+        run(&mut s, 30, |s| {
+            for x in s.vms.values() {
+                assert!(protected(s, x) >= x.spec.standbys_wanted(), "{}", describe(s));
+            }
+        });
         let after: Vec<_> = s.vms.values().map(|x| x.state.owner.clone()).collect();
         assert_eq!(before, after, "all are home");
     }
     fixpoint(&s);
+}
+
+#[test]
+fn what_is_left_of_a_vm_where_its_spare_standby_could_be_is_waited_for() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let x = &s.vms[&v("a")].state;
+    let (from, standby) = (
+        x.owner.clone().unwrap(),
+        x.standbys.keys().next().unwrap().clone(),
+    );
+    let third = s
+        .hosts
+        .keys()
+        .find(|n| **n != from && **n != standby)
+        .unwrap()
+        .clone();
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    let mut left = s.vms[&v("a")].state.instances[&standby];
+    left.phase = Phase::Stopping;
+    s.vms
+        .get_mut(&v("a"))
+        .unwrap()
+        .state
+        .instances
+        .insert(third.clone(), left);
+    let moves = |s: &Snapshot| {
+        let decisions = decide(s);
+        let moves = decisions
+            .actions
+            .iter()
+            .any(|d| matches!(d.action, Action::Migrate { .. }));
+        (moves, decisions.to_string())
+    };
+    let (moved, text) = moves(&s);
+    assert!(!moved && text.contains("what is left of it"), "{text}");
+    s.vms.get_mut(&v("a")).unwrap().state.instances.remove(&third);
+    run(&mut s, 30, |s| {
+        let x = &s.vms[&v("a")];
+        assert!(protected(s, x) >= 1, "{}", describe(s));
+    });
+    assert_ne!(owner(&s, "a"), from.to_string());
+    // Where it never could be it is not waited for: that host serves nobody.
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    s.hosts.get_mut(&third).unwrap().record.admin = HostAdmin::Maintenance(DrainWhy::Operator);
+    s.vms
+        .get_mut(&v("a"))
+        .unwrap()
+        .state
+        .instances
+        .insert(third, left);
+    let (moved, text) = moves(&s);
+    assert!(moved, "{text}");
+}
+
+#[test]
+fn who_goes_home_to_its_standby_takes_another_one_along() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let x = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    let home = x.standbys.keys().next().unwrap().clone();
+    x.home = Some(Home {
+        host: home.clone(),
+        left_ms: s.now_ms,
+    });
+    let actions = |s: &Snapshot| -> Vec<Action> { decide(s).actions.into_iter().map(|d| d.action).collect() };
+    let first = actions(&s);
+    let [Action::AddStandby { host: third, .. }] = first.as_slice() else {
+        panic!("{first:?}");
+    };
+    let third = third.clone();
+    let x = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    let mut other = x.standbys[&home].clone();
+    let instance = x.instances[&home];
+    other.in_sync = false;
+    x.standbys.insert(third.clone(), other);
+    x.instances.insert(third.clone(), instance);
+    assert!(actions(&s).is_empty(), "it is being filled");
+    let x = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    x.standbys.get_mut(&third).unwrap().in_sync = true;
+    let then = actions(&s);
+    assert!(
+        matches!(then.as_slice(), [Action::Migrate { to, .. }] if *to == home),
+        "{then:?}"
+    );
+}
+
+#[test]
+fn nobody_goes_home_in_the_middle_of_a_rolling_upgrade() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let home = s.vms[&v("a")].state.owner.clone().unwrap();
+    s.hosts.get_mut(&home).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    run(&mut s, 30, |_| {});
+    assert_ne!(owner(&s, "a"), home.to_string());
+    s.hosts.get_mut(&home).unwrap().record.admin = HostAdmin::InUse;
+    s.pool.upgrade_to = Some(s.hosts[&home].status.versions.steadfast.clone());
+    let mut during = s.clone();
+    run(&mut during, 30, |_| {});
+    assert_ne!(owner(&during, "a"), home.to_string());
+    during.pool.upgrade_to = None;
+    run(&mut during, 30, |_| {});
+    assert_eq!(owner(&during, "a"), home.to_string());
 }
 
 #[test]

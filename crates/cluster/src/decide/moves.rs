@@ -50,12 +50,7 @@ pub(crate) fn drain(w: &mut World) {
             if !moves || hosts::stays(w, v, h) {
                 continue;
             }
-            let filling = w.vms[v]
-                .standbys
-                .iter()
-                .find(|&&s| w.standby_counts(v, s) && !w.in_sync(v, s));
-            if let Some(&s) = filling.filter(|_| w.spare_wanted(v) > 0) {
-                let text = format!("its standby on {} is being filled first", w.hosts[s].id());
+            if let Some(text) = not_yet_safe(w, v) {
                 w.refuse(Some(v), Some(h), Wanted::Drain, Because::Other(text));
                 continue;
             }
@@ -119,27 +114,12 @@ pub(crate) fn relieve(w: &mut World) {
 
 /// Brings VMs back to where they were before a drain.
 pub(crate) fn bring_back(w: &mut World) {
-    if w.pool.bring_back_ms == 0 {
-        return;
-    }
     for v in 0..w.vms.len() {
+        let Some(h) = w.home_bound(v) else { continue };
         let vm = &w.vms[v];
-        let Some(home) = &vm.vm.state.home else { continue };
-        let Some(h) = w.host(&home.host) else { continue };
-        let late = elapsed(w.now_ms, home.left_ms) > w.pool.bring_back_ms;
         let filling = vm.standbys.contains(&h) && !w.in_sync(v, h);
         let protected = w.good_standbys(v) >= vm.vm.spec.standbys_wanted();
-        let settled = vm.on() && vm.vm.state.running() && vm.migrating.is_none() && protected;
-        if late || filling || !settled || vm.owner == Some(h) {
-            continue;
-        }
-        let Some(from) = vm.owner.filter(|&o| w.health(o) == HostHealth::Up) else {
-            continue;
-        };
-        if w.hosts[from].host.record.leaving()
-            || w.obstacle(v, h, Role::Move).is_some()
-            || !w.keeps_reserve(v, h, Role::Move)
-        {
+        if filling || !protected || not_yet_safe(w, v).is_some() {
             continue;
         }
         let why = format!(
@@ -148,6 +128,33 @@ pub(crate) fn bring_back(w: &mut World) {
         );
         let _ = migrate(w, v, h, MoveCause::BringBack, why);
     }
+}
+
+/// Why a VM that can take its protection along when it leaves is to wait for that.
+fn not_yet_safe(w: &World, v: usize) -> Option<String> {
+    if w.spare_wanted(v) == 0 {
+        return None;
+    }
+    let vm = &w.vms[v];
+    let filling = |s: &&usize| w.standby_counts(v, **s) && !w.in_sync(v, **s);
+    if let Some(&s) = vm.standbys.iter().find(filling) {
+        return Some(format!(
+            "its standby on {} is being filled first",
+            w.hosts[s].id()
+        ));
+    }
+    if w.good_standbys(v) > vm.vm.spec.standbys_wanted() {
+        return None;
+    }
+    // There is no room for one more, or only what is left of it there is in the way.
+    let mut instances = vm.vm.state.instances.iter();
+    let ends = instances.find(|(host, i)| {
+        let h = w.host(host).filter(|&h| w.hosts[h].usable());
+        i.phase == Phase::Stopping && h.is_some_and(|h| vm.owner != Some(h) && !vm.standbys.contains(&h))
+    });
+    ends.map(|(host, _)| {
+        format!("what is left of it on {host} is to end first: one more standby can be there")
+    })
 }
 
 /// Finds a target and moves.

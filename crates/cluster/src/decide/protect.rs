@@ -4,7 +4,7 @@
 //! host stays listed until its replacement is in sync: if the host comes back before, it needs only what has changed.
 
 use super::fit::{Obstacle, Role};
-use super::world::World;
+use super::world::{World, elapsed};
 use crate::action::{Action, Because, Wanted};
 use crate::model::{AlarmKey, DrainWhy, HostAdmin, HostHealth, Phase, Resources};
 use crate::sabotage::Sabotage;
@@ -166,8 +166,9 @@ fn uselessness(w: &World, v: usize, h: usize) -> u32 {
 }
 
 impl World<'_> {
-    /// Standbys beyond those wanted while a VM waits to leave its host: a move takes its old host's copy along, so that without
-    /// one more it would be unprotected until another is filled. Not where the host is expected to fail: there it leaves at once.
+    /// Standbys beyond those wanted while a VM waits to leave its host, or to go home to a host where a standby of it is: a move takes its old
+    /// host's copy along, so that without one more it would be unprotected until another is filled. Not where the host is expected to
+    /// fail: there it leaves at once.
     pub(super) fn spare_wanted(&self, v: usize) -> usize {
         let vm = &self.vms[v];
         let leaves = |h: usize| {
@@ -185,7 +186,24 @@ impl World<'_> {
             .filter(|&&h| !self.standby_counts(v, h))
             .count();
         let room = vm.vm.spec.standbys_wanted() + others < STANDBYS_MAX;
-        usize::from(vm.vm.spec.protection.hot() && room && vm.owner.is_some_and(leaves))
+        let goes_home = || self.home_bound(v).is_some_and(|h| vm.standbys.contains(&h));
+        usize::from(vm.vm.spec.protection.hot() && room && (vm.owner.is_some_and(leaves) || goes_home()))
+    }
+
+    /// Where a VM was before a drain, and could be again. Not during a rolling upgrade: the next host to be emptied may be that one.
+    pub(super) fn home_bound(&self, v: usize) -> Option<usize> {
+        let (vm, limit) = (&self.vms[v], self.pool.bring_back_ms);
+        let home = vm.vm.state.home.as_ref().filter(|_| limit != 0)?;
+        let h = self.host(&home.host)?;
+        let from = vm.owner.filter(|&o| o != h && self.health(o) == HostHealth::Up)?;
+        let settled = vm.on() && vm.vm.state.running() && vm.migrating.is_none();
+        let fits = settled
+            && elapsed(self.now_ms, home.left_ms) <= limit
+            && self.pool.upgrade_to.is_none()
+            && !self.hosts[from].host.record.leaving()
+            && self.obstacle(v, h, Role::Move).is_none()
+            && self.keeps_reserve(v, h, Role::Move);
+        fits.then_some(h)
     }
 
     /// Fullness of a host that has the standby already.

@@ -428,7 +428,7 @@ impl Stage<'_, '_> {
             text.push_str(&format!("\n--- {}\n{said}", host.name()));
         }
         if let Ok(asker) = self.asker() {
-            let events = asker.run("events --limit 60").unwrap_or_else(|e| e.to_string());
+            let events = asker.run("events --limit 150").unwrap_or_else(|e| e.to_string());
             text.push_str(&format!("\n--- events\n{events}"));
         }
         text

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 const ANOTHER: &str = "/data/another-program";
 /// Three servers of one emulated CPU are emptied and filled again, one after the other.
 const UPGRADE_BOUND: Duration = Duration::from_secs(900);
+/// All switches of a VM from one host to another together take less.
+const WITHOUT_STANDBY: Duration = Duration::from_secs(15);
 
 impl Stage<'_, '_> {
     /// Where most ft VMs run.
@@ -63,6 +65,9 @@ impl Stage<'_, '_> {
         })?;
         report.drain_longest = self.longest();
         report.drain_degraded = self.longest_degraded(&before)?;
+        ensure(report.drain_degraded < WITHOUT_STANDBY, || {
+            format!("a VM was without a standby for {}", ms(report.drain_degraded))
+        })?;
         self.drained = Some(host.name().to_string());
         self.tell.done(&format!(
             "{} is empty: {moved} ft VMs moved under load in {:.0} s; longest wait of a session {}, longest without a standby {}",
@@ -130,6 +135,9 @@ impl Stage<'_, '_> {
         report.upgraded = began.elapsed();
         report.upgrade_longest = self.longest();
         report.upgrade_degraded = self.longest_degraded(&before)?;
+        ensure(report.upgrade_degraded < WITHOUT_STANDBY, || {
+            format!("a VM was without a standby for {}", ms(report.upgrade_degraded))
+        })?;
         let new = versions(&self.status()?);
         ensure(
             new.len() == self.hosts.len() && new.iter().all(|v| *v == new[0] && !old.contains(v)),
