@@ -16,6 +16,7 @@ use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use utoipa::ToSchema;
 
@@ -30,7 +31,6 @@ const FOLDERS: [&str; 2] = ["/usr/sbin", "/sbin"];
 
 /// How a host is fenced from outside.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
 pub struct FenceAgent {
     /// The program, `fence_ipmilan` for example, or its path. It must be on every host that may lead.
     pub agent: String,
@@ -70,8 +70,9 @@ impl FenceAgent {
     /// # Errors
     /// What it said.
     pub fn status(&self) -> Result<()> {
-        // 2: the host is off, which was found out all the same.
-        self.run("status", &[0, 2])
+        // 2: the host is off. Some agents and every shell end with 2 as well when they were called wrongly.
+        self.run("status", &[0])
+            .or_else(|_| self.run("status", &[2]).and_then(|()| self.run("monitor", &[0])))
     }
 
     /// Switches the host off, or off and on.
@@ -116,32 +117,36 @@ impl FenceAgent {
             input.push_str(&format!("{name}={value}\n"));
         }
         let to = child.stdin.take();
-        let told = std::thread::Builder::new()
-            .name("fence-agent".into())
-            // One that reads nothing must not hold anybody up; it ends with its bound.
-            .spawn(move || to.map(|mut to| to.write_all(input.as_bytes())));
+        // One that reads nothing must not hold anybody up; it ends with its pipe.
+        let writer = std::thread::Builder::new().name("fence-agent".into());
+        writer
+            .spawn(move || to.map(|mut to| to.write_all(input.as_bytes())))
+            .map_err(|e| failed(e.to_string()))?;
         let from = child.stderr.take();
-        let words = std::thread::Builder::new()
+        let (said, silent) = std::sync::mpsc::sync_channel::<()>(1);
+        let words = Arc::new(Mutex::new(Vec::new()));
+        let to_words = Arc::clone(&words);
+        let reader = std::thread::Builder::new()
             .name("fence-words".into())
             .spawn(move || {
-                let mut words = Vec::new();
+                let _said = said;
                 let mut piece = [0; 4096];
-                let Some(mut from) = from else { return words };
+                let Some(mut from) = from else { return };
                 while let Ok(n @ 1..) = from.read(&mut piece) {
+                    let mut words = to_words.lock().unwrap_or_else(PoisonError::into_inner);
                     words.extend_from_slice(&piece[..n]);
                     let beyond = words.len().saturating_sub(WORDS_MAX);
                     words.drain(..beyond);
                 }
-                words
             });
+        reader.map_err(|e| failed(e.to_string()))?;
         let ended = has_ended(&child, BOUND);
         // Whatever it started ends with it, and with that the pipes. It is not waited for before: its number is its own until then.
         end_group(&child);
         let status = child.wait().map_err(|e| failed(e.to_string()))?;
-        let words = words.ok().and_then(|t| t.join().ok()).unwrap_or_default();
-        if let Ok(told) = told {
-            let _ = told.join();
-        }
+        // Who left the group may hold a pipe; that is nobody's wait.
+        let _ = silent.recv_timeout(Duration::from_secs(1));
+        let words = words.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if !ended {
             return Err(failed(format!("it did not end within {} s", BOUND.as_secs())));
         }
@@ -205,14 +210,20 @@ mod tests {
             "action=reboot\nip=10.0.0.9\nplug=7\n"
         );
         good.status().unwrap();
-        let off = agent(folder.path(), "exit 2");
+        let off = agent(
+            folder.path(),
+            "case $(cat) in *action=status*) exit 2;; *action=monitor*) exit 0;; esac; exit 2",
+        );
         off.status().unwrap();
+        let wrong = agent(folder.path(), "exit 2");
+        wrong.status().unwrap_err();
+        let off = agent(folder.path(), "exit 2");
         let said = off.fence().unwrap_err().to_string();
         assert!(said.contains("exit status: 2"), "{said}");
         // It reads nothing, says much, and leaves something behind that holds its pipes.
         let bad = agent(
             folder.path(),
-            "sleep 1000 & yes no | head -c 100000 >&2; echo no power >&2; exit 1",
+            "sleep 1000 & setsid sleep 5 & yes no | head -c 100000 >&2; echo no power >&2; exit 1",
         );
         let began = Instant::now();
         let said = bad.fence().unwrap_err().to_string();

@@ -12,6 +12,7 @@
 use crate::config::Folders;
 use crate::error::{IoContext, Result};
 use crate::instances::Meta;
+use crate::procs;
 use crate::watchdog::{Choice, Watchdog};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
@@ -134,11 +135,17 @@ pub fn run(folders: &Folders, watchdog: Option<Choice>) -> Result<()> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
     }
+    // What a guard that was killed said.
+    let _ = fs::remove_file(words_path(folders));
     let mut watchdog = watchdog.map(Watchdog::new);
     let (mut guarded, mut looked, mut said) = (Guarded::default(), None::<Instant>, String::new());
     loop {
         let (until, now) = (lease_until(folders), boot_ms());
         let holds = now < until;
+        if !holds {
+            // What is known first.
+            guarded.kill();
+        }
         if !holds || looked.is_none_or(|at| at.elapsed() >= LOOK) {
             guarded.look(folders);
             looked = Some(Instant::now());
@@ -151,7 +158,9 @@ pub fn run(folders: &Folders, watchdog: Option<Choice>) -> Result<()> {
             }
         }
         if let Some(watchdog) = &mut watchdog {
-            guarded.forget_ended();
+            guarded
+                .processes
+                .retain(|pid, (_, since)| procs::runs(*pid, *since));
             watchdog.turn(!guarded.processes.is_empty(), holds, Instant::now());
             let words = watchdog.words();
             if words != said && fs::write(words_path(folders), &words).is_ok() {
@@ -168,12 +177,14 @@ pub fn run(folders: &Folders, watchdog: Option<Choice>) -> Result<()> {
 struct Guarded {
     /// Instances that are named as such.
     named: usize,
-    /// Their processes, with the time of their start: a number may be given again.
-    processes: BTreeMap<u32, u64>,
+    /// Their processes, with the time of their start.
+    processes: BTreeMap<u32, (VmId, u64)>,
 }
 
 impl Guarded {
+    /// Who is known and runs is not asked again: nothing here may wait for a VM's process longer than once.
     fn look(&mut self, folders: &Folders) {
+        self.processes.retain(|pid, (_, since)| procs::runs(*pid, *since));
         let Ok(dir) = fs::read_dir(&folders.run) else {
             return;
         };
@@ -188,81 +199,88 @@ impl Guarded {
                 continue;
             };
             if !meta.leased {
+                // Another class since.
+                self.processes.retain(|_, (of, _)| *of != vm);
                 continue;
             }
             self.named += 1;
+            if self.processes.values().any(|(of, _)| *of == vm) {
+                continue;
+            }
             let served = served_by(&folders.run.join(format!("{vm}.sock"))).ok();
             for pid in served.into_iter().chain(meta.pid).filter(|pid| is_vmm(*pid, &vm)) {
-                if let Some(started) = started(pid) {
-                    self.processes.insert(pid, started);
+                if let Some(since) = procs::started(pid) {
+                    self.processes.insert(pid, (vm.clone(), since));
                 }
             }
         }
     }
 
     fn kill(&self) {
-        for (pid, since) in &self.processes {
-            let Some(process) = Pid::from_raw(pid.cast_signed()).filter(|_| started(*pid) == Some(*since))
-            else {
-                continue;
-            };
-            let _ = kill_process(process, Signal::KILL);
+        for (pid, (_, since)) in &self.processes {
+            let same = procs::started(*pid) == Some(*since);
+            if let Some(process) = Pid::from_raw(pid.cast_signed()).filter(|_| same) {
+                let _ = kill_process(process, Signal::KILL);
+            }
         }
     }
-
-    /// A process has ended when its last thread has: one that waits for a disk may still write to it.
-    fn forget_ended(&mut self) {
-        self.processes.retain(|pid, since| {
-            let threads = fs::read_dir(format!("/proc/{pid}/task"))
-                .into_iter()
-                .flatten()
-                .flatten();
-            let lives =
-                |stat: String| matches!(fields(&stat).next(), Some(state) if state != "Z" && state != "X");
-            let mut stats = threads.filter_map(|t| fs::read_to_string(t.path().join("stat")).ok());
-            started(*pid) == Some(*since) && stats.any(lives)
-        });
-    }
-}
-
-/// When a process started, in ticks since the host did.
-fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    fields(&stat).nth(19)?.parse().ok()
-}
-
-/// The fields of a `stat` behind the name, which may hold anything.
-fn fields(stat: &str) -> impl Iterator<Item = &str> {
-    stat.rsplit_once(')')
-        .map_or("", |(_, rest)| rest)
-        .split_whitespace()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::VmLimits;
+    use std::process::Child;
+    use steadfast_types::Term;
 
     #[test]
-    fn a_process_is_guarded_until_its_last_thread_has_ended() {
-        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        let since = started(child.id()).unwrap();
+    fn what_is_guarded_is_killed_and_what_left_the_class_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let folders = Folders {
+            data: folder.path().join("data"),
+            run: folder.path().join("run"),
+        };
+        fs::create_dir_all(&folders.run).unwrap();
+        // Its words make it the process of that VM.
+        let start = |vm: &str| {
+            let spec = folder.path().join(format!("vm/{vm}/spec"));
+            let mut command = Command::new("sh");
+            command.args(["-c", "read x", "vmm"]).arg(spec);
+            command.stdin(Stdio::piped()).spawn().unwrap()
+        };
+        let tell = |vm: &str, process: &Child, leased: bool| {
+            let meta = Meta {
+                term: Term(1),
+                hot: false,
+                leased,
+                start: true,
+                started_ms: 0,
+                stopping: None,
+                pid: Some(process.id()),
+                limits: VmLimits::default(),
+            };
+            let path = folders.run.join(format!("{vm}.meta"));
+            fs::write(path, serde_json::to_vec(&meta).unwrap()).unwrap();
+        };
+        let (mut a, mut b) = (start("a"), start("b"));
+        tell("a", &a, true);
+        tell("b", &b, true);
         let mut guarded = Guarded::default();
-        guarded.processes.insert(child.id(), since);
-        // Another process that got the same number is not ours.
-        guarded.processes.insert(std::process::id(), 1);
-        guarded.forget_ended();
-        assert_eq!(
-            guarded.processes.keys().copied().collect::<Vec<_>>(),
-            [child.id()]
-        );
-        guarded.kill();
-        // Dead, and nobody took note of it yet: nothing of it runs.
+        // A process that was just started has no words for a moment.
         let until = Instant::now() + Duration::from_secs(10);
-        while !guarded.processes.is_empty() {
-            assert!(Instant::now() < until, "it is still there");
-            guarded.forget_ended();
+        while guarded.processes.len() < 2 {
+            assert!(Instant::now() < until, "{:?}", guarded.processes);
+            guarded.look(&folders);
         }
-        let status = child.wait().unwrap();
-        assert!(!status.success());
+        tell("b", &b, false);
+        guarded.look(&folders);
+        assert_eq!(guarded.named, 1);
+        guarded.kill();
+        assert!(!a.wait().unwrap().success());
+        assert_eq!(b.try_wait().unwrap(), None, "it may outlive the lease");
+        guarded.look(&folders);
+        assert!(guarded.processes.is_empty());
+        b.kill().unwrap();
+        b.wait().unwrap();
     }
 }

@@ -10,6 +10,7 @@ use crate::guard;
 use crate::heard::Heard;
 use crate::limits::{self, VmLimits};
 use crate::pool::{Pool, PoolVm};
+use crate::procs;
 use crate::records::{HostInfo, InstanceReport, StoredVm, Takeover, now_ms};
 use crate::words;
 use rustix::process::{Pid, Signal, kill_process};
@@ -494,7 +495,8 @@ impl Instances {
             let _ = self.ask(vm, &Request::Stop, Duration::from_secs(3));
             let until = Instant::now() + END_BOUND;
             let kill_at = Instant::now() + Duration::from_secs(3);
-            while guard::is_vmm(pid, vm) {
+            let since = procs::started(pid);
+            while since.is_some_and(|since| procs::runs(pid, since)) {
                 if Instant::now() > kill_at
                     && let Some(pid) = Pid::from_raw(pid.cast_signed())
                 {

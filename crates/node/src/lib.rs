@@ -43,6 +43,7 @@ mod observe;
 pub mod pki;
 mod pool;
 mod precedence;
+mod procs;
 pub mod records;
 mod relocate;
 mod seat;

@@ -146,7 +146,11 @@ fn not_yet_safe(w: &World, v: usize) -> Option<String> {
     if w.good_standbys(v) > vm.vm.spec.standbys_wanted() {
         return None;
     }
-    // There is no room for one more, or only what is left of it there is in the way.
+    // There is no room for one more, or only what is left of it there is in the way. That may never end.
+    let leaving = vm.owner.and_then(|o| w.hosts[o].host.status.admin_since_ms);
+    if leaving.is_some_and(|since| elapsed(w.now_ms, since) > w.pool.limits.drain_alarm_ms) {
+        return None;
+    }
     let mut instances = vm.vm.state.instances.iter();
     let ends = instances.find(|(host, i)| {
         let h = w.host(host).filter(|&h| w.hosts[h].usable());

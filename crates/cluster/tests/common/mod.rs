@@ -2,7 +2,9 @@
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
+use steadfast_cluster::decide;
 use steadfast_cluster::model::{GroupRule, Phase, Power, Protection, Resources, Snapshot, Task, Vm};
+use steadfast_cluster::synthetic::{add, describe, pool, run, vm};
 use steadfast_types::{HostId, VmId};
 
 pub fn h(n: usize) -> HostId {
@@ -133,4 +135,26 @@ pub fn protected(s: &Snapshot, vm: &Vm) -> usize {
         .in_sync()
         .filter(|h| s.hosts[*h].record.reachable())
         .count()
+}
+
+/// A pool that has settled with these VMs.
+pub fn small(hosts: usize, vms: &[(&str, Protection)]) -> Snapshot {
+    let mut s = pool(hosts, 0).unwrap();
+    for (name, class) in vms {
+        add(&mut s, vm(name, *class).unwrap());
+    }
+    run(&mut s, 10, |s| check_capacity(s, true).unwrap());
+    s
+}
+
+/// Who runs a VM.
+pub fn owner(s: &Snapshot, vm: &str) -> String {
+    let o = s.vms[&v(vm)].state.owner.as_ref();
+    o.map_or_else(|| "nobody".into(), ToString::to_string)
+}
+
+/// There is nothing to do.
+pub fn fixpoint(s: &Snapshot) {
+    let d = decide(s);
+    assert!(d.actions.is_empty(), "{d}\n{}", describe(s));
 }

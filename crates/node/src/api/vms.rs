@@ -344,6 +344,17 @@ pub async fn protect(
         ))
         .map_err(Failure);
     }
+    // Its host must learn that the VM is guarded from now on; until then it must not be booted elsewhere.
+    if let Some(owner) = entry
+        .owner()
+        .filter(|_| old != wanted && wanted == Protection::Restart)
+        && !pool.hosts.get(owner).is_some_and(|h| h.record.reachable())
+    {
+        return refused(format!(
+            "host {owner}, which runs VM {vm}, cannot be told; wait until it is up, or until it is dead and the VM off"
+        ))
+        .map_err(Failure);
+    }
     let mut plan = vec![format!("{vm}: class {} becomes {}", old.name(), wanted.name())];
     if changed.record.power == Power::On {
         plan.extend(

@@ -18,6 +18,11 @@ impl Device {
     /// # Errors
     /// It is not there, somebody else has it, or it cannot count so few seconds: then it is let go.
     pub fn open(path: &Path, seconds: u32) -> io::Result<Self> {
+        if cannot_be_let_go(path) {
+            return Err(io::Error::other(
+                "it cannot be let go once it counts (nowayout), and would reset the host when the last such VM has left it",
+            ));
+        }
         let mut device = Self(File::options().write(true).open(path)?);
         let set = device.set_timeout(seconds);
         if set.is_err() {
@@ -41,13 +46,30 @@ impl Device {
     }
 }
 
+/// As the kernel says: it was built, or its module loaded, with `nowayout`.
+fn cannot_be_let_go(path: &Path) -> bool {
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    // The first device has a second name.
+    let name = if name == "watchdog" {
+        "watchdog0".into()
+    } else {
+        name
+    };
+    let says = std::fs::read_to_string(format!("/sys/class/watchdog/{name}/nowayout"));
+    says.is_ok_and(|text| text.trim() == "1")
+}
+
 impl Keeps for Device {
     fn keep_alive(&mut self) -> io::Result<()> {
         self.0.write_all(b"\0")
     }
 
     fn let_go(&mut self) -> io::Result<()> {
-        // The one byte that makes closing it not the last sign of life, unless the kernel was built or told to know no way out.
+        // The one byte after which closing it ends the counting.
         self.0.write_all(b"V")
     }
 }

@@ -107,9 +107,7 @@ impl Watchdog {
         } else {
             device.let_go()
         };
-        if let Err(error) = &kept {
-            self.failed = Some(error.to_string());
-        }
+        self.failed = kept.as_ref().err().map(ToString::to_string);
         if !guarded && kept.is_ok() {
             self.armed = None;
         }

@@ -1,0 +1,192 @@
+//! Moves by choice, drains and the way home: nobody is without protection for longer than a switch.
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod common;
+
+use common::{check_capacity, fixpoint, h, owner, protected, small, v};
+use steadfast_cluster::model::{AlarmKey, DrainWhy, Home, HostAdmin, Phase, Protection, Snapshot};
+use steadfast_cluster::synthetic::{describe, run};
+use steadfast_cluster::{Action, decide};
+
+#[test]
+fn a_drain_empties_the_host_without_unprotecting_and_the_vms_come_home() {
+    let mut s = small(
+        4,
+        &[
+            ("a", Protection::Ft),
+            ("b", Protection::Restart),
+            ("c", Protection::Checkpoint { interval_ms: 1000 }),
+            ("d", Protection::None),
+            ("e", Protection::Ft),
+        ],
+    );
+    let before: Vec<_> = s.vms.values().map(|x| x.state.owner.clone()).collect();
+    for n in 1..=4 {
+        s.hosts.get_mut(&h(n)).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+        run(&mut s, 30, |s| {
+            check_capacity(s, true).unwrap();
+            for x in s.vms.values() {
+                assert!(x.state.running());
+                assert!(protected(s, x) >= x.spec.standbys_wanted(), "{}", describe(s));
+            }
+        });
+        assert_eq!(
+            s.hosts[&h(n)].record.admin,
+            HostAdmin::Maintenance(DrainWhy::Operator),
+            "{}",
+            describe(&s)
+        );
+        assert!(s.vms.values().all(|x| !common::copies(&s, x).contains_key(&h(n))));
+        s.hosts.get_mut(&h(n)).unwrap().record.admin = HostAdmin::InUse;
+        run(&mut s, 30, |s| {
+            for x in s.vms.values() {
+                assert!(protected(s, x) >= x.spec.standbys_wanted(), "{}", describe(s));
+            }
+        });
+        let after: Vec<_> = s.vms.values().map(|x| x.state.owner.clone()).collect();
+        assert_eq!(before, after, "all are home");
+    }
+    fixpoint(&s);
+}
+
+#[test]
+fn what_is_left_of_a_vm_where_its_spare_standby_could_be_is_waited_for() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let x = &s.vms[&v("a")].state;
+    let (from, standby) = (
+        x.owner.clone().unwrap(),
+        x.standbys.keys().next().unwrap().clone(),
+    );
+    let third = s
+        .hosts
+        .keys()
+        .find(|n| **n != from && **n != standby)
+        .unwrap()
+        .clone();
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    let mut left = s.vms[&v("a")].state.instances[&standby];
+    left.phase = Phase::Stopping;
+    s.vms
+        .get_mut(&v("a"))
+        .unwrap()
+        .state
+        .instances
+        .insert(third.clone(), left);
+    let moves = |s: &Snapshot| {
+        let decisions = decide(s);
+        let moves = decisions
+            .actions
+            .iter()
+            .any(|d| matches!(d.action, Action::Migrate { .. }));
+        (moves, decisions.to_string())
+    };
+    let (moved, text) = moves(&s);
+    assert!(!moved && text.contains("what is left of it"), "{text}");
+    s.vms.get_mut(&v("a")).unwrap().state.instances.remove(&third);
+    run(&mut s, 30, |s| {
+        let x = &s.vms[&v("a")];
+        assert!(protected(s, x) >= 1, "{}", describe(s));
+    });
+    assert_ne!(owner(&s, "a"), from.to_string());
+    // Where it never could be it is not waited for: that host serves nobody.
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    s.hosts.get_mut(&third).unwrap().record.admin = HostAdmin::Maintenance(DrainWhy::Operator);
+    s.vms
+        .get_mut(&v("a"))
+        .unwrap()
+        .state
+        .instances
+        .insert(third, left);
+    let (moved, text) = moves(&s);
+    assert!(moved, "{text}");
+}
+
+#[test]
+fn who_goes_home_to_its_standby_takes_another_one_along() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let x = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    let home = x.standbys.keys().next().unwrap().clone();
+    x.home = Some(Home {
+        host: home.clone(),
+        left_ms: s.now_ms,
+    });
+    let actions = |s: &Snapshot| -> Vec<Action> { decide(s).actions.into_iter().map(|d| d.action).collect() };
+    let first = actions(&s);
+    let [Action::AddStandby { host: third, .. }] = first.as_slice() else {
+        panic!("{first:?}");
+    };
+    let third = third.clone();
+    let x = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    let mut other = x.standbys[&home];
+    let instance = x.instances[&home];
+    other.in_sync = false;
+    x.standbys.insert(third.clone(), other);
+    x.instances.insert(third.clone(), instance);
+    assert!(actions(&s).is_empty(), "it is being filled");
+    let x = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    x.standbys.get_mut(&third).unwrap().in_sync = true;
+    let then = actions(&s);
+    assert!(
+        matches!(then.as_slice(), [Action::Migrate { to, .. }] if *to == home),
+        "{then:?}"
+    );
+}
+
+#[test]
+fn nobody_goes_home_in_the_middle_of_a_rolling_upgrade() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let home = s.vms[&v("a")].state.owner.clone().unwrap();
+    s.hosts.get_mut(&home).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    run(&mut s, 30, |_| {});
+    assert_ne!(owner(&s, "a"), home.to_string());
+    s.hosts.get_mut(&home).unwrap().record.admin = HostAdmin::InUse;
+    s.pool.upgrade_to = Some(s.hosts[&home].status.versions.steadfast.clone());
+    let mut during = s.clone();
+    run(&mut during, 30, |_| {});
+    assert_ne!(owner(&during, "a"), home.to_string());
+    during.pool.upgrade_to = None;
+    run(&mut during, 30, |_| {});
+    assert_eq!(owner(&during, "a"), home.to_string());
+}
+
+#[test]
+fn a_drain_that_cannot_go_on_says_why() {
+    let mut s = small(2, &[("a", Protection::Ft)]);
+    s.hosts.get_mut(&h(1)).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    run(&mut s, 10, |_| {});
+    assert_eq!(owner(&s, "a"), h(2).to_string());
+    assert_eq!(
+        protected(&s, &s.vms[&v("a")]),
+        1,
+        "the standby stays until there is another place"
+    );
+    assert!(s.alarms.contains(&AlarmKey::DrainStuck(h(1))), "{:?}", s.alarms);
+    assert!(s.alarms.contains(&AlarmKey::VmDegraded(v("a"))));
+    fixpoint(&s);
+}
+
+#[test]
+fn a_drain_that_waits_for_too_long_has_an_alarm() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    s.now_ms = 10_000_000;
+    let from = s.vms[&v("a")].state.owner.clone().unwrap();
+    for standby in s.vms.get_mut(&v("a")).unwrap().state.standbys.values_mut() {
+        standby.in_sync = false;
+    }
+    let bound = s.pool.limits.drain_alarm_ms;
+    let mut alarm_after = |ms: u64| {
+        let host = s.hosts.get_mut(&from).unwrap();
+        host.record.admin = HostAdmin::Draining(DrainWhy::Operator);
+        host.status.admin_since_ms = Some(s.now_ms - ms);
+        let raised = decide(&s).actions.into_iter();
+        raised
+            .filter(|d| matches!(&d.action, Action::RaiseAlarm { alarm } if *alarm == AlarmKey::DrainStuck(from.clone())))
+            .map(|d| d.why)
+            .next()
+    };
+    assert_eq!(alarm_after(bound - 1), None, "it waits");
+    let why = alarm_after(bound + 1).expect("an alarm");
+    assert!(why.contains("is being filled"), "{why}");
+}

@@ -1,0 +1,69 @@
+//! Processes by number and time of start: a number may be given again.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+
+/// When a process started, in ticks since the host did.
+#[must_use]
+pub fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    fields(&stat).nth(19)?.parse().ok()
+}
+
+/// Whether a thread of it may still run, also one that waits in the kernel for a disk after the process was killed: that may still be
+/// written to. What cannot be read counts as running.
+#[must_use]
+pub fn runs(pid: u32, since: u64) -> bool {
+    may_run(pid, since).unwrap_or_else(|error| !gone(&error))
+}
+
+fn may_run(pid: u32, since: u64) -> io::Result<bool> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    if fields(&stat).nth(19).is_some_and(|t| t != since.to_string()) {
+        return Ok(false);
+    }
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        match fs::read_to_string(thread?.path().join("stat")) {
+            Ok(stat) if matches!(fields(&stat).next(), Some("Z" | "X")) => {}
+            Ok(_) => return Ok(true),
+            Err(error) if gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
+}
+
+fn gone(error: &io::Error) -> bool {
+    let no_process = rustix::io::Errno::SRCH.raw_os_error();
+    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(no_process)
+}
+
+/// The fields of a `stat` behind the name, which may hold anything.
+fn fields(stat: &str) -> impl Iterator<Item = &str> {
+    stat.rsplit_once(')')
+        .map_or("", |(_, rest)| rest)
+        .split_whitespace()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_process_runs_until_its_last_thread_has_ended() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let (pid, since) = (child.id(), started(child.id()).unwrap());
+        assert!(runs(pid, since));
+        assert!(!runs(pid, since + 1), "another process got its number");
+        child.kill().unwrap();
+        // Dead, and nobody took note of it yet: nothing of it runs.
+        let until = Instant::now() + Duration::from_secs(10);
+        while runs(pid, since) {
+            assert!(Instant::now() < until, "it is still there");
+        }
+        child.wait().unwrap();
+        assert!(!runs(pid, since));
+    }
+}
