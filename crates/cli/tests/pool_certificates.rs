@@ -107,12 +107,11 @@ fn certificates_are_renewed_and_those_of_a_removed_host_refused() {
     });
     for (n, name) in [(0, "a"), (2, "w")] {
         let said = wait_for("its certificate to be refused", || {
-            ask_as(&thief, api(&pool, n), name, ping).err()
+            // A connection that was there when the host learned of it is closed without a word.
+            let said = ask_as(&thief, api(&pool, n), name, ping).err()?;
+            said.contains("CertificateRevoked").then_some(said)
         });
-        assert!(
-            said.contains("CertificateRevoked") && said.contains("taken out"),
-            "{name}: {said}"
-        );
+        assert!(said.contains("taken out"), "{name}: {said}");
     }
     assert!(
         ask_as(&thief, store, "a", "/health").is_err(),
