@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use utoipa::ToSchema;
 
 /// Management boards take their time.
-pub const BOUND: Duration = Duration::from_secs(90);
+const BOUND: Duration = Duration::from_secs(90);
 /// An agent that failed is tried again after so long.
 pub const AGAIN: Duration = Duration::from_secs(5);
 /// Kept of what an agent says.
@@ -71,8 +71,10 @@ impl FenceAgent {
     /// What it said.
     pub fn status(&self) -> Result<()> {
         // 2: the host is off. Some agents and every shell end with 2 as well when they were called wrongly.
-        self.run("status", &[0])
-            .or_else(|_| self.run("status", &[2]).and_then(|()| self.run("monitor", &[0])))
+        match self.run("status", &[0, 2])? {
+            2 => self.run("monitor", &[0]).map(|_| ()),
+            _ => Ok(()),
+        }
     }
 
     /// Switches the host off, or off and on.
@@ -80,7 +82,7 @@ impl FenceAgent {
     /// # Errors
     /// What it said; the host may be on.
     pub fn fence(&self) -> Result<()> {
-        self.run(&self.action, &[0])
+        self.run(&self.action, &[0]).map(|_| ())
     }
 
     fn program(&self) -> Result<PathBuf> {
@@ -101,7 +103,8 @@ impl FenceAgent {
         }
     }
 
-    fn run(&self, action: &str, fine: &[i32]) -> Result<()> {
+    /// Its exit code, which is one of these.
+    fn run(&self, action: &str, fine: &[i32]) -> Result<i32> {
         let program = self.program()?;
         let failed =
             |why: String| NodeError::Refused(format!("{} (action {action}): {why}", program.display()));
@@ -119,9 +122,7 @@ impl FenceAgent {
         let to = child.stdin.take();
         // One that reads nothing must not hold anybody up; it ends with its pipe.
         let writer = std::thread::Builder::new().name("fence-agent".into());
-        writer
-            .spawn(move || to.map(|mut to| to.write_all(input.as_bytes())))
-            .map_err(|e| failed(e.to_string()))?;
+        let writer = writer.spawn(move || to.map(|mut to| to.write_all(input.as_bytes())));
         let from = child.stderr.take();
         let (said, silent) = std::sync::mpsc::sync_channel::<()>(1);
         let words = Arc::new(Mutex::new(Vec::new()));
@@ -139,19 +140,21 @@ impl FenceAgent {
                     words.drain(..beyond);
                 }
             });
-        reader.map_err(|e| failed(e.to_string()))?;
-        let ended = has_ended(&child, BOUND);
+        // Without its threads nothing is heard of it: it is ended, not left alone.
+        let threads = writer.map(|_| ()).and(reader.map(|_| ()));
+        let ended = threads.is_ok() && has_ended(&child, BOUND);
         // Whatever it started ends with it, and with that the pipes. It is not waited for before: its number is its own until then.
         end_group(&child);
         let status = child.wait().map_err(|e| failed(e.to_string()))?;
         // Who left the group may hold a pipe; that is nobody's wait.
         let _ = silent.recv_timeout(Duration::from_secs(1));
         let words = words.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        threads.map_err(|e| failed(e.to_string()))?;
         if !ended {
             return Err(failed(format!("it did not end within {} s", BOUND.as_secs())));
         }
         match status.code() {
-            Some(code) if fine.contains(&code) => Ok(()),
+            Some(code) if fine.contains(&code) => Ok(code),
             _ => Err(failed(format!(
                 "it ended with {status}: {}",
                 String::from_utf8_lossy(&words).trim()

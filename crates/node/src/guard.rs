@@ -182,7 +182,8 @@ struct Guarded {
 }
 
 impl Guarded {
-    /// Who is known and runs is not asked again: nothing here may wait for a VM's process longer than once.
+    /// A process that is known and runs is not asked again: nothing here may wait for it longer than once. A VM may have two: one that was
+    /// killed and waits in the kernel, and its successor.
     fn look(&mut self, folders: &Folders) {
         self.processes.retain(|pid, (_, since)| procs::runs(*pid, *since));
         let Ok(dir) = fs::read_dir(&folders.run) else {
@@ -204,7 +205,7 @@ impl Guarded {
                 continue;
             }
             self.named += 1;
-            if self.processes.values().any(|(of, _)| *of == vm) {
+            if meta.pid.is_some_and(|pid| self.processes.contains_key(&pid)) {
                 continue;
             }
             let served = served_by(&folders.run.join(format!("{vm}.sock"))).ok();
@@ -273,10 +274,17 @@ mod tests {
             guarded.look(&folders);
         }
         tell("b", &b, false);
-        guarded.look(&folders);
+        // It was started again while something of it is still there.
+        let mut again = start("a");
+        tell("a", &again, true);
+        while guarded.processes.len() != 2 || !guarded.processes.contains_key(&again.id()) {
+            assert!(Instant::now() < until, "{:?}", guarded.processes);
+            guarded.look(&folders);
+        }
         assert_eq!(guarded.named, 1);
         guarded.kill();
         assert!(!a.wait().unwrap().success());
+        assert!(!again.wait().unwrap().success());
         assert_eq!(b.try_wait().unwrap(), None, "it may outlive the lease");
         guarded.look(&folders);
         assert!(guarded.processes.is_empty());
