@@ -386,3 +386,41 @@ fn a_fence_agent_spares_the_lease() {
         "it waited for the lease of {lost}"
     );
 }
+
+/// The members of the store that this file of a host names, at JSON path `at`.
+fn store_members(pool: &Pool, host: &str, file: &str, at: &str) -> usize {
+    let path = pool.path(host).join("data").join(file);
+    let text = std::fs::read(path).unwrap_or_default();
+    let found: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    found.pointer(at).and_then(|e| e.as_array()).map_or(0, Vec::len)
+}
+
+/// Each host, and each protected VM that runs, knows all members of the store: who knew only the one that dies could neither read
+/// what the others have decided nor take over.
+#[test]
+fn everybody_knows_all_of_the_store_also_a_running_vm() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b"], 3000);
+    pool.create("r", "ft");
+    wait("r to be protected", || protected(&pool, "r"));
+    pool.admit("c", &["--vmm-arg=--cgroup=off"]);
+    let of_host = "/store/managed/endpoints";
+    assert_eq!(
+        store_members(&pool, "c", "node.json", of_host),
+        3,
+        "the new one, from its first moment"
+    );
+    for host in ["a", "b"] {
+        wait(&format!("{host} to know of all"), || {
+            store_members(&pool, host, "node.json", of_host) == 3
+        });
+        // Written once the process has taken it.
+        wait(&format!("the VM on {host} to know of all"), || {
+            store_members(&pool, host, "vm/r/protect.json", "/store/etcd/endpoints") == 3
+        });
+    }
+    pool.all_up();
+    wait("r to be protected", || protected(&pool, "r"));
+}

@@ -39,6 +39,8 @@ const HANDOVER_BOUND: Duration = Duration::from_secs(20);
 const EARLY_MS: u64 = 10_000;
 /// Time between two looks at the members of etcd.
 const MEMBERS_EVERY: Duration = Duration::from_secs(5);
+/// As long as this host's member has no vote yet.
+const MEMBERS_SOON: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub struct Agent {
@@ -78,7 +80,11 @@ impl Agent {
             let began = Instant::now();
             let node = Arc::clone(&self.node);
             // Beside the rounds: a member whose host is dead may take seconds to be given up, and the report must not wait.
-            if looked.elapsed() >= MEMBERS_EVERY && looking.is_finished() {
+            let look_after = match node.store_vote.load(Ordering::Relaxed) {
+                true => MEMBERS_EVERY,
+                false => MEMBERS_SOON,
+            };
+            if looked.elapsed() >= look_after && looking.is_finished() {
                 looked = Instant::now();
                 let looker = looking.await.unwrap_or_default();
                 looking = tokio::spawn(look_at_store(Arc::clone(&node), looker));
@@ -128,6 +134,7 @@ impl Agent {
             daemon: node.run,
             at_ms: now_ms(),
             leads_store: node.leads_store.load(Ordering::Relaxed),
+            store_vote: node.store_vote.load(Ordering::Relaxed),
             watchdog: guard::watchdog_words(&node.folders),
             status,
             instances,
@@ -136,6 +143,9 @@ impl Agent {
         let asked = boot_ms();
         let report = Commit::default().put(host_report(&config.host), json(&report)?);
         let pool = node.commit_and_load(&report)?.pool;
+        if let Err(error) = keep_endpoints(&node, &pool) {
+            tracing::error!(%error, "where the store's members are could not be written down; tried again");
+        }
         if let Err(error) = self.certificates.look(&node, &pool) {
             tracing::error!(%error, "this host's certificates could not be kept; tried again");
         }
@@ -192,7 +202,7 @@ impl Agent {
         }
         if instances.pid(id).is_some() {
             if meta.hot && vm.copies().contains(me) {
-                instances.update_peers(id, vm, pool)?;
+                instances.keep_protection(id, vm, pool)?;
             }
             if let Err(error) = instances.set_limits(id, &vm.stored) {
                 let about = About::On(id.clone(), me.clone());
@@ -452,7 +462,7 @@ fn claim_cold(node: &Node, id: &VmId, vm: &PoolVm, me: &HostId) -> Result<()> {
     propose(&mut store, id, vm, me).map(|_| ())
 }
 
-/// Learns which members etcd has, and gives its lead away where that is better.
+/// Gives etcd's lead away where that is better.
 async fn look_at_store(node: Arc<Node>, mut looker: etcd::Looker) -> etcd::Looker {
     let config = node.config();
     if !matches!(config.store, StoreChoice::Managed { .. }) {
@@ -460,7 +470,6 @@ async fn look_at_store(node: Arc<Node>, mut looker: etcd::Looker) -> etcd::Looke
     }
     let done = async {
         let cluster = looker.look(&config.store_spec(&node.folders)).await?;
-        refresh_endpoints(&node, &cluster).await?;
         seat::look(&node, &cluster).await
     };
     if let Err(error) = done.await {
@@ -469,21 +478,19 @@ async fn look_at_store(node: Arc<Node>, mut looker: etcd::Looker) -> etcd::Looke
     looker
 }
 
-/// Keeps etcd's members, so that a lost one can be replaced by others.
-async fn refresh_endpoints(node: &Arc<Node>, cluster: &etcd::Cluster) -> Result<()> {
+/// Writes down where the store's members are, so that the loss of one does not keep this host from the others. Those that have no vote
+/// yet are among them: they say so when asked, and the next is asked.
+fn keep_endpoints(node: &Node, pool: &Pool) -> Result<()> {
     let mut config = node.config();
     let StoreChoice::Managed { endpoints, .. } = &mut config.store else {
         return Ok(());
     };
-    // Learners do not serve clients.
-    let voters = cluster.members.iter().filter(|m| !m.learner);
-    let mut now: Vec<String> = voters.filter_map(|m| m.client.clone()).collect();
-    now.sort();
+    let now = pool.store_endpoints();
     if now.is_empty() || now == *endpoints {
         return Ok(());
     }
     *endpoints = now;
-    node.blocking(move |n| n.set_config(config)).await
+    node.set_config(config)
 }
 
 /// Bytes to go of each standby that is being filled, by VM.

@@ -16,6 +16,8 @@ use steadfast_store::StoreSpec;
 
 /// How long one request about membership may take.
 const BOUND: Duration = Duration::from_secs(10);
+/// How long one member may take to be found alive, before the next is tried.
+const ANSWER_BOUND: Duration = Duration::from_secs(2);
 /// A client is made anew after so long: certificates are renewed.
 const CLIENT_KEPT: Duration = Duration::from_secs(600);
 /// Members beyond this do not make the store safer, only slower.
@@ -166,13 +168,14 @@ pub fn program(config: &NodeConfig) -> Result<PathBuf> {
         })
 }
 
+/// A connection to the first member that has a vote and answers.
 async fn client(spec: &StoreSpec) -> Result<Client> {
     let StoreSpec::Etcd { etcd } = spec else {
         return Err(NodeError::Etcd("this pool's store is a folder".into()));
     };
     let mut options = ConnectOptions::new()
         .with_timeout(BOUND)
-        .with_connect_timeout(BOUND);
+        .with_connect_timeout(ANSWER_BOUND);
     if let Some(tls) = &etcd.tls {
         let read = |path: &Path| fs::read(path).what(|| format!("read {}", path.display()));
         options = options.with_tls(
@@ -181,8 +184,21 @@ async fn client(spec: &StoreSpec) -> Result<Client> {
                 .identity(Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?)),
         );
     }
-    let connected = Client::connect(&etcd.endpoints, Some(options)).await;
-    connected.map_err(|e| NodeError::Etcd(e.to_string()))
+    let mut last = "it has no endpoint".to_owned();
+    for endpoint in &etcd.endpoints {
+        let asked = async {
+            let client = Client::connect([endpoint], Some(options.clone())).await?;
+            let status = client.maintenance_client().status().await?;
+            Ok::<_, etcd_client::Error>((client, status.is_learner()))
+        };
+        match tokio::time::timeout(ANSWER_BOUND, asked).await {
+            Ok(Ok((client, false))) => return Ok(client),
+            Ok(Ok((_, true))) => last = format!("{endpoint} has no vote yet"),
+            Ok(Err(error)) => last = format!("{endpoint}: {error}"),
+            Err(_) => last = format!("{endpoint} does not answer"),
+        }
+    }
+    Err(NodeError::Etcd(last))
 }
 
 /// A member as the cluster knows it.
@@ -194,8 +210,6 @@ pub struct Listed {
     pub name: String,
     /// Its address for members.
     pub peer: String,
-    /// Its address for clients; none before its first start.
-    pub client: Option<String>,
     /// It does not vote yet.
     pub learner: bool,
 }
@@ -214,7 +228,6 @@ fn list(answer: &etcd_client::MemberListResponse) -> Vec<Listed> {
         id: m.id(),
         name: m.name().to_owned(),
         peer: m.peer_urls().first().cloned().unwrap_or_default(),
-        client: m.client_urls().first().cloned(),
         learner: m.is_learner(),
     });
     all.collect()

@@ -25,7 +25,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::{FailureClass, Phase, Protection};
-use steadfast_protect::{PeerSpec, ProtectSpec, TlsSpec};
+use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
 use steadfast_vmm::process::FENCED_EXIT;
@@ -310,12 +310,15 @@ impl Instances {
         serde_json::from_str(&text).map_err(wrong)
     }
 
-    /// Links this host's instance with those hosts that have, or shall have, one too, and with no others.
+    /// Links this host's instance with those hosts that have, or shall have, one too, and with no others; and tells it where the
+    /// store's members are, if that has changed: a takeover must not wait for one that was taken out long ago.
     ///
     /// # Errors
     /// The instance does not answer, or its folder cannot be written. The next round goes on.
-    pub fn update_peers(&self, id: &VmId, entry: &PoolVm, pool: &Pool) -> Result<()> {
-        let wanted = self.protection(&self.config(), entry, pool)?.peers;
+    pub fn keep_protection(&self, id: &VmId, entry: &PoolVm, pool: &Pool) -> Result<()> {
+        let ProtectSpec {
+            peers: wanted, store, ..
+        } = self.protection(&self.config(), entry, pool)?;
         let path = self.folder(id).join("protect.json");
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
         let mut now: ProtectSpec = serde_json::from_slice(&text)
@@ -342,6 +345,14 @@ impl Instances {
             };
             self.ask(id, &remove, PEER_BOUND)?;
             now.peers.retain(|p| p.host != gone.host);
+            write_json(&path, &now)?;
+        }
+        if let StoreSpec::Etcd { etcd } = &store
+            && now.store != store
+        {
+            let endpoints = etcd.endpoints.clone();
+            self.ask(id, &Request::StoreEndpoints { endpoints }, PEER_BOUND)?;
+            now.store = store;
             write_json(&path, &now)?;
         }
         Ok(())

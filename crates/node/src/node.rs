@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::{Event, What};
-use steadfast_store::{Commit, Kv};
+use steadfast_store::{Commit, Kv, StoreSpec};
 use steadfast_types::HostId;
 use tokio::sync::{Notify, watch};
 
@@ -45,6 +45,8 @@ pub struct Node {
     latest: Mutex<Option<Read>>,
     /// This host's member of the store leads, as it said last.
     pub leads_store: AtomicBool,
+    /// It has a vote, as the others said last.
+    pub store_vote: AtomicBool,
     config: RwLock<NodeConfig>,
     kv: RwLock<Arc<dyn Kv>>,
 }
@@ -87,6 +89,7 @@ impl Node {
             drill_here: Mutex::new(()),
             latest: Mutex::default(),
             leads_store: AtomicBool::new(false),
+            store_vote: AtomicBool::new(false),
             kv: RwLock::new(kv),
             config: RwLock::new(config),
             program,
@@ -166,12 +169,17 @@ impl Node {
     pub fn set_config(&self, config: NodeConfig) -> Result<()> {
         config.save(&self.folders)?;
         let spec = config.store_spec(&self.folders);
-        let changed = spec != self.config().store_spec(&self.folders);
+        let old = self.config().store_spec(&self.folders);
         self.instances.set_config(config.clone());
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
-        if changed {
-            let kv = steadfast_store::open(&spec)?;
-            *self.kv.write().unwrap_or_else(PoisonError::into_inner) = kv;
+        match (&old, &spec) {
+            // The same cluster: what was seen of it still counts.
+            (StoreSpec::Etcd { .. }, StoreSpec::Etcd { etcd }) => self.kv().set_endpoints(&etcd.endpoints),
+            (old, new) if old == new => {}
+            _ => {
+                let kv = steadfast_store::open(&spec)?;
+                *self.kv.write().unwrap_or_else(PoisonError::into_inner) = kv;
+            }
         }
         Ok(())
     }

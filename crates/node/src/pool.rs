@@ -108,6 +108,13 @@ impl Pool {
         Ok(Self::read(kv.list_all(&ALL)?.entries))
     }
 
+    /// Where the pool's own etcd answers, by the hosts' records, in order; nothing if it has none.
+    #[must_use]
+    pub fn store_endpoints(&self) -> Vec<String> {
+        let all: BTreeSet<&String> = self.hosts.values().filter_map(|h| h.etcd.as_ref()).collect();
+        all.into_iter().cloned().collect()
+    }
+
     /// Makes a change, and reads it as it is then.
     ///
     /// # Errors

@@ -177,6 +177,9 @@ pub struct HostReport {
     /// Its member of the store leads.
     #[serde(default)]
     pub leads_store: bool,
+    /// Its member of the store has a vote.
+    #[serde(default)]
+    pub store_vote: bool,
     /// What its guard says about its watchdog device; empty: nothing.
     #[serde(default)]
     pub watchdog: String,

@@ -57,7 +57,7 @@ fn better<'s>(mine: &Seat, others: &'s [Seat]) -> Option<&'s HostId> {
     (worth || !mine.in_use).then_some(&best.host)
 }
 
-/// Gives the lead away if this host's member has it and another should.
+/// Notes what this host's member is in the cluster; gives the lead away if this host's member has it and another should.
 ///
 /// # Errors
 /// The store does not answer, or refuses.
@@ -66,6 +66,9 @@ pub async fn look(node: &Arc<Node>, cluster: &Cluster) -> Result<()> {
     let leader = cluster.members.iter().find(|m| m.id == cluster.leader);
     let leads = leader.is_some_and(|m| m.name == config.host.as_str());
     node.leads_store.store(leads, Ordering::Relaxed);
+    let own = cluster.members.iter().find(|m| m.name == config.host.as_str());
+    node.store_vote
+        .store(own.is_some_and(|m| !m.learner), Ordering::Relaxed);
     if !leads || !matches!(config.store, StoreChoice::Managed { member: true, .. }) {
         return Ok(());
     }

@@ -19,6 +19,9 @@ pub struct ProtectSpec {
     /// Start the VM here from power-on, unless the store says that another host owns it.
     #[serde(default)]
     pub start: bool,
+    /// The VM is not booted, but taken over from a process of this host that stands still: it was not protected until now.
+    #[serde(default)]
+    pub takes_over: Option<TakeOver>,
     /// Outputs wait for their epoch's commit (`ft`); false: they leave at once (`checkpoint`).
     #[serde(default = "yes")]
     pub hold_outputs: bool,
@@ -70,6 +73,7 @@ impl ProtectSpec {
             store,
             peers: Vec::new(),
             start: false,
+            takes_over: None,
             hold_outputs: true,
             tls: None,
             suspect_ms: suspect_ms(),
@@ -104,6 +108,25 @@ impl ProtectSpec {
             StoreSpec::Folder(_) => 100,
             StoreSpec::Etcd { etcd } => etcd.timeout_ms + 50,
         }
+    }
+}
+
+/// A VM that another process of this host leaves to this one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeOver {
+    /// State of its vCPUs and devices. Renamed to [`TakeOver::taken`] at the moment from which on the VM is this process's: who renames
+    /// it first, this process or whoever wants the VM back, has the VM.
+    pub state: PathBuf,
+    /// Its memory: a descriptor of that process, below /proc.
+    pub memory: PathBuf,
+}
+
+impl TakeOver {
+    /// The state's name once the VM has been taken over.
+    #[must_use]
+    pub fn taken(&self) -> PathBuf {
+        self.state.with_extension("taken")
     }
 }
 

@@ -153,7 +153,7 @@ pub struct Engine {
     pub(crate) name: VmId,
     pub(crate) spec: ProtectSpec,
     pub(crate) ram_bytes: u64,
-    store: Sender<Ask>,
+    pub(crate) store: Sender<Ask>,
     pub(crate) inputs: Inputs,
     clock: Instant,
     pace: Pace,

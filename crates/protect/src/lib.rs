@@ -41,7 +41,7 @@ pub mod store;
 mod throttle;
 mod timeline;
 
-pub use config::{PeerSpec, ProtectSpec, TlsSpec};
+pub use config::{PeerSpec, ProtectSpec, TakeOver, TlsSpec};
 pub use run::run;
 pub use steadfast_store::{EtcdSpec, StoreSpec};
 pub use steadfast_wire::frame::{VERSION_MAX as WIRE_MAX, VERSION_MIN as WIRE_MIN};

@@ -1,5 +1,6 @@
 //! What a primary does at the protocol's word: cut, copy, release.
 
+use crate::config::TakeOver;
 use crate::engine::Engine;
 use crate::outgoing::{Job, copy_record};
 use crate::peer::{Join, Record};
@@ -10,10 +11,13 @@ use steadfast_capture::Beside;
 use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
+use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::MachineError;
+use steadfast_machine::state::SaveReader;
 use steadfast_net::HoldMode;
 use steadfast_types::{Epoch, Gfn, HostId, Term};
 use steadfast_vmm::process::ProcessError;
+use steadfast_vmm::spec::VmSpec;
 use steadfast_wire::{Frame, RecordId};
 
 /// Times that a full copy looks again for what was dirtied meanwhile, before its base epoch takes the rest.
@@ -333,8 +337,40 @@ impl Engine {
     pub(crate) fn cold_boot(&mut self, term: Term, at: EpochRef) -> Result<(), ProcessError> {
         self.note(format!("boots here under term {term}, after epoch {at}"));
         self.disks.boot(at, term).map_err(disk_failed)?;
-        self.vm.boot()?;
-        self.go_live()
+        let Some(from) = self.spec.takes_over.take() else {
+            self.vm.boot()?;
+            return self.go_live();
+        };
+        self.take_over(&from)?;
+        self.go_live()?;
+        // It is at another TAP now.
+        self.vm.nics.iter().for_each(NetHandle::announce);
+        Ok(())
+    }
+
+    /// The machine becomes that of a process which stands still, whose memory this one has mapped already.
+    fn take_over(&mut self, from: &TakeOver) -> Result<(), ProcessError> {
+        let mut saved = SaveReader::open(&from.state)?;
+        let spec: VmSpec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
+        if (spec.vcpus, spec.memory_bytes) != (self.vm.spec.vcpus, self.vm.spec.memory_bytes) {
+            return Err(disk_failed(format!(
+                "the VM that is taken over has {} vCPUs and {} bytes of memory, this one {} and {}",
+                spec.vcpus, spec.memory_bytes, self.vm.spec.vcpus, self.vm.spec.memory_bytes
+            )));
+        }
+        let state = std::mem::take(&mut saved.state);
+        self.vm.machine.restore(state).map_err(machine_failed)?;
+        self.reached("take-over");
+        // From here on it is ours; before, it can be had back.
+        std::fs::rename(&from.state, from.taken()).map_err(|e| {
+            disk_failed(format!(
+                "the VM is not left to this process: {}: {e}",
+                from.state.display()
+            ))
+        })?;
+        self.reached("taken");
+        self.note("taken over from a process of this host".into());
+        Ok(())
     }
 
     /// Makes this machine the running one: outputs held, dirty pages tracked.

@@ -4,6 +4,7 @@ use crate::config::PeerSpec;
 use crate::disks::SLOTS;
 use crate::engine::Engine;
 use crate::peer::Peer;
+use crate::store::Ask;
 use serde_json::{Value, json};
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -63,6 +64,10 @@ impl Engine {
                 let known = self.remove_peer(&host.clone())?;
                 json!({"ok": true, "was_peer": known})
             }
+            Request::StoreEndpoints { endpoints } => {
+                self.set_store_endpoints(endpoints.clone());
+                json!({"ok": true})
+            }
             // Answered when it is done.
             Request::CopyState { folder } => {
                 self.copy_state(&folder.clone(), &call.answer);
@@ -76,6 +81,12 @@ impl Engine {
         };
         let _ = call.answer.send(answer);
         Ok(ended)
+    }
+
+    fn set_store_endpoints(&mut self, endpoints: Vec<String>) {
+        self.note(format!("the store is at {} from now on", endpoints.join(", ")));
+        // The thread ends with the engine.
+        let _ = self.store.send(Ask::Endpoints(endpoints));
     }
 
     /// Opens a link to one more host; the inner error is for who asked.

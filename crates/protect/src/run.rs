@@ -1,11 +1,12 @@
 //! The process of a protected VM, on any of its hosts.
 
-use crate::config::{COPY_RATE_MIN, ProtectSpec};
+use crate::config::{COPY_RATE_MIN, ProtectSpec, TakeOver};
 use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
 use crate::life::Remains;
 use crate::store::RecordStore;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
@@ -67,12 +68,18 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         .map_err(ProcessError::Control)?;
     let control_path: Option<PathBuf> = options.control.clone();
     let holds = Holds::default();
+    let taken = protect.takes_over.as_ref();
+    let memory = taken.map(|t| memory_of_another(t, spec.memory_bytes)).transpose();
+    let memory = memory.map_err(setting)?;
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
     let make_vm = {
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
         move |before: Option<&Remains>| {
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
             let blocks = blocks.clone();
+            let again =
+                |e: std::io::Error| AssembleError::Setting(format!("the memory that is taken over: {e}"));
+            let memory = memory.as_ref().filter(|_| before.is_none());
             let around = Surroundings {
                 events: Arc::new(inputs.clone()),
                 serial: (options.serial)() as Box<dyn OutputSink>,
@@ -95,13 +102,14 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                     let block = blocks.iter().find(|(i, _)| *i == index);
                     block.map(|(_, block)| Arc::clone(block) as Arc<dyn BlockIo>)
                 })),
+                give_ram: memory.map(File::try_clone).transpose().map_err(again)?,
             };
             let vm = match before {
                 None => assemble(&spec, around)?,
                 Some(r) => assemble_from(r.spec.clone(), Arc::clone(&r.resources), around)?,
             };
             (options.on_serial)(&vm.serial);
-            if before.is_none() {
+            if before.is_none() && memory.is_none() {
                 // First touch is dear; a standby must not pay for it when it takes over.
                 vm.machine.ram().prefault();
             }
@@ -135,6 +143,24 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         tracing::warn!(owed, "requests without an answer");
     }
     ended
+}
+
+/// The memory of a VM that another process leaves to this one.
+fn memory_of_another(from: &TakeOver, bytes: u64) -> Result<File, String> {
+    let named = |e: std::io::Error| format!("memory {}: {e}", from.memory.display());
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&from.memory)
+        .map_err(named)?;
+    let there = file.metadata().map_err(named)?.len();
+    match there == bytes {
+        true => Ok(file),
+        false => Err(format!(
+            "memory {} has {there} bytes, the VM {bytes}",
+            from.memory.display()
+        )),
+    }
 }
 
 /// Makes the VM's record where there is none. A store that does not answer now may do so in a moment: the hosts of a pool

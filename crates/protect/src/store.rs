@@ -28,6 +28,9 @@ pub trait Store: Send {
 
     /// Replaces the record if it still is `expect` (or was never written and `expect` has term 0).
     fn cas(&mut self, expect: &VmRecord, record: &VmRecord) -> CasOutcome;
+
+    /// Where its members are from now on, if it has any.
+    fn set_endpoints(&mut self, _endpoints: &[String]) {}
 }
 
 /// A record as it is written. History: 1, the first.
@@ -198,6 +201,10 @@ impl Store for RecordStore {
             CasOutcome::Unknown
         })
     }
+
+    fn set_endpoints(&mut self, endpoints: &[String]) {
+        self.kv.set_endpoints(endpoints);
+    }
 }
 
 /// A random number from the kernel.
@@ -214,6 +221,8 @@ pub enum Ask {
     Read(u64),
     /// Compare and swap; the id comes back.
     Cas(u64, Box<VmRecord>, Box<VmRecord>),
+    /// Where the store's members are from now on. Nothing comes back.
+    Endpoints(Vec<String>),
 }
 
 /// Runs a store on a thread of its own; answers go to `reply`.
@@ -241,29 +250,35 @@ pub fn serve(
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             // The engine awaits one answer at a time: what waited behind a slow one was given up, but for the last.
-            let mut question = first;
-            for newer in asked.try_iter() {
-                reply(match std::mem::replace(&mut question, newer) {
-                    Ask::Read(id) => StoreReply::Failed { id },
-                    Ask::Cas(id, ..) => StoreReply::Cas {
+            let mut question = None;
+            for ask in std::iter::once(first).chain(asked.try_iter()) {
+                if let Ask::Endpoints(endpoints) = ask {
+                    store.set_endpoints(&endpoints);
+                    continue;
+                }
+                match question.replace(ask) {
+                    Some(Ask::Read(id)) => reply(StoreReply::Failed { id }),
+                    Some(Ask::Cas(id, ..)) => reply(StoreReply::Cas {
                         id,
                         outcome: CasOutcome::Unknown,
-                    },
-                });
+                    }),
+                    Some(Ask::Endpoints(_)) | None => {}
+                }
             }
-            reply(match question {
-                Ask::Read(id) => match store.read() {
+            match question {
+                Some(Ask::Read(id)) => reply(match store.read() {
                     Ok((store, record)) => StoreReply::Read { id, store, record },
                     Err(error) => {
                         tracing::warn!(%error, "the store cannot be read");
                         StoreReply::Failed { id }
                     }
-                },
-                Ask::Cas(id, expect, record) => StoreReply::Cas {
+                }),
+                Some(Ask::Cas(id, expect, record)) => reply(StoreReply::Cas {
                     id,
                     outcome: store.cas(&expect, &record),
-                },
-            });
+                }),
+                Some(Ask::Endpoints(_)) | None => {}
+            }
         }
     })?;
     Ok(ask)

@@ -9,22 +9,23 @@
 //!   member that was reached and has no answer, as while the cluster elects a leader, is asked again.
 //! - A commit is one transaction and is *not* repeated once it may have been sent: what then failed is
 //!   [`StoreError::Unknown`].
+//! - Members come and go while a client lives: [`Kv::set_endpoints`]. What was seen of the cluster stays.
 //! - Identity: the cluster's id mixed with the key `.generation`, made once, at random. etcd restored from a snapshot under the
 //!   same settings keeps its cluster id, and the key; but its revision goes back. Who notices that replaces the
 //!   generation, so that from then on everybody sees another identity. Who was started after the restore cannot notice;
 //!   restoring through `steadfast` gives the cluster a new id.
 
-use crate::order::Order;
+use crate::members::Members;
 use crate::{
     Change, Check, Commit, Committed, Entry, EtcdSpec, Identity, Kv, Snapshot, StoreError, Wake, WatchGuard,
     random_u64,
 };
 use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, GetOptions, Identity as TlsIdentity, KeyValue,
+    Certificate, Compare, CompareOp, ConnectOptions, GetOptions, Identity as TlsIdentity, KeyValue,
     TlsOptions, Txn, TxnOp, TxnOpResponse, TxnResponse, WatchOptions,
 };
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -55,9 +56,7 @@ pub struct Etcd {
 struct Shared {
     spec: EtcdSpec,
     options: ConnectOptions,
-    clients: Vec<Mutex<Option<Client>>>,
-    /// Whom to ask first.
-    order: Mutex<Order>,
+    members: Mutex<Arc<Members>>,
     seen: Mutex<Seen>,
 }
 
@@ -146,10 +145,9 @@ impl Etcd {
             .map_err(|e| setting(format!("no runtime for etcd: {e}")))?;
         Ok(Self {
             shared: Arc::new(Shared {
-                clients: spec.endpoints.iter().map(|_| Mutex::new(None)).collect(),
+                members: Mutex::new(Arc::new(Members::new(spec.endpoints.clone()))),
                 spec: spec.clone(),
                 options,
-                order: Mutex::new(Order::new(spec.endpoints.len(), Instant::now())),
                 seen: Mutex::default(),
             }),
             runtime,
@@ -177,7 +175,7 @@ impl Etcd {
 
     fn unreachable(&self, why: String) -> StoreError {
         StoreError::Unreachable {
-            at: self.shared.spec.endpoints.join(","),
+            at: self.shared.at(),
             why,
         }
     }
@@ -185,53 +183,47 @@ impl Etcd {
     /// Reads: a transaction without changes whose first operation reads the generation.
     fn look(&self, ops: Vec<TxnOp>) -> Result<Snapshot, StoreError> {
         let shared = Arc::clone(&self.shared);
-        self.wait(2 * shared.clients.len(), async move { shared.look(ops).await })
+        self.wait(2 * shared.members().len(), async move { shared.look(ops).await })
             .map_err(|why| self.unreachable(why))?
             .map_err(|failed| self.unreachable(failed.why()))
     }
 }
 
 impl Shared {
-    fn order(&self) -> MutexGuard<'_, Order> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    fn members(&self) -> Arc<Members> {
+        Arc::clone(&self.members.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn at(&self) -> String {
+        self.members().endpoints().join(",")
     }
 
     fn key(&self, key: &str) -> String {
         format!("{}{key}", self.spec.prefix)
     }
 
-    async fn client(&self, index: usize) -> Result<Client, Failed> {
-        let known = self.clients[index]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        if let Some(client) = known {
-            return Ok(client);
-        }
-        let endpoint = &self.spec.endpoints[index];
-        let client = Client::connect([endpoint], Some(self.options.clone()))
-            .await
-            .map_err(|e| Failed::NotSent(format!("{endpoint}: {e}")))?;
-        *self.clients[index].lock().unwrap_or_else(PoisonError::into_inner) = Some(client.clone());
-        Ok(client)
-    }
-
     /// One transaction at one endpoint.
-    async fn send(&self, index: usize, txn: Txn) -> Result<TxnResponse, Failed> {
-        let client = self.client(index).await.inspect_err(|_| {
-            self.order().failed(index, Instant::now());
+    async fn send(&self, members: &Members, index: usize, txn: Txn) -> Result<TxnResponse, Failed> {
+        let connected = members.connection(index, &self.options).await;
+        let client = connected.map_err(|why| {
+            members.order().failed(index, Instant::now());
+            Failed::NotSent(why)
         })?;
         let mut kv = client.kv_client().max_decoding_message_size(ANSWER_MAX);
         let bound = Duration::from_millis(self.spec.timeout_ms);
         let answer = tokio::time::timeout(bound, kv.txn(txn)).await;
-        let endpoint = &self.spec.endpoints[index];
+        let endpoint = &members.endpoints()[index];
         let mut broken = true;
         let failed = match answer {
             Ok(Ok(response)) => {
-                self.order().answered(index, Instant::now());
+                members.order().answered(index, Instant::now());
                 return Ok(response);
             }
             Ok(Err(error)) if refused(&error) => Failed::NotSent(format!("{endpoint}: connection refused")),
+            Ok(Err(error)) if still_learns(&error) => {
+                broken = false;
+                Failed::NotSent(format!("{endpoint}: a new member that has no vote yet"))
+            }
             Ok(Err(error)) => {
                 broken = !said_by_member(&error);
                 Failed::Sent(format!("{endpoint}: {error}"))
@@ -239,22 +231,23 @@ impl Shared {
             Err(_) => Failed::Sent(format!("{endpoint}: no answer within {} ms", bound.as_millis())),
         };
         if broken {
-            *self.clients[index].lock().unwrap_or_else(PoisonError::into_inner) = None;
+            members.disconnect(index);
         }
-        self.order().failed(index, Instant::now());
+        members.order().failed(index, Instant::now());
         Err(failed)
     }
 
     /// A transaction that may be repeated, at whichever endpoint answers first.
     async fn send_anywhere(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse, Failed> {
-        let (first, many) = (self.order().for_read(Instant::now()), self.clients.len());
+        let members = self.members();
+        let (first, many) = (members.order().for_read(Instant::now()), members.len());
         let timeout = Duration::from_millis(self.spec.timeout_ms);
         let deadline = tokio::time::Instant::now() + timeout * many as u32;
         let ask = |index: usize, after: Duration| {
-            let (shared, txn) = (Arc::clone(self), txn.clone());
+            let (shared, members, txn) = (Arc::clone(self), Arc::clone(&members), txn.clone());
             async move {
                 tokio::time::sleep(after).await;
-                (index, shared.send(index, txn).await)
+                (index, shared.send(&members, index, txn).await)
             }
         };
         let mut last = Failed::NotSent("no endpoint".into());
@@ -398,10 +391,11 @@ impl Shared {
 
     /// Sends a transaction until it may have reached a member.
     async fn commit(&self, txn: Txn) -> Result<TxnResponse, Failed> {
-        let (first, many) = (self.order().for_change(), self.clients.len());
+        let members = self.members();
+        let (first, many) = (members.order().for_change(), members.len());
         let mut last = Failed::NotSent("no endpoint".into());
         for turn in 0..many {
-            match self.send((first + turn) % many, txn.clone()).await {
+            match self.send(&members, (first + turn) % many, txn.clone()).await {
                 Err(Failed::NotSent(why)) => last = Failed::NotSent(why),
                 known => return known,
             }
@@ -410,9 +404,11 @@ impl Shared {
     }
 
     async fn watch(&self, prefix: &str, wake: &Wake, alive: &std::sync::Weak<()>) {
-        let mut index = self.order().for_change();
+        let mut index = self.members().order().for_change();
         while alive.strong_count() > 0 {
-            if let Ok(client) = self.client(index).await {
+            let members = self.members();
+            index %= members.len();
+            if let Ok(client) = members.connection(index, &self.options).await {
                 let options = WatchOptions::new().with_prefix();
                 if let Ok(mut stream) = client.watch_client().watch(self.key(prefix), Some(options)).await {
                     // Something may have happened before the watch stood.
@@ -427,7 +423,7 @@ impl Shared {
                     }
                 }
             }
-            index = (index + 1) % self.clients.len();
+            index += 1;
             tokio::time::sleep(WATCH_AGAIN).await;
         }
     }
@@ -436,6 +432,11 @@ impl Shared {
 /// Whether the member itself said so, as that there is no leader: the connection is good, and a new one would cost both sides a handshake.
 fn said_by_member(error: &etcd_client::Error) -> bool {
     matches!(error, etcd_client::Error::GRpcStatus(status) if std::error::Error::source(status).is_none())
+}
+
+/// Whether the member has no vote yet, so that it neither reads nor changes anything for clients (etcd's `ErrGRPCNotSupportedForLearner`).
+fn still_learns(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status) if status.message().contains("not supported for learner"))
 }
 
 /// Whether an error says that no connection could be made.
@@ -512,13 +513,10 @@ impl Kv for Etcd {
             seen = shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
         }
         let txn = shared.transaction(commit, prefixes, &seen);
-        let unknown = |why: String| StoreError::Unknown {
-            at: shared.spec.endpoints.join(","),
-            why,
-        };
+        let unknown = |why: String| StoreError::Unknown { at: shared.at(), why };
         let sender = Arc::clone(shared);
         let response = self
-            .wait(shared.clients.len(), async move { sender.commit(txn).await })
+            .wait(shared.members().len(), async move { sender.commit(txn).await })
             .map_err(unknown)?
             .map_err(|failed| match failed {
                 Failed::NotSent(why) => self.unreachable(why),
@@ -575,6 +573,13 @@ impl Kv for Etcd {
                 .collect(),
         };
         Ok((Committed::Conflict(now), None))
+    }
+
+    fn set_endpoints(&self, endpoints: &[String]) {
+        let mut members = self.shared.members.lock().unwrap_or_else(PoisonError::into_inner);
+        if !endpoints.is_empty() && members.endpoints() != endpoints {
+            *members = Arc::new(members.changed(endpoints.to_vec()));
+        }
     }
 
     fn watch(&self, prefix: &str, wake: Wake) -> WatchGuard {

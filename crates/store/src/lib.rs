@@ -16,6 +16,7 @@ pub mod embedded;
 mod error;
 pub mod etcd;
 mod log;
+mod members;
 mod order;
 mod random;
 pub mod spec;
@@ -219,6 +220,9 @@ pub trait Kv: Send + Sync {
         let all = done.is_done().then(|| self.list_all(prefixes)).transpose()?;
         Ok((done, all))
     }
+
+    /// Where the members of the cluster are from now on, the nearest first; an empty list changes nothing. A folder has no members.
+    fn set_endpoints(&self, _endpoints: &[String]) {}
 
     /// Calls `wake` when something below `prefix` may have changed, as long as the returned guard lives. A hint: changes
     /// by other processes may go unnoticed, so look again at intervals too.

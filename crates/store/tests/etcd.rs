@@ -152,6 +152,50 @@ fn a_read_does_not_wait_for_a_member_that_hangs() {
     assert!(again.elapsed() < timeout / 4, "it is known to hang now");
 }
 
+/// Members come and go while a client lives.
+#[test]
+fn a_client_goes_on_with_other_members() {
+    let Some(server) = Server::start() else {
+        return common::skip();
+    };
+    let nobody = EtcdSpec {
+        endpoints: vec!["http://127.0.0.1:9".into()],
+        timeout_ms: 2000,
+        ..server.spec()
+    };
+    let kv = Etcd::new(&nobody).unwrap();
+    let put = Commit::default().put("k", "v");
+    assert!(matches!(kv.commit(&put), Err(StoreError::Unreachable { .. })));
+    kv.set_endpoints(&[]);
+    assert!(kv.read(&["k"]).is_err(), "an empty list is none");
+    kv.set_endpoints(&[nobody.endpoints, server.spec().endpoints].concat());
+    assert!(kv.commit(&put).unwrap().is_done());
+    assert_eq!(kv.read(&["k"]).unwrap().entries[0].value, b"v");
+}
+
+/// It is the nearest one of a host that has just joined.
+#[test]
+fn a_member_without_a_vote_is_passed_over() {
+    let Some(server) = Server::start() else {
+        return common::skip();
+    };
+    let learner = server.learner();
+    let spec = EtcdSpec {
+        endpoints: [learner.spec().endpoints, server.spec().endpoints].concat(),
+        timeout_ms: 5000,
+        ..server.spec()
+    };
+    let kv = Etcd::new(&spec).unwrap();
+    let seen = kv.commit(&Commit::default().put("k", "v"));
+    assert!(matches!(seen, Ok(Committed::Done { .. })), "{seen:?}");
+    let only = Etcd::new(&learner.spec()).unwrap();
+    let alone = only.read(&["k"]);
+    assert!(
+        matches!(&alone, Err(StoreError::Unreachable { why, .. }) if why.contains("no vote yet")),
+        "{alone:?}"
+    );
+}
+
 #[test]
 fn a_restored_store_has_another_identity() {
     let Some(mut server) = Server::start() else {

@@ -3,6 +3,7 @@
 use crate::resources::Resources;
 use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, VmSpec, made_mac, parse_mac};
 use kvm_bindings::kvm_cpuid_entry2;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use steadfast_disk::DiskError;
@@ -97,6 +98,8 @@ pub struct Surroundings<E> {
     pub wrap_net: Option<WrapNet>,
     /// Gives the image of a disk (by its index) that [`assemble`] shall not simply open.
     pub give_disk: Option<GiveDisk>,
+    /// Memory that is there already, of the size of the specification: another process's, which stands still.
+    pub give_ram: Option<File>,
 }
 
 /// See [`Surroundings::wrap_net`].
@@ -138,10 +141,13 @@ pub fn assemble_from<E: GuestEvents + 'static>(
         MemoryKind::Huge => RamBacking::MemfdHuge,
         MemoryKind::File(path) => RamBacking::File(path.clone()),
     };
-    let ram = match resources.ram_file().map_err(again)? {
-        Some(file) => Ram::on_file(file, spec.memory_bytes)?,
-        None => Ram::new(spec.memory_bytes, &backing)?,
+    let ram = match (around.give_ram, resources.ram_file().map_err(again)?) {
+        (Some(file), _) | (None, Some(file)) => Ram::on_file(file, spec.memory_bytes)?,
+        (None, None) => Ram::new(spec.memory_bytes, &backing)?,
     };
+    if backing == RamBacking::MemfdHuge {
+        ram.use_huge_pages();
+    }
     let dirty = match spec.dirty {
         Dirty::Auto => DirtyMethod::Auto,
         Dirty::Log => DirtyMethod::Log,

@@ -46,6 +46,10 @@ pub enum Request {
         /// What happens afterwards.
         #[serde(default)]
         then: Then,
+        /// With its memory. Without, only with `pause`: the process that goes on with the VM maps the memory of this one, whose
+        /// descriptor the answer names.
+        #[serde(default = "yes")]
+        memory: bool,
     },
     /// Ask the guest to give memory away, or to take it back.
     Balloon {
@@ -76,6 +80,11 @@ pub enum Request {
     RemovePeer {
         /// The host.
         host: steadfast_types::HostId,
+    },
+    /// Where the members of the pool's store are from now on, the nearest first: hosts join and leave while a protected VM runs.
+    StoreEndpoints {
+        /// Their addresses for clients.
+        endpoints: Vec<String>,
     },
     /// Copies to standbys of a protected VM (memory and disks) go at this rate from now on.
     CopyRate {
@@ -410,11 +419,24 @@ pub fn ask_with(path: &Path, request: &Request, file: Option<&File>, bound: Dura
 /// # Errors
 /// The VM goes on as before if the save failed.
 pub fn save(socket: &Path, file: &Path, then: Then, bound: Duration) -> io::Result<Value> {
+    save_with(socket, file, then, true, bound)
+}
+
+/// As [`save`] with [`Then::Pause`], but the memory stays where it is: see [`Request::Save`].
+///
+/// # Errors
+/// As [`save`].
+pub fn save_state(socket: &Path, file: &Path, bound: Duration) -> io::Result<Value> {
+    save_with(socket, file, Then::Pause, false, bound)
+}
+
+fn save_with(socket: &Path, file: &Path, then: Then, memory: bool, bound: Duration) -> io::Result<Value> {
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", file.display()));
     let pending = PendingFile::create(file).map_err(named)?;
     let request = Request::Save {
         path: file.to_owned(),
         then: if then == Then::Stop { Then::Pause } else { then },
+        memory,
     };
     let done = ask_with(socket, &request, Some(pending.file()), bound)
         .and_then(|answer| pending.keep().map_err(named).map(|()| answer));

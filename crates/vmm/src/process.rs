@@ -9,12 +9,14 @@
 use crate::assemble::{AssembleError, Surroundings, Vm, assemble_from};
 use crate::control::{self, Answers, Call, Request, Then, failure};
 use crate::happened::{End, Happened};
+use crate::isolation::janitor::Leftover;
 use crate::isolation::{Confined, Isolation, IsolationError};
 use crate::last_words;
 use crate::resources::Resources;
 use crate::spec::VmSpec;
 use serde_json::{Value, json};
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -40,6 +42,10 @@ pub enum ProcessError {
     Save(#[from] SaveError),
     #[error("the saved machine's specification does not parse: {0}")]
     Spec(serde_json::Error),
+    #[error(
+        "{0} holds the state of a VM without its memory; only the process that has the memory can go on with it"
+    )]
+    NoMemory(PathBuf),
     #[error("control socket: {0}")]
     Control(std::io::Error),
     #[error(transparent)]
@@ -139,7 +145,7 @@ enum Next {
 struct Process<'a> {
     vm: Vm,
     options: &'a mut Options,
-    control: Option<&'a UnixListener>,
+    control: Option<&'a Bound>,
     _confined: Option<Confined>,
     happened: Arc<Happened>,
     running: Running,
@@ -169,6 +175,7 @@ fn build(
         hooks: options.hooks.clone(),
         wrap_net: None,
         give_disk: None,
+        give_ram: None,
     };
     let vm = assemble_from(spec.clone(), Arc::clone(resources), around)?;
     (options.on_serial)(&vm.serial);
@@ -214,16 +221,18 @@ pub fn run(start: Start, mut options: Options) -> Result<Ended, ProcessError> {
     if options.isolation.is_some() {
         last_words::of_faults();
     }
-    let path = options.control.clone();
-    let control = path
+    let control = options
+        .control
         .as_deref()
-        .map(control::bind)
+        .map(Bound::new)
         .transpose()
         .map_err(ProcessError::Control)?;
     let mut answers = Answers::default();
     let ended = run_bound(start, &mut options, control.as_ref(), &mut answers);
     // Also when the VM could not begin.
-    leave_control(&mut options.control, control.as_ref());
+    if let Some(control) = &control {
+        control.leave();
+    }
     // The queue is gone: every request is answered, if only with "the VM is ending". Who asked must hear it.
     let owed = answers.settle(ANSWER_BOUND);
     if owed > 0 {
@@ -238,19 +247,33 @@ fn ignore_file_size_signal() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// Takes the control socket out of service, once: a later one of its name is another process's.
-fn leave_control(path: &mut Option<PathBuf>, listener: Option<&UnixListener>) {
-    if let (Some(path), Some(listener)) = (path.take(), listener) {
-        let _ = std::fs::remove_file(path);
+/// The control socket.
+struct Bound {
+    listener: UnixListener,
+    /// Its name, as long as it is this one's: another process may have taken it.
+    name: Leftover,
+}
+
+impl Bound {
+    fn new(path: &Path) -> std::io::Result<Self> {
+        Ok(Self {
+            listener: control::bind(path)?,
+            name: Leftover::of(path)?,
+        })
+    }
+
+    /// Takes it out of service.
+    fn leave(&self) {
+        self.name.remove();
         // Where the name is not ours to remove any more, nobody may take it for a running VM.
-        let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 
 fn run_bound(
     start: Start,
     options: &mut Options,
-    control: Option<&UnixListener>,
+    control: Option<&Bound>,
     answers: &mut Answers,
 ) -> Result<Ended, ProcessError> {
     let (queue, events) = sync_channel(EVENTS_MAX);
@@ -262,7 +285,10 @@ fn run_bound(
         Start::Boot(spec) => (*spec, None),
         Start::Restore(path) => {
             let saved = SaveReader::open(&path)?;
-            let spec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
+            let spec: VmSpec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
+            if saved.ram_bytes != spec.memory_bytes {
+                return Err(ProcessError::NoMemory(path));
+            }
             (spec, Some(saved))
         }
     };
@@ -278,7 +304,7 @@ fn run_bound(
     }
     let (calls, incoming) = sync_channel::<Call>(4);
     if let Some(listener) = control {
-        let listener = listener.try_clone().map_err(ProcessError::Control)?;
+        let listener = listener.listener.try_clone().map_err(ProcessError::Control)?;
         *answers = control::serve(listener, calls).map_err(ProcessError::Control)?;
         let forward = std::thread::Builder::new()
             .name("control-queue".into())
@@ -323,9 +349,9 @@ impl Process<'_> {
             let ended = match events.recv_timeout(FLUSH_EVERY) {
                 Ok(Event::Control(call)) => {
                     let (answer, ended) = self.control(&call.request, call.file);
-                    if ended.is_some() {
+                    if let (Some(_), Some(control)) = (ended, self.control) {
                         // Before the answer: whoever asked may start the next process of this name at once.
-                        leave_control(&mut self.options.control, self.control);
+                        control.leave();
                     }
                     // The asker may have gone; what it asked is done all the same.
                     let _ = call.answer.send(answer);
@@ -461,7 +487,15 @@ impl Process<'_> {
                 self.resume();
                 (json!({"ok": true}), None)
             }
-            Request::Save { path, then } => match self.save(path, file, *then) {
+            Request::Save {
+                then: Then::Stop | Then::Resume,
+                memory: false,
+                ..
+            } => (
+                failure(&"a VM that is saved without its memory can only be paused: say `then: pause`"),
+                None,
+            ),
+            Request::Save { path, then, memory } => match self.save(path, file, *then, *memory) {
                 Ok(answer) => (answer, (*then == Then::Stop).then_some(Ended::Saved)),
                 Err(error) => (failure(&error), None),
             },
@@ -492,6 +526,7 @@ impl Process<'_> {
             | Request::AddPeer { .. }
             | Request::RemovePeer { .. }
             | Request::CopyState { .. }
+            | Request::StoreEndpoints { .. }
             | Request::CopyRate { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,
@@ -507,7 +542,7 @@ impl Process<'_> {
 
     /// Writes the VM to `path`, or to `file` if that is open already. If anything fails the VM goes on as if nothing
     /// had been asked.
-    fn save(&mut self, path: &Path, file: Option<File>, then: Then) -> Result<Value, String> {
+    fn save(&mut self, path: &Path, file: Option<File>, then: Then, memory: bool) -> Result<Value, String> {
         self.flush_console();
         let was = self.running;
         let began = Instant::now();
@@ -519,11 +554,15 @@ impl Process<'_> {
             let state_us = began.elapsed().as_micros() as u64;
             let spec = serde_json::to_vec(&self.vm.spec).map_err(|e| text(&e))?;
             let ram = self.vm.machine.ram();
+            let bytes = if memory { ram.bytes() } else { 0 };
             match file {
-                Some(file) => SaveWriter::into_file(file, path, &spec, &state, ram.bytes()),
-                None => SaveWriter::create(path, &spec, &state, ram.bytes()),
+                Some(file) => SaveWriter::into_file(file, path, &spec, &state, bytes),
+                None => SaveWriter::create(path, &spec, &state, bytes),
             }
-            .and_then(|w| w.finish(ram))
+            .and_then(|w| match memory {
+                true => w.finish(ram),
+                false => w.finish_without_memory(),
+            })
             .map_err(|e| text(&e))?;
             Ok::<_, String>((state_us, state.bytes()))
         })();
@@ -548,9 +587,13 @@ impl Process<'_> {
             }
         }
         self.last_pause_us = began.elapsed().as_micros() as u64;
-        Ok(
-            json!({"ok": true, "state_us": state_us, "state_bytes": state_bytes, "pause_us": self.last_pause_us}),
-        )
+        Ok(json!({
+            "ok": true,
+            "state_us": state_us,
+            "state_bytes": state_bytes,
+            "pause_us": self.last_pause_us,
+            "ram_fd": self.vm.machine.ram().file().as_raw_fd(),
+        }))
     }
 
     fn status(&self) -> Value {

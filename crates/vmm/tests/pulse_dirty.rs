@@ -82,6 +82,7 @@ fn machine(world: &World, load: &Load, said: &Arc<Said>) -> Vm {
         hooks: ThreadHooks::default(),
         wrap_net: None,
         give_disk: None,
+        give_ram: None,
     };
     let vm = assemble(&spec, around).unwrap();
     vm.boot().unwrap();

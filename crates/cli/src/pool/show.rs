@@ -121,7 +121,16 @@ pub fn status(s: &PoolStatus) -> String {
     let mut text = String::new();
     let leader = s.leader.as_ref().map_or("nobody".into(), ToString::to_string);
     let led = s.store_led_by.as_ref();
-    let led = led.map_or(String::new(), |h| format!(", led by {h}"));
+    let mut led = led.map_or(String::new(), |h| format!(", led by {h}"));
+    let votes: Vec<&str> = s
+        .hosts
+        .iter()
+        .filter(|h| h.store_vote)
+        .map(|h| h.host.as_str())
+        .collect();
+    if !votes.is_empty() {
+        let _ = write!(led, ", votes of {}", votes.join(" "));
+    }
     let health = if s.healthy { "healthy" } else { "NEEDS ATTENTION" };
     let _ = writeln!(
         text,

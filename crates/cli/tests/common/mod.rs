@@ -245,55 +245,84 @@ impl Pool {
                 host.program = Some(own);
             }
         }
-        let etcd = etcd().unwrap().display().to_string();
-        for (i, name) in names.iter().enumerate() {
-            let address = pool.hosts[i].address.to_string();
-            let mut common = vec![
-                "--name",
-                name,
-                "--address",
-                &address,
-                "--etcd-program",
-                &etcd,
-                "--vmm-arg=--user=0",
-            ];
-            common.extend(settings);
-            if i == 0 {
-                let init = [&["pool", "init", "test"][..], of_pool, &common].concat();
-                pool.hosts[0].run(&init);
-            } else {
-                let token = pool.hosts[0].json(&["pool", "token"]);
-                let (at, token) = (
-                    token["address"].as_str().unwrap(),
-                    token["token"].as_str().unwrap(),
-                );
-                let mut join = [&["pool", "join", at, "--token", token][..], &common].concat();
-                if name.starts_with('w') {
-                    join.push("--witness");
-                }
-                // One member of etcd after the other has to catch up.
-                let out = wait_for("a host to be let in", || {
-                    let out = pool.hosts[i].try_run(&join);
-                    if !out.status.success() {
-                        eprintln!("{}", String::from_utf8_lossy(&out.stderr));
-                    }
-                    out.status.success().then_some(out)
-                });
-                println!("{}", String::from_utf8_lossy(&out.stdout).trim());
-            }
-            pool.hosts[i].start_daemon();
-            wait(&format!("the daemon of {name} to answer"), || {
-                pool.hosts[i].status().is_object()
-            });
+        for i in 0..names.len() {
+            pool.enter(i, of_pool, settings);
         }
+        pool.all_up();
+        pool
+    }
+
+    /// Lets one more host in.
+    pub fn admit(&mut self, name: &str, settings: &[&str]) {
+        let i = self.hosts.len();
+        let mut address = self.hosts[0].address.octets();
+        address[3] = i as u8 + 1;
+        self.hosts.push(Host {
+            name: name.into(),
+            address: address.into(),
+            folder: self.folder.path().join(name),
+            daemon: None,
+            program: None,
+        });
+        self.enter(i, &[], settings);
+    }
+
+    /// The host with this number founds the pool, or joins it.
+    fn enter(&mut self, i: usize, of_pool: &[&str], settings: &[&str]) {
+        let etcd = etcd().unwrap().display().to_string();
+        let (name, address) = (self.hosts[i].name.clone(), self.hosts[i].address.to_string());
+        let mut common = vec![
+            "--name",
+            &name,
+            "--address",
+            &address,
+            "--etcd-program",
+            &etcd,
+            "--vmm-arg=--user=0",
+        ];
+        common.extend(settings);
+        if i == 0 {
+            let init = [&["pool", "init", "test"][..], of_pool, &common].concat();
+            self.hosts[0].run(&init);
+        } else {
+            let token = self.hosts[0].json(&["pool", "token"]);
+            let (at, token) = (
+                token["address"].as_str().unwrap(),
+                token["token"].as_str().unwrap(),
+            );
+            let mut join = [&["pool", "join", at, "--token", token][..], &common].concat();
+            if name.starts_with('w') {
+                join.push("--witness");
+            }
+            // One member of etcd after the other has to catch up.
+            let out = wait_for("a host to be let in", || {
+                let out = self.hosts[i].try_run(&join);
+                if !out.status.success() {
+                    eprintln!("{}", String::from_utf8_lossy(&out.stderr));
+                }
+                out.status.success().then_some(out)
+            });
+            println!("{}", String::from_utf8_lossy(&out.stdout).trim());
+        }
+        self.hosts[i].start_daemon();
+        wait(&format!("the daemon of {name} to answer"), || {
+            self.hosts[i].status().is_object()
+        });
+    }
+
+    /// Waits until all hosts are well, have a vote in the store if the pool keeps its own, and somebody leads. Without its vote the pool
+    /// cannot do without another host yet.
+    pub fn all_up(&self) {
         wait("all hosts to be up", || {
-            let status = pool.hosts[0].status();
+            let status = self.hosts[0].status();
             let hosts = status["hosts"].as_array().cloned().unwrap_or_default();
-            hosts.len() == names.len()
+            hosts.len() == self.hosts.len()
                 && hosts.iter().all(|h| h["health"] == "up")
+                && (hosts.len() == 1
+                    || status["store"] != "etcd"
+                    || hosts.iter().all(|h| h["store_vote"] == true))
                 && status["leader"].is_string()
         });
-        pool
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

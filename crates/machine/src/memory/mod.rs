@@ -128,7 +128,7 @@ impl Ram {
         ftruncate(&file, bytes).map_err(|e| MemoryError::Map(format!("setting the size to {bytes}: {e}")))?;
         let ram = Self::map(file, bytes)?;
         if *backing == RamBacking::MemfdHuge {
-            ram.advise(Advice::LinuxHugepage);
+            ram.use_huge_pages();
         }
         // Guest memory has no place in a core dump of the monitor.
         ram.advise(Advice::LinuxDontDump);
@@ -270,6 +270,11 @@ impl Ram {
             done += 1;
         }
         done
+    }
+
+    /// Asks for huge pages where the host gives them.
+    pub fn use_huge_pages(&self) {
+        self.advise(Advice::LinuxHugepage);
     }
 
     /// Touches every page, so that a later copy into RAM does not pay for first touch.

@@ -174,6 +174,15 @@ impl SaveWriter {
         self.put(&kind.to_le_bytes())
     }
 
+    /// Ends the file without memory: that stays where it is, and whoever goes on with the machine takes it from there.
+    /// [`SaveReader::ram_bytes`] is 0 if [`SaveWriter::create`] was told so.
+    ///
+    /// # Errors
+    /// [`SaveError::Io`].
+    pub fn finish_without_memory(self) -> Result<(), SaveError> {
+        self.end()
+    }
+
     /// Writes all of RAM (the machine must stand still) and makes the file durable under its name.
     ///
     /// # Errors
@@ -183,6 +192,10 @@ impl SaveWriter {
         for region in ram.regions() {
             self.region(ram, region, &mut buf)?;
         }
+        self.end()
+    }
+
+    fn end(mut self) -> Result<(), SaveError> {
         self.record(0, 0, KIND_ZERO)?;
         let crc = self.crc.clone().finalize();
         let path = self.path;
@@ -271,7 +284,7 @@ pub struct SaveReader {
     pub spec: Vec<u8>,
     /// State of vCPUs and devices.
     pub state: MachineState,
-    /// Size of RAM in bytes.
+    /// Size of RAM in bytes; 0: it is not in the file.
     pub ram_bytes: u64,
 }
 

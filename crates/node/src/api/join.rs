@@ -168,21 +168,21 @@ async fn add_host(node: &Arc<Node>, info: HostInfo) -> Result<()> {
 /// The store as the new host reaches it; with a member of its own if the pool has too few.
 async fn member(node: &Arc<Node>, request: &JoinRequest) -> Result<StoreChoice> {
     let config = node.config();
-    let StoreChoice::Managed { endpoints, .. } = &config.store else {
+    let StoreChoice::Managed { .. } = &config.store else {
         return Ok(config.store);
     };
+    // All of them: the one that lets it in may be the next to die.
+    let endpoints = load(node).await?.store_endpoints();
     let spec = config.store_spec(&node.folders);
-    let peer = format!(
-        "https://{}",
-        SocketAddr::new(request.address, request.ports.etcd_peer)
-    );
+    let at = |port| format!("https://{}", SocketAddr::new(request.address, port));
+    let (peer, own) = (at(request.ports.etcd_peer), at(request.ports.etcd_client));
     let known = etcd::members(&spec).await?;
     if known.len() >= etcd::MEMBERS_MAX && !known.iter().any(|m| m.peer == peer) {
         return Ok(StoreChoice::Managed {
             member: false,
             initial: String::new(),
             state: String::new(),
-            endpoints: endpoints.clone(),
+            endpoints,
         });
     }
     // While another new member catches up, or has just got its vote, etcd refuses.
@@ -208,6 +208,6 @@ async fn member(node: &Arc<Node>, request: &JoinRequest) -> Result<StoreChoice> 
         member: true,
         initial,
         state: "existing".into(),
-        endpoints: endpoints.clone(),
+        endpoints: endpoints.into_iter().chain([own]).collect(),
     })
 }

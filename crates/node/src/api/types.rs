@@ -65,6 +65,9 @@ pub struct HostStatus {
     /// What its guard says about its watchdog device, while it guards something; empty: nothing.
     #[serde(default)]
     pub watchdog: String,
+    /// Its member of the pool's own etcd has a vote: a majority of these hosts must be alive for anything to be decided.
+    #[serde(default)]
+    pub store_vote: bool,
 }
 
 /// A VM.
@@ -224,6 +227,7 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
                     .map(|r| r.status.versions.steadfast.clone())
                     .unwrap_or_default(),
                 watchdog: report.map(|r| r.watchdog.clone()).unwrap_or_default(),
+                store_vote: report.is_some_and(|r| r.store_vote),
             }
         })
         .collect();
@@ -256,6 +260,7 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         )),
         _ => None,
     }));
+    problems.extend(store_problem(&hosts));
     let leader = pool.leader.as_ref().and_then(|l| l.host.clone());
     if leader.is_none() {
         problems.push("no host decides for the pool".into());
@@ -281,6 +286,18 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
             .cloned()
             .collect(),
     }
+}
+
+/// With three votes or more the store is meant to go on without any one of them.
+fn store_problem(hosts: &[HostStatus]) -> Option<String> {
+    let votes = hosts.iter().filter(|h| h.store_vote).count();
+    let alive = hosts.iter().filter(|h| h.store_vote && h.health == "up").count();
+    (votes >= 3 && alive <= votes / 2 + 1).then(|| {
+        format!(
+            "the store has {alive} of its {votes} votes: without one more nothing can be decided; bring a host back, or take one \
+             that is gone for good out (`steadfast host remove HOST`) and let another join"
+        )
+    })
 }
 
 /// As the reports of hosts that are up say, the newest first: a host that died reports no change.

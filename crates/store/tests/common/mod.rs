@@ -3,7 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
 use rustix::process::{Pid, Signal, kill_process};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -120,6 +120,45 @@ impl Server {
             .output()
             .unwrap();
         assert!(done.status.success(), "etcdctl {args:?}: {done:?}");
+    }
+
+    /// Starts one more member, without a vote, and waits until it takes connections.
+    pub fn learner(&self) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (client, peer) = (free_port(), free_port());
+        let (own, other) = (
+            format!("http://127.0.0.1:{peer}"),
+            format!("http://127.0.0.1:{}", self.peer),
+        );
+        self.etcdctl(&[
+            "member",
+            "add",
+            "learner",
+            "--learner",
+            &format!("--peer-urls={own}"),
+        ]);
+        let child = spawn(
+            &program("etcd").unwrap(),
+            folder.path(),
+            client,
+            peer,
+            &[
+                "--name=learner",
+                &format!("--initial-cluster=m={other},learner={own}"),
+                "--initial-cluster-state=existing",
+            ],
+        );
+        let until = Instant::now() + READY;
+        while TcpStream::connect(("127.0.0.1", client)).is_err() {
+            assert!(Instant::now() < until, "the new member does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Self {
+            child,
+            folder,
+            client,
+            peer,
+        }
     }
 
     /// Ends the server and goes on from a snapshot, on the same addresses and with the same settings.

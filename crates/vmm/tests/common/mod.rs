@@ -265,7 +265,14 @@ impl World {
 
     pub fn save(&self, run: &str, file: &str, then: Then) -> std::io::Result<Value> {
         let path = self.at(file);
-        self.ask(run, &Request::Save { path, then })
+        self.ask(
+            run,
+            &Request::Save {
+                path,
+                then,
+                memory: true,
+            },
+        )
     }
 
     fn log(&self, run: &str) -> PathBuf {
