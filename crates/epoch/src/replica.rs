@@ -4,6 +4,7 @@ use crate::Micros;
 use crate::arbiter::Instance;
 use crate::io::{Action, Event, Notice};
 use crate::message::EpochRef;
+use crate::policy::PolicySettings;
 use crate::primary::{Primary, PrimaryStatus, PrimaryStep};
 use crate::settings::Settings;
 use crate::standby::{Standby, StandbyStatus, StandbyStep};
@@ -47,6 +48,19 @@ impl Replica {
             instance,
             settings,
             role: Role::Standby(Box::new(standby)),
+        }
+    }
+
+    /// Whether outputs wait for their commit, and when cuts are made, from now on. What was let out before stays so.
+    pub fn set_class(&mut self, hold_outputs: bool, policy: &PolicySettings) {
+        let set = |settings: &mut Settings| {
+            settings.hold_outputs = hold_outputs;
+            settings.policy = policy.clone();
+        };
+        set(&mut self.settings);
+        match &mut self.role {
+            Role::Standby(s) => set(&mut s.settings),
+            Role::Primary(p) => set(&mut p.settings),
         }
     }
 

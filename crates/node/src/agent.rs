@@ -6,6 +6,7 @@
 
 use crate::binary;
 use crate::config::StoreChoice;
+use crate::engine::Came;
 use crate::error::{NodeError, Result, refused};
 use crate::guard::{self, boot_ms};
 use crate::health::Services;
@@ -33,6 +34,8 @@ use steadfast_vmm::control::Request;
 const SHUTDOWN_MS: u64 = 30_000;
 /// Pause before a standby that ended is started again.
 const STANDBY_AGAIN: Duration = Duration::from_secs(2);
+/// A VM that could not go on in another process is tried again after so long.
+const CHANGE_AGAIN: Duration = Duration::from_secs(30);
 /// How long a handover may take to be answered.
 const HANDOVER_BOUND: Duration = Duration::from_secs(20);
 /// A process that ends so soon after its start has failed to start, ms.
@@ -50,6 +53,8 @@ pub struct Agent {
     /// Stops under way in this run of the daemon.
     stopping: Arc<Mutex<HashSet<VmId>>>,
     started: HashMap<VmId, Instant>,
+    /// When a VM's process was to be changed last, and when that process was started.
+    changed: HashMap<VmId, (Instant, u64)>,
     member: etcd::Member,
     services: Services,
     certificates: certs::Keeper,
@@ -64,6 +69,7 @@ impl Agent {
             measure: Measure::default(),
             stopping: Arc::default(),
             started: HashMap::new(),
+            changed: HashMap::new(),
             member: etcd::Member::new(node.folders.clone()),
             services: Services::default(),
             certificates: certs::Keeper::default(),
@@ -162,7 +168,7 @@ impl Agent {
     }
 
     /// Brings what runs here to what the store says, where no decision is needed for it.
-    fn reconcile(&mut self, pool: &Pool, me: &HostId) {
+    fn reconcile(&mut self, pool: &Arc<Pool>, me: &HostId) {
         let metas = self.node.instances.all();
         for (vm, meta) in &metas {
             if let Err(error) = self.look_at(pool, me, vm, meta) {
@@ -171,7 +177,7 @@ impl Agent {
         }
         for (id, vm) in &pool.vms {
             let listed = vm.memory.standbys.contains(me) && vm.owner().is_some_and(|o| o != me);
-            let wanted = listed && vm.stored.record.protection.hot() && vm.stored.record.power == Power::On;
+            let wanted = listed && vm.stored.record.power == Power::On;
             let lately = self
                 .started
                 .get(id)
@@ -190,8 +196,13 @@ impl Agent {
         }
     }
 
-    fn look_at(&self, pool: &Pool, me: &HostId, id: &VmId, meta: &Meta) -> Result<()> {
-        let instances = &self.node.instances;
+    fn look_at(&mut self, pool: &Arc<Pool>, me: &HostId, id: &VmId, meta: &Meta) -> Result<()> {
+        let node = Arc::clone(&self.node);
+        let instances = &node.instances;
+        if instances.changing(id) {
+            self.change(id, pool);
+            return Ok(());
+        }
         let Some(vm) = pool.vms.get(id) else {
             // Deleted, and nobody told this host.
             return self.stop(id, false);
@@ -209,6 +220,13 @@ impl Agent {
                 self.node
                     .note(about, format!("its limits are not in force: {error}"));
             }
+            let tried = self.changed.get(id).filter(|(_, of)| *of == meta.started_ms);
+            let lately = tried.is_some_and(|(at, _)| at.elapsed() < CHANGE_AGAIN);
+            if !meta.hot && meta.start && vm.needs_engine() && vm.owner() == Some(me) && !lately {
+                self.changed.insert(id.clone(), (Instant::now(), meta.started_ms));
+                self.change(id, pool);
+                return Ok(());
+            }
             // The class may have been changed meanwhile.
             return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);
         }
@@ -224,7 +242,7 @@ impl Agent {
             // A standby that ended, or a primary that lost: nothing of it is needed.
             return instances.forget(id);
         }
-        if !meta.hot && instances.exit(id) == Some(Exit::Clean) && vm.term() == meta.term {
+        if instances.exit(id) == Some(Exit::Clean) && (meta.hot || vm.term() == meta.term) {
             self.node.note(id, "its guest shut itself down");
             let kv = self.node.kv();
             update(&*kv, &vm_spec(id), |old: Option<StoredVm>| {
@@ -233,7 +251,7 @@ impl Agent {
                     v
                 }))
             })?;
-            mark_stopped(&*kv, id, meta.term)?;
+            mark_stopped(&*kv, id, vm.term())?;
             return instances.forget(id);
         }
         Ok(())
@@ -242,6 +260,47 @@ impl Agent {
     /// Marks an instance as one that shall end, and begins.
     fn stop(&self, id: &VmId, in_order: bool) -> Result<()> {
         self.node.instances.mark_stopping(id, in_order)
+    }
+
+    /// Lets a VM go on in a process with the engine, or brings that to its end.
+    fn change(&self, id: &VmId, pool: &Arc<Pool>) {
+        let mut under_way = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
+        if !under_way.insert(id.clone()) {
+            return;
+        }
+        drop(under_way);
+        let (node, id, pool) = (Arc::clone(&self.node), id.clone(), Arc::clone(pool));
+        let stopping = Arc::clone(&self.stopping);
+        let work = move || {
+            let began = Instant::now();
+            let done = match node.instances.changing(&id) {
+                true => node.instances.end_change(&id),
+                false => pool
+                    .vm_entry(&id)
+                    .and_then(|entry| node.instances.give_engine(&id, entry, &pool)),
+            };
+            let about = About::On(id.clone(), node.host());
+            match done {
+                Ok(Came::Through) => {
+                    let took = began.elapsed().as_millis() as u64;
+                    let what = "let it go on in a process that can mirror it";
+                    node.event(about, journal::done(what, took, None), "");
+                }
+                Ok(came) => tracing::warn!(vm = %id, ?came, "a change of process that had begun"),
+                Err(error) => node.note(
+                    about,
+                    format!("it cannot be mirrored, and runs as before: {error}"),
+                ),
+            }
+            stopping
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&id);
+            node.wake.notify_one();
+        };
+        if let Err(error) = std::thread::Builder::new().name("vm-change".into()).spawn(work) {
+            tracing::error!(%error, "no thread to change a VM's process with; tried again in the next round");
+        }
     }
 
     fn carry_on_stopping(&self, id: &VmId, since: u64, in_order: bool, vm: &PoolVm) {
@@ -368,7 +427,8 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
         // What is left of an earlier run, or a standby's process: the new start begins from the disks.
         node.instances.end(id)?;
     }
-    let how = match spec.protection.hot() {
+    // What is in a journal only the engine reads: a VM that was protected once is run by it also when it is not any more.
+    let how = match spec.protection.hot() || node.instances.has_journals(&vm.stored) {
         true => {
             claim_cold(node, id, vm, me)?;
             How::Primary(term)

@@ -25,7 +25,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::{FailureClass, Phase, Protection};
-use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TlsSpec};
+use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TakeOver, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
 use steadfast_vmm::process::FENCED_EXIT;
@@ -121,7 +121,7 @@ impl Instances {
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
     }
 
-    fn config(&self) -> NodeConfig {
+    pub(crate) fn config(&self) -> NodeConfig {
         self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -131,7 +131,7 @@ impl Instances {
         self.folders.data.join("vm").join(vm.as_str())
     }
 
-    fn socket(&self, vm: &VmId) -> PathBuf {
+    pub(crate) fn socket(&self, vm: &VmId) -> PathBuf {
         self.folders.run.join(format!("{vm}.sock"))
     }
 
@@ -158,10 +158,10 @@ impl Instances {
     /// What was started here under this name.
     #[must_use]
     pub fn meta(&self, vm: &VmId) -> Option<Meta> {
-        serde_json::from_slice(&fs::read(self.meta_path(vm)).ok()?).ok()
+        read_meta(&self.meta_path(vm))
     }
 
-    fn write_meta(&self, vm: &VmId, meta: &Meta) -> Result<()> {
+    pub(crate) fn write_meta(&self, vm: &VmId, meta: &Meta) -> Result<()> {
         let text = serde_json::to_vec(meta).map_err(|e| NodeError::Refused(e.to_string()))?;
         write_file(&self.meta_path(vm), &text)
     }
@@ -179,10 +179,22 @@ impl Instances {
     /// # Errors
     /// Files cannot be written, the process cannot be started.
     pub fn start(&self, id: &VmId, entry: &PoolVm, how: &How, pool: &Pool) -> Result<()> {
-        let vm = &entry.stored;
         if self.pid(id).is_some() {
             return Ok(());
         }
+        self.begin(id, entry, how, pool, None)
+    }
+
+    /// Starts an instance, whatever runs here.
+    pub(crate) fn begin(
+        &self,
+        id: &VmId,
+        entry: &PoolVm,
+        how: &How,
+        pool: &Pool,
+        takes_over: Option<TakeOver>,
+    ) -> Result<()> {
+        let vm = &entry.stored;
         let (hot, start, term) = match how {
             How::Plain(term) => (false, true, *term),
             How::Primary(term) => (true, true, *term),
@@ -203,6 +215,7 @@ impl Instances {
             let protect = folder.join("protect.json");
             let mut settings = self.protection(&config, entry, pool)?;
             settings.start = start;
+            settings.takes_over = takes_over;
             write_json(&protect, &settings)?;
             command.arg("--protect").arg(&protect);
         }
@@ -246,9 +259,14 @@ impl Instances {
         {
             tracing::warn!(%error, "limits of this VM cannot be set");
         }
-        let (ended, name) = (Arc::clone(&self.ended), id.clone());
+        let (ended, name, pid) = (Arc::clone(&self.ended), id.clone(), child.id());
+        let meta_path = self.meta_path(id);
         let waiter = move || {
             if let Ok(status) = child.wait() {
+                // Of a VM that went on in another process nothing has ended.
+                if read_meta(&meta_path).is_some_and(|now| now.pid.is_some_and(|now| now != pid)) {
+                    return;
+                }
                 let exit = match status.success() {
                     true => Exit::Clean,
                     false => Exit::Failed(status.code(), status.signal()),
@@ -300,7 +318,7 @@ impl Instances {
         ))
     }
 
-    fn machine(&self, config: &NodeConfig, vm: &StoredVm) -> Result<VmSpec> {
+    pub(crate) fn machine(&self, config: &NodeConfig, vm: &StoredVm) -> Result<VmSpec> {
         let wrong = |e: serde_json::Error| NodeError::Refused(format!("specification: {e}"));
         let text = serde_json::to_string(&vm.machine).map_err(wrong)?;
         let data = self.folders.data.display().to_string();
@@ -310,19 +328,32 @@ impl Instances {
         serde_json::from_str(&text).map_err(wrong)
     }
 
-    /// Links this host's instance with those hosts that have, or shall have, one too, and with no others; and tells it where the
+    /// Tells this host's instance what its class promises now; links it with those hosts that have, or shall have, one too, and with no others; and tells it where the
     /// store's members are, if that has changed: a takeover must not wait for one that was taken out long ago.
     ///
     /// # Errors
     /// The instance does not answer, or its folder cannot be written. The next round goes on.
     pub fn keep_protection(&self, id: &VmId, entry: &PoolVm, pool: &Pool) -> Result<()> {
         let ProtectSpec {
-            peers: wanted, store, ..
+            peers: wanted,
+            store,
+            hold_outputs,
+            max_interval_us,
+            ..
         } = self.protection(&self.config(), entry, pool)?;
         let path = self.folder(id).join("protect.json");
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
         let mut now: ProtectSpec = serde_json::from_slice(&text)
             .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
+        if (now.hold_outputs, now.max_interval_us) != (hold_outputs, max_interval_us) {
+            let class = Request::Class {
+                hold_outputs,
+                max_interval_us,
+            };
+            self.ask(id, &class, PEER_BOUND)?;
+            (now.hold_outputs, now.max_interval_us) = (hold_outputs, max_interval_us);
+            write_json(&path, &now)?;
+        }
         for peer in &wanted {
             if now.peers.iter().any(|p| p.host == peer.host) {
                 continue;
@@ -375,7 +406,8 @@ impl Instances {
         let tls = self.folders.tls();
         Ok(ProtectSpec {
             peers: peers.collect(),
-            hold_outputs: vm.record.protection == Protection::Ft,
+            // Also of a VM that is only moved: what a client was told is not taken back when its host dies meanwhile.
+            hold_outputs: !matches!(vm.record.protection, Protection::Checkpoint { .. }),
             tls: Some(TlsSpec {
                 ca: tls.ca,
                 certificate: tls.certificate,
@@ -589,7 +621,11 @@ fn read_takeover(takeover: &Value) -> Option<Takeover> {
     })
 }
 
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+fn read_meta(path: &Path) -> Option<Meta> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_vec_pretty(value).map_err(|e| NodeError::Refused(e.to_string()))?;
     write_file(path, &text)
 }

@@ -25,6 +25,7 @@ pub mod certs;
 pub mod config;
 mod daemon;
 pub mod drill;
+mod engine;
 mod error;
 mod etcd;
 pub mod fence;

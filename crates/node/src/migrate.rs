@@ -4,8 +4,10 @@
 //! ```text
 //! protected VM:  list the target as a standby -> wait until the arbiter lists it in sync -> planned promote -> owner is the target
 //! ```
-//! A move of a VM without the engine of protection (`none`, `restart`) is refused: it would need a stop of the guest.
+//! A VM of class `none` or `restart` is protected for as long as its move takes: to be listed a standby is what lets its process be
+//! changed for one with the engine (`engine.rs`), which it keeps.
 
+use crate::engine;
 use crate::error::{NodeError, Result, refused};
 use crate::journal::About;
 use crate::leader::{change_standbys, send};
@@ -43,13 +45,7 @@ pub async fn begin(
 ) -> Result<StoredTask> {
     let entry = pool.vm_entry(vm)?;
     pool.host(to)?;
-    if !entry.stored.record.protection.hot() {
-        return refused(format!(
-            "VM {vm} is of class `{}`: it cannot be moved while it runs yet; stop it and start it again, or protect it \
-             (`steadfast protect {vm} --class ft`) while it is off",
-            entry.stored.record.protection.name()
-        ));
-    }
+    engine::possible(&node.config(), pool, &entry.stored)?;
     if from == to {
         return refused(format!("VM {vm} is on {to} already"));
     }

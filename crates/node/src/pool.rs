@@ -50,6 +50,12 @@ impl PoolVm {
         all
     }
 
+    /// Whether its process must have the engine of protection: it is mirrored, or on its way to another host.
+    #[must_use]
+    pub fn needs_engine(&self) -> bool {
+        self.stored.record.protection.hot() || !self.memory.standbys.is_empty()
+    }
+
     /// The fencing number.
     #[must_use]
     pub fn term(&self) -> Term {

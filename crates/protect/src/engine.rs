@@ -166,6 +166,15 @@ pub struct Engine {
     pub(crate) copy_out: Option<CopyOut>,
 }
 
+/// When cuts are made.
+pub(crate) fn policy(max_interval_us: Option<u64>) -> PolicySettings {
+    let mut policy = PolicySettings::default();
+    if let Some(us) = max_interval_us {
+        (policy.max_interval_us, policy.idle_interval_us) = (us.max(100), us.max(100));
+    }
+    policy
+}
+
 impl Engine {
     /// Builds the machine, opens the links, starts the store's thread.
     ///
@@ -189,12 +198,8 @@ impl Engine {
         let failpoint = Failpoint::new(parts.spec.die_at.as_deref()).map_err(setting)?;
         let pace = Pace::new(Duration::from_millis(parts.spec.suspect_ms));
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
-        let mut policy = PolicySettings::default();
-        if let Some(us) = parts.spec.max_interval_us {
-            (policy.max_interval_us, policy.idle_interval_us) = (us.max(100), us.max(100));
-        }
         let settings = Settings {
-            policy,
+            policy: policy(parts.spec.max_interval_us),
             suspect_us: parts.spec.suspect_ms * 1000,
             standby_lost_us: parts.spec.suspect_ms * 750,
             heartbeat_us: parts.spec.heartbeat_ms() * 1000,

@@ -375,7 +375,7 @@ impl Engine {
 
     /// Makes this machine the running one: outputs held, dirty pages tracked.
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
-        self.set_holds(HoldMode::Hold);
+        self.set_holds(self.hold_mode());
         self.vm.machine.start_dirty_tracking()?;
         self.vm.machine.hurry_stops();
         self.vm.machine.resume();
@@ -394,6 +394,14 @@ impl Engine {
     /// Where volumes keep account of what this host lacks.
     fn slot(&self, host: &HostId) -> Option<usize> {
         self.peers.get(host).map(|p| p.slot)
+    }
+
+    /// What becomes of frames while this instance runs the VM.
+    pub(crate) fn hold_mode(&self) -> HoldMode {
+        match self.spec.hold_outputs {
+            true => HoldMode::Hold,
+            false => HoldMode::Pass,
+        }
     }
 
     pub(crate) fn set_holds(&self, mode: HoldMode) {

@@ -2,7 +2,7 @@
 
 use crate::config::PeerSpec;
 use crate::disks::SLOTS;
-use crate::engine::Engine;
+use crate::engine::{Engine, policy};
 use crate::peer::Peer;
 use crate::store::Ask;
 use serde_json::{Value, json};
@@ -68,6 +68,13 @@ impl Engine {
                 self.set_store_endpoints(endpoints.clone());
                 json!({"ok": true})
             }
+            Request::Class {
+                hold_outputs,
+                max_interval_us,
+            } => match self.set_class(*hold_outputs, *max_interval_us) {
+                Ok(()) => json!({"ok": true}),
+                Err(why) => failure(&why),
+            },
             // Answered when it is done.
             Request::CopyState { folder } => {
                 self.copy_state(&folder.clone(), &call.answer);
@@ -81,6 +88,21 @@ impl Engine {
         };
         let _ = call.answer.send(answer);
         Ok(ended)
+    }
+
+    fn set_class(&mut self, hold_outputs: bool, max_interval_us: Option<u64>) -> Result<(), &'static str> {
+        if !hold_outputs && !self.disks.is_empty() {
+            return Err(
+                "outputs of a VM with writable disks are held: what the guest has flushed could be lost",
+            );
+        }
+        (self.spec.hold_outputs, self.spec.max_interval_us) = (hold_outputs, max_interval_us);
+        self.replica.set_class(hold_outputs, &policy(max_interval_us));
+        if self.replica.primary().is_some() {
+            self.set_holds(self.hold_mode());
+        }
+        self.note(format!("outputs are held from now on: {hold_outputs}"));
+        Ok(())
     }
 
     fn set_store_endpoints(&mut self, endpoints: Vec<String>) {

@@ -129,7 +129,7 @@ impl Engine {
             machine_failed(MachineError::State(StateError::Refused(why)))
         })?;
         // Before the devices begin: what waits at a NIC was for the former primary, and what they send is held.
-        self.set_holds(HoldMode::Hold);
+        self.set_holds(self.hold_mode());
         // Before the devices: they issue again what was in flight at the cut.
         self.disks
             .promote(at, term)

@@ -86,6 +86,13 @@ pub enum Request {
         /// Their addresses for clients.
         endpoints: Vec<String>,
     },
+    /// What a protected VM promises from now on.
+    Class {
+        /// Its outputs wait until a standby could repeat them.
+        hold_outputs: bool,
+        /// Longest interval between epochs in microseconds; none: as the policy has it.
+        max_interval_us: Option<u64>,
+    },
     /// Copies to standbys of a protected VM (memory and disks) go at this rate from now on.
     CopyRate {
         /// Bytes a second; 0: as fast as the link.

@@ -527,6 +527,7 @@ impl Process<'_> {
             | Request::RemovePeer { .. }
             | Request::CopyState { .. }
             | Request::StoreEndpoints { .. }
+            | Request::Class { .. }
             | Request::CopyRate { .. } => (
                 failure(&"the VM is not protected: there is no host to hand it over to"),
                 None,

@@ -97,7 +97,7 @@ pub(crate) enum PrimaryStep {
 #[derive(Clone, Debug)]
 pub struct Primary {
     me: HostId,
-    settings: Settings,
+    pub(crate) settings: Settings,
     record: VmRecord,
     progress: Progress,
     window: Window,

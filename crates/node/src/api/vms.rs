@@ -3,10 +3,9 @@
 use super::handlers::load;
 use super::types::{Done, DryRun, HowToStop, MoveTo, NewClass, NewHealth, NewVm, VmStatus, class, vm_status};
 use super::{Answer, Failure};
-use crate::config::StoreChoice;
+use crate::engine;
 use crate::error::{IoContext, NodeError, Result, refused};
 use crate::http::ask;
-use crate::instances::{LINKS, PROTECTED_MAX};
 use crate::limits::VmLimits;
 use crate::migrate;
 use crate::node::Node;
@@ -82,16 +81,7 @@ fn check(node: &Node, pool: &Pool, stored: &StoredVm) -> Result<()> {
             "VM {id}: class `checkpoint` with writable disks could lose what the guest has flushed; use `ft`, or make the \
              disks read-only (,ro)"
         )),
-        p if p.hot() && node.config().store == StoreChoice::Embedded => refused(format!(
-            "VM {id}: class `{}` needs a second host, and the store in etcd; let one join first (`steadfast pool token`)",
-            p.name()
-        )),
-        p if p.hot() && stored.index >= PROTECTED_MAX => refused(format!(
-            "VM {id}: this pool has no ports left for replication links; it can hold {PROTECTED_MAX} protected VMs"
-        )),
-        p if p.hot() && pool.hosts.len() > usize::from(LINKS) => refused(format!(
-            "VM {id}: protected VMs can be kept in pools of up to {LINKS} hosts as yet"
-        )),
+        p if p.hot() => engine::possible(&node.config(), pool, stored),
         _ => Ok(()),
     }
 }
@@ -336,18 +326,8 @@ pub async fn protect(
     changed.record.protection = wanted;
     check(&node, &pool, &changed)?;
     let running = entry.owner().is_some();
-    if running && old != wanted && (old.hot() || wanted.hot()) {
-        return refused(format!(
-            "VM {vm} runs as `{}`: its process cannot become `{}` while it runs yet; stop it, change the class, start it",
-            old.name(),
-            wanted.name()
-        ))
-        .map_err(Failure);
-    }
-    // Its host must learn that the VM is guarded from now on; until then it must not be booted elsewhere.
-    if let Some(owner) = entry
-        .owner()
-        .filter(|_| old != wanted && wanted == Protection::Restart)
+    // Its host must learn what the VM's class is; until then it must not be booted elsewhere.
+    if let Some(owner) = entry.owner().filter(|_| old != wanted)
         && !pool.hosts.get(owner).is_some_and(|h| h.record.reachable())
     {
         return refused(format!(
@@ -356,6 +336,11 @@ pub async fn protect(
         .map_err(Failure);
     }
     let mut plan = vec![format!("{vm}: class {} becomes {}", old.name(), wanted.name())];
+    if running && wanted.hot() && !old.hot() {
+        plan.push(format!(
+            "{vm} goes on in a process that can mirror it; its guest stands still for a moment"
+        ));
+    }
     if changed.record.power == Power::On {
         plan.extend(
             admitted(&pool, &changed.record)?

@@ -1,0 +1,186 @@
+//! The class of a VM is changed while it runs, and VMs of all classes move while they run: no guest is booted, no answer is lost.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+mod common;
+
+use common::{Pool, possible, wait, wait_for};
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::{Duration, Instant};
+
+const LEASE_MS: u64 = 6000;
+
+fn host_of(pool: &Pool, vm: &str) -> Option<String> {
+    let found = pool.other("").vm(vm);
+    (found["state"] == "running").then(|| found["host"].as_str().map(str::to_owned))?
+}
+
+fn protection(pool: &Pool, vm: &str) -> String {
+    pool.other("").vm(vm)["protection"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// The monitor's processes of a VM, on all hosts.
+fn processes(pool: &Pool, vm: &str) -> usize {
+    let path = format!("/vm/{vm}/");
+    let all = pool.hosts.iter().flat_map(common::Host::processes);
+    all.filter(|(_, line)| line.contains(" vmm ") && line.contains(&path))
+        .count()
+}
+
+fn class(pool: &Pool, vm: &str, class: &str) {
+    pool.other("").run(&["protect", vm, "--class", class]);
+}
+
+#[test]
+fn the_class_of_a_running_vm_is_changed() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    let client = pool.client("r");
+    pool.create("r", "none");
+    let first = wait_for("r to run", || host_of(&pool, "r"));
+    client.answer("", Instant::now());
+    client.forget_gap();
+    for protected in ["ft", "checkpoint", "ft"] {
+        class(&pool, "r", protected);
+        wait(&format!("r to be protected as {protected}"), || {
+            protection(&pool, "r") == "protected" && processes(&pool, "r") == 2
+        });
+        println!("r: {protected}, the longest gap was {:?}", client.seen().longest);
+    }
+    class(&pool, "r", "restart");
+    wait("nothing to be mirrored any more", || {
+        protection(&pool, "r") == "restart elsewhere" && processes(&pool, "r") == 1
+    });
+    client.answer("", Instant::now());
+    class(&pool, "r", "ft");
+    wait("r to be protected again", || {
+        protection(&pool, "r") == "protected"
+    });
+    assert_eq!(host_of(&pool, "r").as_ref(), Some(&first), "it was moved");
+    let seen = client.seen();
+    println!(
+        "r: {} answers, the longest gap was {:?}",
+        seen.replies, seen.longest
+    );
+    assert_eq!(seen.boots, 0, "it was booted");
+    // And the promise holds.
+    let killed = pool.host(&first).power_off();
+    client.answer(&first, killed);
+    assert_eq!(client.seen().boots, 0, "it was booted");
+}
+
+/// A VM that nobody protects is moved by hand, and off a host that is emptied.
+#[test]
+fn a_vm_without_protection_moves_while_it_runs() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    let (none, restart) = (pool.client("n"), pool.client("r"));
+    pool.create("n", "none");
+    pool.create("r", "restart");
+    let from = wait_for("n to run", || host_of(&pool, "n"));
+    wait_for("r to run", || host_of(&pool, "r"));
+    for client in [&none, &restart] {
+        client.answer("", Instant::now());
+        client.forget_gap();
+    }
+    let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
+    pool.other("").run(&["migrate", "n", "--to", to]);
+    wait("n to be moved", || host_of(&pool, "n").as_deref() == Some(to));
+    wait("nothing of it to be left", || processes(&pool, "n") == 1);
+    let lost = host_of(&pool, "r").unwrap();
+    pool.other("").run(&["host", "drain", &lost]);
+    wait("r to leave", || host_of(&pool, "r").is_some_and(|h| h != lost));
+    wait("nothing of it to be left", || processes(&pool, "r") == 1);
+    for (vm, client) in [("n", &none), ("r", &restart)] {
+        let moved = host_of(&pool, vm).unwrap();
+        let (from, _) = client.answer("", Instant::now());
+        assert_eq!(from, moved, "{vm} answers from where it is said to be");
+        let seen = client.seen();
+        println!("{vm}: the longest gap was {:?}", seen.longest);
+        assert_eq!(seen.boots, 0, "{vm} was booted");
+    }
+    assert_eq!(protection(&pool, "r"), "restart elsewhere");
+}
+
+/// The process with the engine cannot begin: the one before goes on, and why is told.
+#[test]
+fn a_vm_that_cannot_be_mirrored_runs_on() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::new(&["a", "b"], LEASE_MS);
+    let client = pool.client("r");
+    pool.create("r", "restart");
+    let on = wait_for("r to run", || host_of(&pool, "r"));
+    client.answer("", Instant::now());
+    client.forget_gap();
+    // The ports of its links are taken.
+    let address: Ipv4Addr = pool.hosts.iter().find(|h| h.name == on).unwrap().address;
+    let taken: Vec<_> = (20_000..20_016)
+        .map(|port| TcpListener::bind((address, port)))
+        .collect();
+    assert!(taken.iter().all(Result::is_ok), "{taken:?}");
+    class(&pool, "r", "ft");
+    wait("people to be told", || {
+        pool.other("")
+            .run(&["events", "--subject", "r"])
+            .contains("it cannot be mirrored, and runs as before")
+    });
+    let since = Instant::now();
+    client.answer("", since);
+    assert_eq!(client.seen().boots, 0, "it was booted");
+    assert_ne!(protection(&pool, "r"), "protected");
+    println!("r: the longest gap was {:?}", client.seen().longest);
+    // It is tried again by itself.
+    drop(taken);
+    wait("r to be protected", || protection(&pool, "r") == "protected");
+    assert_eq!(client.seen().boots, 0, "it was booted");
+}
+
+/// The daemon is killed in the middle of the change, again and again: its next run brings it to an end, and the guest runs once.
+#[test]
+fn a_change_that_its_daemon_did_not_survive_is_brought_to_an_end() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b"], LEASE_MS);
+    let client = pool.client("r");
+    pool.create("r", "none");
+    for delay_ms in [0, 1, 5, 20, 60, 150] {
+        let on = wait_for("r to run", || host_of(&pool, "r"));
+        client.answer("", Instant::now());
+        let boots = client.seen().boots;
+        let change = pool.host(&on).run_folder().join("r.change");
+        class(&pool, "r", "ft");
+        let until = Instant::now() + Duration::from_secs(60);
+        while !change.exists() && protection(&pool, "r") != "protected" {
+            assert!(Instant::now() < until, "the change does not begin");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        pool.host(&on).kill_daemon();
+        pool.host(&on).start_daemon();
+        wait("r to be protected", || protection(&pool, "r") == "protected");
+        wait("the change to have ended", || {
+            !change.exists() && processes(&pool, "r") == 2
+        });
+        client.answer("", Instant::now());
+        assert_eq!(client.seen().boots, boots, "it was booted, {delay_ms} ms");
+        // Back in a process without the engine, for the next time.
+        pool.other("").run(&["vm", "stop", "r", "--now"]);
+        wait("r to be off", || pool.other("").vm("r")["state"] == "off");
+        class(&pool, "r", "none");
+        // What is left of it on its hosts is in the way for a moment.
+        wait("r to be let on", || {
+            pool.other("").try_run(&["vm", "start", "r"]).status.success()
+        });
+        wait("r to be booted", || client.seen().boots > boots);
+    }
+}

@@ -1,0 +1,292 @@
+//! Which VMs run with the engine of protection, and how a VM that runs without gets it: its guest stands still for a moment and goes on
+//! in another process of the same host.
+//!
+//! ```text
+//! old process   stands still; lets its disks and sockets go; its state goes to RUN/NAME.state, its memory stays where it is
+//! new process   maps that memory, takes the state, renames it to RUN/NAME.taken: from here on the VM is its own, and it runs
+//! old process   ends
+//! ```
+//! Who renames the state first has the VM: the new process, or this daemon (to RUN/NAME.void) when the new one ended or took too long; then
+//! the old one goes on. So the guest runs in one of them, never in both, and a daemon that ends anywhere in between finds in
+//! RUN/NAME.change what it had begun, and brings it to an end. Files are named by the run folder, which does not survive the host.
+
+use crate::config::{NodeConfig, StoreChoice};
+use crate::error::{IoContext, NodeError, Result, refused};
+use crate::guard;
+use crate::instances::{How, Instances, LINKS, Meta, PROTECTED_MAX, write_json};
+use crate::pool::{Pool, PoolVm};
+use crate::procs;
+use crate::records::StoredVm;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use steadfast_cluster::model::DiskPlace;
+use steadfast_protect::TakeOver;
+use steadfast_types::VmId;
+use steadfast_vmm::control::{self, Request, ask};
+
+/// How long the old process may take to stand still: a disk may take that long to come to rest.
+const STILL_BOUND: Duration = Duration::from_secs(15);
+/// How long the new process may take until the VM is its own.
+const TAKE_BOUND: Duration = Duration::from_secs(10);
+/// How long a process may take to answer, and to end.
+const END_BOUND: Duration = Duration::from_secs(10);
+const ANSWER_BOUND: Duration = Duration::from_secs(3);
+
+/// Why a VM cannot run with the engine.
+///
+/// # Errors
+/// The reason, and the way out.
+pub fn possible(config: &NodeConfig, pool: &Pool, stored: &StoredVm) -> Result<()> {
+    let id = &stored.record.id;
+    if config.store == StoreChoice::Embedded {
+        return refused(format!(
+            "VM {id}: this takes a second host, and the store in etcd; let one join first (`steadfast pool token`)"
+        ));
+    }
+    if stored.index >= PROTECTED_MAX {
+        return refused(format!(
+            "VM {id}: this pool has no ports left for replication links; it can hold {PROTECTED_MAX} protected VMs"
+        ));
+    }
+    if pool.hosts.len() > usize::from(LINKS) {
+        return refused(format!(
+            "VM {id}: VMs can be mirrored in pools of up to {LINKS} hosts as yet"
+        ));
+    }
+    if let Some(disk) = stored.record.disks.iter().find(|d| d.place != DiskPlace::Local) {
+        return refused(format!(
+            "VM {id}: its disk {} is on a storage that several hosts reach; only disks of a host's own are mirrored as yet",
+            disk.name
+        ));
+    }
+    let qcow2 = |d: &&steadfast_vmm::spec::DiskSpec| !d.read_only && d.format.as_deref() == Some("qcow2");
+    if let Some(disk) = stored.machine.disks.iter().find(qcow2) {
+        return refused(format!(
+            "VM {id}: only raw images are mirrored; convert {} (qemu-img convert -O raw)",
+            disk.path.display()
+        ));
+    }
+    Ok(())
+}
+
+/// A change of process that has begun.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Change {
+    /// What was written down about the instance before.
+    before: Meta,
+    /// Its process.
+    pid: u32,
+    /// When that began, as the kernel counts: numbers of processes come back.
+    started: u64,
+    state: PathBuf,
+    /// Folders that the new process makes: what the old one then writes is not in them.
+    journals: Vec<PathBuf>,
+}
+
+impl Change {
+    fn taken(&self) -> PathBuf {
+        self.state.with_extension("taken")
+    }
+
+    fn void(&self) -> PathBuf {
+        self.state.with_extension("void")
+    }
+}
+
+/// How a change came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Came {
+    /// The VM runs with the engine now.
+    Through,
+    /// It runs as before.
+    Back,
+    /// Neither process is left.
+    Lost,
+}
+
+impl Instances {
+    fn change_path(&self, vm: &VmId) -> PathBuf {
+        self.socket(vm).with_extension("change")
+    }
+
+    /// The old process's control socket while the new one has its name.
+    fn former_socket(&self, vm: &VmId) -> PathBuf {
+        self.socket(vm).with_extension("former")
+    }
+
+    /// Whether a change of process has begun and not ended.
+    #[must_use]
+    pub fn changing(&self, vm: &VmId) -> bool {
+        self.change_path(vm).exists()
+    }
+
+    /// Whether part of what its disks hold is in journals here, which only the engine reads.
+    #[must_use]
+    pub fn has_journals(&self, vm: &StoredVm) -> bool {
+        self.journals(vm)
+            .iter()
+            .any(|folder| folder.join("journal").exists())
+    }
+
+    /// Where the journals of its disks would be.
+    fn journals(&self, vm: &StoredVm) -> Vec<PathBuf> {
+        let Ok(machine) = self.machine(&self.config(), vm) else {
+            return Vec::new();
+        };
+        let writable = machine.disks.iter().filter(|d| !d.read_only);
+        let beside = |disk: &steadfast_vmm::spec::DiskSpec| {
+            let mut name = disk.path.clone().into_os_string();
+            name.push(".sfj");
+            PathBuf::from(name)
+        };
+        writable.map(beside).collect()
+    }
+
+    /// Lets a VM that runs here without the engine go on in a process that has it. Blocks for a bounded time.
+    ///
+    /// # Errors
+    /// Why not; the VM goes on as before, or [`Instances::end_change`] is to be asked again.
+    pub fn give_engine(&self, id: &VmId, entry: &PoolVm, pool: &Pool) -> Result<Came> {
+        let (Some(before), Some(pid)) = (self.meta(id), self.pid(id)) else {
+            return refused(format!("VM {id} does not run here"));
+        };
+        let Some(started) = procs::started(pid) else {
+            return refused(format!("VM {id}: its process {pid} has ended"));
+        };
+        let change = Change {
+            state: self.socket(id).with_extension("state"),
+            before,
+            pid,
+            started,
+            journals: self
+                .journals(&entry.stored)
+                .into_iter()
+                .filter(|j| !j.exists())
+                .collect(),
+        };
+        for old in [&change.state, &change.taken(), &change.void()] {
+            let _ = fs::remove_file(old);
+        }
+        write_json(&self.change_path(id), &change)?;
+        let begun = self.leave(id, entry, pool, &change);
+        let came = self.end_change(id)?;
+        match (begun, came) {
+            (_, Came::Through) => Ok(came),
+            (Err(error), _) => Err(error),
+            (Ok(()), Came::Back) => refused(format!(
+                "VM {id}: the process with the engine did not take it over; its log says why: {}",
+                self.folder(id).join("log").display()
+            )),
+            (Ok(()), Came::Lost) => refused(format!("VM {id}: its process ended while it was taken over")),
+        }
+    }
+
+    fn leave(&self, id: &VmId, entry: &PoolVm, pool: &Pool, change: &Change) -> Result<()> {
+        let (socket, named) = (self.socket(id), || format!("VM {id}"));
+        let answer = control::save_state(&socket, &change.state, STILL_BOUND).what(named)?;
+        let Some(fd) = answer["ram_fd"].as_i64() else {
+            return refused(format!("VM {id}: its process does not say where its memory is"));
+        };
+        fs::rename(&socket, self.former_socket(id)).what(named)?;
+        let from = TakeOver {
+            state: change.state.clone(),
+            memory: PathBuf::from(format!("/proc/{}/fd/{fd}", change.pid)),
+        };
+        self.begin(id, entry, &How::Primary(entry.term()), pool, Some(from))
+    }
+
+    /// Brings a change that has begun to its end. Blocks for a bounded time.
+    ///
+    /// # Errors
+    /// A process does not end or does not answer; it is to be tried again.
+    pub fn end_change(&self, id: &VmId) -> Result<Came> {
+        let path = self.change_path(id);
+        let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
+        let change: Change = serde_json::from_slice(&text)
+            .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
+        let new = || {
+            self.meta(id)?
+                .pid
+                .filter(|pid| *pid != change.pid && guard::is_vmm(*pid, id))
+        };
+        let until = Instant::now() + TAKE_BOUND;
+        while change.state.exists() && new().is_some() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let back = match fs::rename(&change.state, change.void()) {
+            Ok(()) => true,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => !change.taken().exists(),
+            Err(e) => return Err(e).what(|| format!("rename {}", change.state.display())),
+        };
+        let old = Some(change.pid).filter(|pid| procs::runs(*pid, change.started));
+        let came = if back {
+            self.go_back(id, &change, new(), old)?
+        } else {
+            if let Some(pid) = old {
+                let _ = ask(&self.former_socket(id), &Request::Stop, ANSWER_BOUND);
+                ended(id, pid, change.started)?;
+            }
+            Came::Through
+        };
+        for left in [
+            &self.former_socket(id),
+            &change.state,
+            &change.taken(),
+            &change.void(),
+        ] {
+            let _ = fs::remove_file(left);
+        }
+        fs::remove_file(&path).what(|| format!("remove {}", path.display()))?;
+        Ok(came)
+    }
+
+    /// The new process ends, and the old one goes on.
+    fn go_back(&self, id: &VmId, change: &Change, new: Option<u32>, old: Option<u32>) -> Result<Came> {
+        if let Some((pid, started)) = new.and_then(|pid| Some((pid, procs::started(pid)?))) {
+            if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            ended(id, pid, started)?;
+        }
+        for folder in change.journals.iter().filter(|j| j.exists()) {
+            fs::remove_dir_all(folder).what(|| format!("remove {}", folder.display()))?;
+        }
+        let former = self.former_socket(id);
+        if former.exists() {
+            fs::rename(&former, self.socket(id)).what(|| format!("VM {id}"))?;
+        }
+        let stopping = self.meta(id).and_then(|now| now.stopping);
+        let meta = Meta {
+            stopping: stopping.or(change.before.stopping),
+            ..change.before.clone()
+        };
+        self.write_meta(id, &meta)?;
+        if old.is_none() {
+            return Ok(Came::Lost);
+        }
+        self.ask(id, &Request::Resume, STILL_BOUND)?;
+        Ok(Came::Back)
+    }
+}
+
+/// Waits until a process has ended; kills it when it does not.
+fn ended(id: &VmId, pid: u32, started: u64) -> Result<()> {
+    let begun = Instant::now();
+    while procs::runs(pid, started) {
+        if begun.elapsed() > ANSWER_BOUND
+            && let Some(pid) = Pid::from_raw(pid.cast_signed())
+        {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        if begun.elapsed() > END_BOUND {
+            return refused(format!(
+                "VM {id}: process {pid} does not end, even killed; its disk or memory hangs in the kernel"
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
