@@ -45,6 +45,15 @@ fn the_class_of_a_running_vm_is_changed() {
     let first = wait_for("r to run", || host_of(&pool, "r"));
     client.answer("", Instant::now());
     client.forget_gap();
+    pool.other("")
+        .run(&["vm", "limit", "r", "--net-max", "in=2MiB,out=1MiB"]);
+    let limited = || {
+        let on = host_of(&pool, "r")?;
+        let host = pool.hosts.iter().find(|h| h.name == on)?;
+        let rate = host.json(&["vm", "status", "r"])["net_rate"].clone();
+        (rate["in_bytes_per_s"] == 2 << 20 && rate["out_bytes_per_s"] == 1 << 20).then_some(())
+    };
+    wait_for("its cards to be limited", limited);
     for protected in ["ft", "checkpoint", "ft"] {
         class(&pool, "r", protected);
         wait(&format!("r to be protected as {protected}"), || {
@@ -52,6 +61,7 @@ fn the_class_of_a_running_vm_is_changed() {
         });
         println!("r: {protected}, the longest gap was {:?}", client.seen().longest);
     }
+    wait_for("the cards of the new process to be limited too", limited);
     class(&pool, "r", "restart");
     wait("nothing to be mirrored any more", || {
         protection(&pool, "r") == "restart elsewhere" && processes(&pool, "r") == 1

@@ -39,6 +39,8 @@ pub enum Sabotage {
     AlwaysProtected,
     /// Fault 48: messages of an old term are accepted.
     AcceptOldTerm,
+    /// I3: a piece of a copy that waited for its turn is sent also when its session is over: it is dropped over there, and counts as there.
+    SendStaleChunks,
     /// Liveness: lost epochs are never sent again, and a standby that waits for them is never given up.
     NeverResend,
 }

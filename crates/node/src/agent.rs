@@ -23,7 +23,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::Action;
-use steadfast_cluster::model::{Power, Protection};
+use steadfast_cluster::model::Power;
 use steadfast_epoch::arbiter::{CasOutcome, Instance, Nonce, StoreId, VmRecord};
 use steadfast_protect::store::{RecordStore, Store};
 use steadfast_store::{Commit, random_u64};
@@ -34,7 +34,7 @@ use steadfast_vmm::control::Request;
 const SHUTDOWN_MS: u64 = 30_000;
 /// Pause before a standby that ended is started again.
 const STANDBY_AGAIN: Duration = Duration::from_secs(2);
-/// A VM that could not go on in another process is tried again after so long.
+/// A VM that could not go on in another process is tried again after so long; twice as long each time, up to an hour.
 const CHANGE_AGAIN: Duration = Duration::from_secs(30);
 /// How long a handover may take to be answered.
 const HANDOVER_BOUND: Duration = Duration::from_secs(20);
@@ -53,8 +53,8 @@ pub struct Agent {
     /// Stops under way in this run of the daemon.
     stopping: Arc<Mutex<HashSet<VmId>>>,
     started: HashMap<VmId, Instant>,
-    /// When a VM's process was to be changed last, and when that process was started.
-    changed: HashMap<VmId, (Instant, u64)>,
+    /// When a VM's process was to be changed last, how often that was in vain, and when that process was started.
+    changed: HashMap<VmId, (Instant, u32, u64)>,
     member: etcd::Member,
     services: Services,
     certificates: certs::Keeper,
@@ -212,6 +212,8 @@ impl Agent {
             return Ok(());
         }
         if instances.pid(id).is_some() {
+            // First: what follows may fail, and a host that is cut off then must not run what is booted elsewhere.
+            instances.set_leased(id, vm.leased(me, meta.hot))?;
             if meta.hot && vm.copies().contains(me) {
                 instances.keep_protection(id, vm, pool)?;
             }
@@ -220,15 +222,17 @@ impl Agent {
                 self.node
                     .note(about, format!("its limits are not in force: {error}"));
             }
-            let tried = self.changed.get(id).filter(|(_, of)| *of == meta.started_ms);
-            let lately = tried.is_some_and(|(at, _)| at.elapsed() < CHANGE_AGAIN);
+            let tried = self.changed.get(id).filter(|(.., of)| *of == meta.started_ms);
+            let times = tried.map_or(0, |(_, times, _)| times + 1);
+            let lately =
+                tried.is_some_and(|(at, times, _)| at.elapsed() < CHANGE_AGAIN * 2u32.pow((*times).min(7)));
             if !meta.hot && meta.start && vm.needs_engine() && vm.owner() == Some(me) && !lately {
-                self.changed.insert(id.clone(), (Instant::now(), meta.started_ms));
+                self.changed
+                    .insert(id.clone(), (Instant::now(), times, meta.started_ms));
                 self.change(id, pool);
                 return Ok(());
             }
-            // The class may have been changed meanwhile.
-            return instances.set_leased(id, vm.stored.record.protection == Protection::Restart);
+            return Ok(());
         }
         let failed = matches!(instances.exit(id), Some(Exit::Failed(..)));
         if let Some(words) = instances.last_words(id) {
@@ -273,11 +277,16 @@ impl Agent {
         let stopping = Arc::clone(&self.stopping);
         let work = move || {
             let began = Instant::now();
+            let owned = || {
+                let now = Pool::load(&*node.kv())?;
+                let entry = now.vms.get(&id).filter(|vm| vm.owner() == Some(&node.host()));
+                Ok(entry.map(PoolVm::term))
+            };
             let done = match node.instances.changing(&id) {
-                true => node.instances.end_change(&id),
+                true => node.instances.end_change(&id, owned),
                 false => pool
                     .vm_entry(&id)
-                    .and_then(|entry| node.instances.give_engine(&id, entry, &pool)),
+                    .and_then(|entry| node.instances.give_engine(&id, entry, &pool, owned)),
             };
             let about = About::On(id.clone(), node.host());
             match done {
@@ -414,8 +423,11 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
     }
     let spec = &vm.stored.record;
     let left = guard::lease_until(&node.folders).saturating_sub(boot_ms());
-    if spec.protection == Protection::Restart && left < pool.timings.lease_ms / 2 {
+    if vm.boots_anywhere() && left < pool.timings.lease_ms / 2 {
         return refused(format!("host {me} has no lease now, so it may not start VM {id}"));
+    }
+    if node.instances.changing(id) {
+        return refused(format!("VM {id}: its process is being changed; try again"));
     }
     if let Some(meta) = node.instances.meta(id) {
         let alive = node.instances.pid(id).is_some() && meta.stopping.is_none();

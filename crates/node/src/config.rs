@@ -7,6 +7,7 @@ use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use steadfast_store::{EtcdSpec, StoreSpec, TlsFiles};
 use steadfast_types::{HostId, SiteId};
 
@@ -224,7 +225,12 @@ impl NodeConfig {
 /// # Errors
 /// The folder cannot be written.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temp = path.with_extension(format!("new-{}", std::process::id()));
+    // No two writers share one, nor do two files whose names differ at the end only.
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut temp = path.to_path_buf().into_os_string();
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    temp.push(format!(".new-{}-{count}", std::process::id()));
+    let temp = PathBuf::from(temp);
     let mut options = File::options();
     options.create(true).truncate(true).write(true).mode(0o600);
     let parent = path.parent().unwrap_or(Path::new("."));

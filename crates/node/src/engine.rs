@@ -19,12 +19,14 @@ use crate::procs;
 use crate::records::StoredVm;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::DiskPlace;
 use steadfast_protect::TakeOver;
-use steadfast_types::VmId;
+use steadfast_types::{Term, VmId};
 use steadfast_vmm::control::{self, Request, ask};
 
 /// How long the old process may take to stand still: a disk may take that long to come to rest.
@@ -149,7 +151,15 @@ impl Instances {
     ///
     /// # Errors
     /// Why not; the VM goes on as before, or [`Instances::end_change`] is to be asked again.
-    pub fn give_engine(&self, id: &VmId, entry: &PoolVm, pool: &Pool) -> Result<Came> {
+    pub fn give_engine(
+        &self,
+        id: &VmId,
+        entry: &PoolVm,
+        pool: &Pool,
+        owned: impl Fn() -> Result<Option<Term>>,
+    ) -> Result<Came> {
+        possible(&self.config(), pool, &entry.stored)?;
+        self.ready_disks(id, &entry.stored)?;
         let (Some(before), Some(pid)) = (self.meta(id), self.pid(id)) else {
             return refused(format!("VM {id} does not run here"));
         };
@@ -172,7 +182,7 @@ impl Instances {
         }
         write_json(&self.change_path(id), &change)?;
         let begun = self.leave(id, entry, pool, &change);
-        let came = self.end_change(id)?;
+        let came = self.end_change(id, owned)?;
         match (begun, came) {
             (_, Came::Through) => Ok(came),
             (Err(error), _) => Err(error),
@@ -182,6 +192,43 @@ impl Instances {
             )),
             (Ok(()), Came::Lost) => refused(format!("VM {id}: its process ended while it was taken over")),
         }
+    }
+
+    /// What would keep the new process from its disks is found while the guest runs; and what they have to write is written now, so
+    /// that the guest does not stand still for it.
+    fn ready_disks(&self, id: &VmId, vm: &StoredVm) -> Result<()> {
+        if self.has_journals(vm) {
+            return refused(format!(
+                "VM {id}: there are journals of an earlier protection beside its disks (*.sfj), which do not know what it has written since. \
+                 Stop it, move them away, and protect it again"
+            ));
+        }
+        let machine = self.machine(&self.config(), vm)?;
+        for disk in machine.disks.iter().filter(|d| !d.read_only) {
+            let named = || format!("disk {}", disk.path.display());
+            let mut image = File::open(&disk.path).what(named)?;
+            let mut magic = [0; 4];
+            let read = image.read(&mut magic).what(named)?;
+            if disk.format.as_deref() != Some("raw") && magic[..read] == *b"QFI\xfb" {
+                return refused(format!(
+                    "VM {id}: only raw images are mirrored; convert {} (qemu-img convert -O raw)",
+                    disk.path.display()
+                ));
+            }
+            image.sync_all().what(named)?;
+        }
+        Ok(())
+    }
+
+    /// Processes of this VM, but for the one before the change.
+    fn others(&self, id: &VmId, change: &Change) -> Vec<(u32, u64)> {
+        let runs = |pid: u32| Some((pid, procs::started(pid).filter(|at| procs::runs(pid, *at))?));
+        // One that has just begun may have no words yet.
+        let noted = self.meta(id).and_then(|now| now.pid);
+        let noted = noted.filter(|pid| guard::is_vmm(*pid, id) || guard::has_no_words(*pid));
+        let all = procs::all().into_iter().filter(|pid| guard::is_vmm(*pid, id));
+        let all: BTreeSet<u32> = all.chain(noted).filter(|pid| *pid != change.pid).collect();
+        all.into_iter().filter_map(runs).collect()
     }
 
     fn leave(&self, id: &VmId, entry: &PoolVm, pool: &Pool, change: &Change) -> Result<()> {
@@ -198,23 +245,19 @@ impl Instances {
         self.begin(id, entry, &How::Primary(entry.term()), pool, Some(from))
     }
 
-    /// Brings a change that has begun to its end. Blocks for a bounded time.
+    /// Brings a change that has begun to its end. Blocks for a bounded time. `owned` says under which term the VM is this host's now; none:
+    /// it is another's, or nobody's, and must not run here.
     ///
     /// # Errors
-    /// A process does not end or does not answer; it is to be tried again.
-    pub fn end_change(&self, id: &VmId) -> Result<Came> {
+    /// A process does not end or does not answer, or the store does not; it is to be tried again.
+    pub fn end_change(&self, id: &VmId, owned: impl Fn() -> Result<Option<Term>>) -> Result<Came> {
         let path = self.change_path(id);
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
         let change: Change = serde_json::from_slice(&text)
             .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
-        let new = || {
-            self.meta(id)?
-                .pid
-                .filter(|pid| *pid != change.pid && guard::is_vmm(*pid, id))
-        };
         let until = Instant::now() + TAKE_BOUND;
-        while change.state.exists() && new().is_some() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(2));
+        while change.state.exists() && Instant::now() < until && !self.others(id, &change).is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
         }
         let back = match fs::rename(&change.state, change.void()) {
             Ok(()) => true,
@@ -223,7 +266,7 @@ impl Instances {
         };
         let old = Some(change.pid).filter(|pid| procs::runs(*pid, change.started));
         let came = if back {
-            self.go_back(id, &change, new(), old)?
+            self.go_back(id, &change, old, owned)?
         } else {
             if let Some(pid) = old {
                 let _ = ask(&self.former_socket(id), &Request::Stop, ANSWER_BOUND);
@@ -231,6 +274,8 @@ impl Instances {
             }
             Came::Through
         };
+        // First: without what follows the change would look as if it had come to nothing.
+        fs::remove_file(&path).what(|| format!("remove {}", path.display()))?;
         for left in [
             &self.former_socket(id),
             &change.state,
@@ -239,16 +284,19 @@ impl Instances {
         ] {
             let _ = fs::remove_file(left);
         }
-        fs::remove_file(&path).what(|| format!("remove {}", path.display()))?;
         Ok(came)
     }
 
     /// The new process ends, and the old one goes on.
-    fn go_back(&self, id: &VmId, change: &Change, new: Option<u32>, old: Option<u32>) -> Result<Came> {
-        if let Some((pid, started)) = new.and_then(|pid| Some((pid, procs::started(pid)?))) {
-            if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
-                let _ = kill_process(pid, Signal::KILL);
-            }
+    fn go_back(
+        &self,
+        id: &VmId,
+        change: &Change,
+        old: Option<u32>,
+        owned: impl Fn() -> Result<Option<Term>>,
+    ) -> Result<Came> {
+        for (pid, started) in self.others(id, change) {
+            kill(pid);
             ended(id, pid, started)?;
         }
         for folder in change.journals.iter().filter(|j| j.exists()) {
@@ -258,13 +306,21 @@ impl Instances {
         if former.exists() {
             fs::rename(&former, self.socket(id)).what(|| format!("VM {id}"))?;
         }
-        let stopping = self.meta(id).and_then(|now| now.stopping);
+        // The new process may have taken a term before it failed.
+        let owned = owned()?;
+        let now = self.meta(id);
         let meta = Meta {
-            stopping: stopping.or(change.before.stopping),
+            stopping: now.and_then(|now| now.stopping).or(change.before.stopping),
+            term: owned.unwrap_or(change.before.term),
             ..change.before.clone()
         };
         self.write_meta(id, &meta)?;
-        if old.is_none() {
+        let Some(pid) = old else {
+            return Ok(Came::Lost);
+        };
+        if owned.is_none() {
+            kill(pid);
+            ended(id, pid, change.started)?;
             return Ok(Came::Lost);
         }
         self.ask(id, &Request::Resume, STILL_BOUND)?;
@@ -272,14 +328,18 @@ impl Instances {
     }
 }
 
+fn kill(pid: u32) {
+    if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
 /// Waits until a process has ended; kills it when it does not.
 fn ended(id: &VmId, pid: u32, started: u64) -> Result<()> {
     let begun = Instant::now();
     while procs::runs(pid, started) {
-        if begun.elapsed() > ANSWER_BOUND
-            && let Some(pid) = Pid::from_raw(pid.cast_signed())
-        {
-            let _ = kill_process(pid, Signal::KILL);
+        if begun.elapsed() > ANSWER_BOUND {
+            kill(pid);
         }
         if begun.elapsed() > END_BOUND {
             return refused(format!(

@@ -73,6 +73,12 @@ pub fn is_vmm(pid: u32, vm: &VmId) -> bool {
     words.any(|w| w == b"vmm") && words.any(|w| String::from_utf8_lossy(w).contains(&path))
 }
 
+/// Whether a process has no command line (yet).
+#[must_use]
+pub fn has_no_words(pid: u32) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.is_empty())
+}
+
 fn words_path(folders: &Folders) -> PathBuf {
     folders.run.join("watchdog")
 }
@@ -259,6 +265,7 @@ mod tests {
                 stopping: None,
                 pid: Some(process.id()),
                 limits: VmLimits::default(),
+                net_max: None,
             };
             let path = folders.run.join(format!("{vm}.meta"));
             fs::write(path, serde_json::to_vec(&meta).unwrap()).unwrap();

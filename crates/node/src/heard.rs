@@ -43,6 +43,11 @@ impl Heard {
         Some(report)
     }
 
+    /// What was heard of it last, from whichever process.
+    pub fn last(&self, vm: &VmId) -> Option<InstanceReport> {
+        self.lock().get(vm).map(|l| l.report.clone())
+    }
+
     /// Only these are left.
     pub fn keep(&self, wanted: impl Fn(&VmId) -> bool) {
         self.lock().retain(|vm, _| wanted(vm));

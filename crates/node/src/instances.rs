@@ -41,6 +41,8 @@ pub const PROTECTED_MAX: u16 = 798;
 const STATUS_BOUND: Duration = Duration::from_millis(500);
 /// How long an instance may take to open or close a link.
 const PEER_BOUND: Duration = Duration::from_secs(3);
+/// How long it may take to set the rate of its network cards.
+const NET_BOUND: Duration = Duration::from_millis(300);
 /// How long a process may take to end when told to.
 const END_BOUND: Duration = Duration::from_secs(10);
 /// A log longer than this is begun anew at the next start, bytes.
@@ -66,6 +68,9 @@ pub struct Meta {
     /// The limits that were set for it.
     #[serde(default)]
     pub limits: VmLimits,
+    /// What its process was told that its network cards carry at most.
+    #[serde(default)]
+    pub net_max: Option<String>,
 }
 
 /// How an instance is begun.
@@ -182,6 +187,11 @@ impl Instances {
         if self.pid(id).is_some() {
             return Ok(());
         }
+        if self.changing(id) {
+            return Err(NodeError::Refused(format!(
+                "VM {id}: its process is being changed"
+            )));
+        }
         self.begin(id, entry, how, pool, None)
     }
 
@@ -230,12 +240,13 @@ impl Instances {
         let mut meta = Meta {
             term,
             hot,
-            leased: vm.record.protection == Protection::Restart,
+            leased: start && entry.boots_anywhere() || vm.record.protection == Protection::Restart,
             start,
             started_ms: now_ms(),
             stopping: None,
             pid: None,
             limits: VmLimits::default(),
+            net_max: None,
         };
         // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
         self.write_meta(id, &meta)?;
@@ -476,6 +487,13 @@ impl Instances {
             }
             Err(_) => report.phase = Phase::Failed(FailureClass::ProcessDied),
         }
+        if !answered
+            && self.changing(vm)
+            && let Some(last) = self.heard.last(vm)
+        {
+            // It goes on in another process in a moment.
+            report = last;
+        }
         if answered {
             self.heard.note(vm, meta.pid, Instant::now(), &report);
         }
@@ -507,6 +525,17 @@ impl Instances {
         let (Some(mut meta), Some(pid)) = (self.meta(id), self.pid(id)) else {
             return Ok(());
         };
+        if meta.net_max != vm.limits.net_max {
+            // One that does not answer yet is asked again in the next round, which must not be late for it.
+            match self.ask(id, &Request::NetRate(vm.limits.net_rate()?), NET_BOUND) {
+                Ok(_) => {
+                    meta = self.meta(id).unwrap_or(meta);
+                    meta.net_max = vm.limits.net_max.clone();
+                    self.write_meta(id, &meta)?;
+                }
+                Err(error) => tracing::debug!(vm = %id, %error, "its cards are not limited yet"),
+            }
+        }
         if meta.limits == vm.limits {
             return Ok(());
         }
@@ -534,6 +563,11 @@ impl Instances {
     /// # Errors
     /// The process does not end even when killed.
     pub fn end(&self, vm: &VmId) -> Result<()> {
+        if self.changing(vm) {
+            return Err(NodeError::Refused(format!(
+                "VM {vm}: its process is being changed"
+            )));
+        }
         if let Some(pid) = self.pid(vm) {
             let _ = self.ask(vm, &Request::Stop, Duration::from_secs(3));
             let until = Instant::now() + END_BOUND;

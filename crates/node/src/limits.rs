@@ -7,6 +7,7 @@ use crate::error::{NodeError, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use steadfast_types::VmId;
+use steadfast_vmm::control::NetRate;
 use steadfast_vmm::isolation::cgroup::{self, Cgroup, Limits, PARENT, limits};
 use utoipa::ToSchema;
 
@@ -29,6 +30,9 @@ pub struct VmLimits {
     /// Most I/O per second on each of its disks: `read=SIZE,write=SIZE,read-ops=N,write-ops=N`, each optional, or `max`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub io_max: Option<String>,
+    /// Most that each of its network cards carries per second: `in=SIZE,out=SIZE`, each optional, or `max`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net_max: Option<String>,
 }
 
 impl VmLimits {
@@ -47,7 +51,19 @@ impl VmLimits {
             cpu_max: text(&self.cpu_max, &before.cpu_max),
             memory_max: text(&self.memory_max, &before.memory_max),
             io_max: text(&self.io_max, &before.io_max),
+            net_max: text(&self.net_max, &before.net_max),
         }
+    }
+
+    /// What network cards carry at most, which the process itself sees to.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn net_rate(&self) -> Result<NetRate> {
+        let text = self.net_max.as_deref().map(limits::parse_net_max);
+        text.transpose()
+            .map(Option::unwrap_or_default)
+            .map_err(NodeError::Refused)
     }
 
     /// As the kernel shall have them, for a VM with so much memory.

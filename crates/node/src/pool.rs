@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use steadfast_cluster::health;
 use steadfast_cluster::model::{
-    AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Snapshot, Standby, Vm, VmState,
+    AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Protection, Snapshot, Standby, Vm,
+    VmState,
 };
 use steadfast_epoch::arbiter::VmRecord;
 use steadfast_store::{Commit, Entry, Kv};
@@ -54,6 +55,21 @@ impl PoolVm {
     #[must_use]
     pub fn needs_engine(&self) -> bool {
         self.stored.record.protection.hot() || !self.memory.standbys.is_empty()
+    }
+
+    /// Whether the pool boots it on another host when its own is dead: once that one's lease is over.
+    #[must_use]
+    pub fn boots_anywhere(&self) -> bool {
+        self.stored.record.protection != Protection::None && !self.stored.record.has_local_disk()
+    }
+
+    /// Whether its process on its host must end with the host's lease. Not if the engine runs it and a standby is in sync: then the
+    /// arbiter decides, and outputs are held until it has.
+    #[must_use]
+    pub fn leased(&self, host: &HostId, engine: bool) -> bool {
+        let alone = self.record.as_ref().is_none_or(|r| r.in_sync.is_empty());
+        let restart = self.stored.record.protection == Protection::Restart;
+        restart || self.boots_anywhere() && self.owner() == Some(host) && (!engine || alone)
     }
 
     /// The fencing number.

@@ -10,6 +10,18 @@ pub fn started(pid: u32) -> Option<u64> {
     fields(&stat).nth(19)?.parse().ok()
 }
 
+/// All processes but the janitors of VMs, which have the words of the VM's process and outlive it.
+#[must_use]
+pub fn all() -> Vec<u32> {
+    let named = |pid: &u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim_end() != "vm-janitor"
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.filter(named).collect()
+}
+
 /// Whether a thread of it may still run, also one that waits in the kernel for a disk after the process was killed: that may still be
 /// written to. What cannot be read counts as running.
 #[must_use]

@@ -253,10 +253,6 @@ impl Engine {
             let Some(c) = self.care.chunks.pop_front() else {
                 break;
             };
-            // Of a session or a copy that is over: a newer one has its own pieces.
-            let Status::Primary(_) = self.replica.status() else {
-                continue;
-            };
             self.send_chunk(&c.to, c.message, c.join, c.seq, c.have)?;
             self.step(Event::Tick)?;
         }

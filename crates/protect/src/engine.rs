@@ -37,6 +37,7 @@ use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
 use steadfast_types::{Epoch, Gfn, HostId, VmId};
+use steadfast_vmm::control::NetRate;
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
 use steadfast_wire::record::Staged;
@@ -164,6 +165,10 @@ pub struct Engine {
     /// Pages that differed from the digest of their epoch; and epochs compared.
     pub(crate) audited: (u64, u64),
     pub(crate) copy_out: Option<CopyOut>,
+    /// Of the present machine and those after it.
+    pub(crate) net_rate: NetRate,
+    /// Nothing may leave for want of a standby, whatever the class.
+    pub(crate) silent: bool,
 }
 
 /// When cuts are made.
@@ -262,6 +267,8 @@ impl Engine {
             audit,
             audited: (0, 0),
             copy_out: None,
+            net_rate: NetRate::default(),
+            silent: false,
         })
     }
 
@@ -468,6 +475,11 @@ impl Engine {
             Action::StopGuest { keep } => self.stop_guest(keep)?,
             Action::Notice(notice) => {
                 self.timeline.notice(&notice, self.now());
+                // Another may be about to run the VM, or runs it: whatever the class promises, two must not speak (I2).
+                if matches!(notice, Notice::Holding | Notice::Flowing) {
+                    self.silent = notice == Notice::Holding;
+                    self.set_holds(self.hold_mode());
+                }
                 self.note(format!("{notice:?}"));
             }
         }

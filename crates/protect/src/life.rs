@@ -134,6 +134,7 @@ impl Engine {
     pub(crate) fn go_on_anew(&mut self, remade: Remade) -> Result<(), ProcessError> {
         self.make_vm = Some(remade.make_vm);
         let (vm, pages) = remade.vm?;
+        self.net_rate.set(&vm.nics);
         let old = std::mem::replace(&mut self.vm, vm);
         // All its memory goes, and its threads end; its disks came to rest before.
         let dropped = std::thread::Builder::new()

@@ -212,6 +212,11 @@ impl Engine {
         have: EpochRef,
     ) -> Result<(), ProcessError> {
         let began = Instant::now();
+        let wanted = |p: &steadfast_epoch::primary::Primary| p.wants_chunk(to, message.session, join, seq);
+        if !self.replica.primary().is_some_and(wanted) {
+            // It waited for its turn, and a new session has begun meanwhile: that has its own.
+            return Ok(());
+        }
         let mirrored_by_others = match self.replica.status() {
             Status::Primary(p) => p.members.iter().any(|m| m.in_sync) || self.peers.values().any(|p| p.fed),
             Status::Standby(_) => return Ok(()),
@@ -398,7 +403,7 @@ impl Engine {
 
     /// What becomes of frames while this instance runs the VM.
     pub(crate) fn hold_mode(&self) -> HoldMode {
-        match self.spec.hold_outputs {
+        match self.spec.hold_outputs || self.silent {
             true => HoldMode::Hold,
             false => HoldMode::Pass,
         }

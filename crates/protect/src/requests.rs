@@ -68,6 +68,11 @@ impl Engine {
                 self.set_store_endpoints(endpoints.clone());
                 json!({"ok": true})
             }
+            Request::NetRate(rate) => {
+                self.net_rate = *rate;
+                rate.set(&self.vm.nics);
+                json!({"ok": true})
+            }
             Request::Class {
                 hold_outputs,
                 max_interval_us,
@@ -232,6 +237,7 @@ impl Engine {
             "audit_stale_pages": self.audited.0,
             "audit_epochs": self.audited.1,
             "disks": self.disk_status(),
+            "net_rate": self.net_rate,
             "log": self.log,
         })
     }

@@ -7,7 +7,6 @@ use crate::input::{Input, Inputs};
 use crate::life::Remains;
 use crate::store::RecordStore;
 use std::fs::File;
-use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,7 +14,7 @@ use steadfast_disk::image::BlockIo;
 use steadfast_machine::devices::legacy::OutputSink;
 use steadfast_net::{Hold, HoldBackend, HoldMode};
 use steadfast_types::HostId;
-use steadfast_vmm::control::{self, Answers, Call};
+use steadfast_vmm::control::{self, Answers, Bound, Call};
 use steadfast_vmm::process::{Ended, Options, ProcessError};
 use steadfast_vmm::spec::VmSpec;
 use steadfast_vmm::{AssembleError, Surroundings, assemble, assemble_from};
@@ -60,13 +59,13 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let inputs = Inputs::new(queue);
     let disks = Disks::open(&spec, &protect, &inputs).map_err(setting)?;
     let blocks = disks.blocks();
-    let answers = options
-        .control
+    let bound = options.control.as_deref().map(Bound::new).transpose();
+    let bound = bound.map_err(ProcessError::Control)?;
+    let answers = bound
         .as_ref()
-        .map(|path| serve_control(path, &inputs))
-        .transpose()
-        .map_err(ProcessError::Control)?;
-    let control_path: Option<PathBuf> = options.control.clone();
+        .map(|bound| serve_control(bound, &inputs))
+        .transpose();
+    let answers = answers.map_err(ProcessError::Control)?;
     let holds = Holds::default();
     let taken = protect.takes_over.as_ref();
     let memory = taken.map(|t| memory_of_another(t, spec.memory_bytes)).transpose();
@@ -134,8 +133,8 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     } else {
         engine.disks.settle();
     }
-    if let Some(path) = control_path {
-        let _ = std::fs::remove_file(path);
+    if let Some(bound) = bound {
+        bound.leave();
     }
     // Who asked something that nobody took is told that the VM ends; and nobody's answer is lost with the process.
     drop(incoming);
@@ -178,9 +177,9 @@ fn first_record(store: &RecordStore, host: &HostId) -> std::io::Result<()> {
     }
 }
 
-fn serve_control(path: &std::path::Path, inputs: &Inputs) -> std::io::Result<Answers> {
+fn serve_control(bound: &Bound, inputs: &Inputs) -> std::io::Result<Answers> {
     let (calls, incoming) = sync_channel::<Call>(4);
-    let answers = control::serve(control::bind(path)?, calls)?;
+    let answers = control::serve(bound.try_clone()?, calls)?;
     let inputs = inputs.clone();
     std::thread::Builder::new()
         .name("control-queue".into())

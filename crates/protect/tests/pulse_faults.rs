@@ -10,6 +10,7 @@ use common::{FENCED, Random, Site, free_port, kvm, wait};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
+use steadfast_vmm::control::Request;
 
 #[test]
 #[ignore = "not a test: the process of one instance, started by the tests"]
@@ -270,4 +271,47 @@ fn issue(site: &Site, names: &[&str]) {
         std::fs::write(site.path().join(format!("{name}.pem")), cert.pem()).unwrap();
         std::fs::write(site.path().join(format!("{name}.key")), key.serialize_pem()).unwrap();
     }
+}
+
+/// A copy that is held to a rate, so that pieces of it wait for their turn, loses its link again and again and goes on in new
+/// sessions: what waited for an old one is not sent in the new one, where it would be dropped and yet count as there.
+#[test]
+fn a_slow_copy_goes_on_in_new_sessions() {
+    if !kvm() {
+        return;
+    }
+    let (mut site, mut random) = site("a_slow_copy_goes_on_in_new_sessions");
+    site.audit = true;
+    site.cmdline = "pages=6000 loop=dirty rate=3000 udp=1 tcp=1 ip=10.0.0.2".into();
+    let cables = cables(&mut site, &mut random);
+    let mut duo = Duo::new(site, [None, None]);
+    let rate = |d: &Duo, bytes_per_s| d.hosts[0].ask(&Request::CopyRate { bytes_per_s });
+    for round in 0..4 {
+        duo.hosts[1].kill();
+        let _ = duo.hosts[1].ended(LONG);
+        duo.one();
+        rate(&duo, steadfast_protect::config::COPY_RATE_MIN);
+        duo.again(1, false);
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_millis(150 + random.below(300)));
+            cables.iter().for_each(|c| c.cut([true, true]));
+            std::thread::sleep(Duration::from_millis(650));
+            cables.iter().for_each(|c| c.cut([false, false]));
+            duo.one();
+        }
+        assert!(!duo.hosts[0].role().1, "the copy was to last longer than that");
+        rate(&duo, 0);
+        duo.protected();
+        for _ in 0..20 {
+            duo.one();
+        }
+        duo.no_stale_page();
+        let log = duo.hosts[1].status().unwrap()["log"].to_string();
+        assert!(!log.contains("diverged"), "round {round}: {log}");
+    }
+    duo.hosts[0].kill();
+    for _ in 0..20 {
+        duo.one();
+    }
+    duo.no_stale_page();
 }

@@ -1,7 +1,7 @@
 //! The runtime around one replica, as a model: carries out actions, reports events, runs the guest.
 
 use crate::disk::Entry;
-use crate::faults::Kind;
+use crate::faults::{BEGIN, HEAL, Kind};
 use crate::guest::{PAGES, Request, State};
 use crate::invariants::{i1, i2, i3, i4, i5, i6, old_term};
 use crate::world::{Bulk, Ev, Guest, Local, Record, Tracker, World};
@@ -98,7 +98,7 @@ impl World {
                 join,
                 seq,
                 ..
-            } => self.send_chunk(h, &to, message, join, seq),
+            } => self.pace_chunk(h, to, message, join, seq),
             Action::StoreRead { id } => self.ask_store(h, id, None),
             Action::StoreCas { id, expect, record } => self.ask_store(h, id, Some((expect, record))),
             Action::Cut { epoch, bases, freeze } => self.cut(h, epoch, &bases, freeze),
@@ -217,22 +217,50 @@ impl World {
                     );
                     return;
                 };
-                let missing = e
+                let mut missing = e
                     .base
                     .and_then(|_| self.hosts[h].base_items.get(&(to, e.epoch.epoch.0)).cloned())
                     .unwrap_or_default();
+                // It continues the stream of the copy.
+                if let Some(shadow) = self.hosts[h].shadows.get(&to) {
+                    missing.retain(|(item, value)| shadow.get(item) != Some(value));
+                }
                 let bulk = Bulk::Record(r.clone(), missing);
                 i6::sends(self, h, e.epoch.epoch);
                 Some(bulk)
+            }
+            // A new session: what is sent refers to nothing before it.
+            Body::Join { .. } | Body::Resume { .. } => {
+                self.hosts[h].shadows.remove(&to);
+                None
             }
             _ => None,
         };
         self.transmit(h, to, &message, bulk);
     }
 
+    /// Copies give way to others: a piece may wait, and those after it with it.
+    fn pace_chunk(&mut self, h: usize, to: HostId, message: Message, join: u64, seq: u64) {
+        let slow = (BEGIN..HEAL).contains(&self.now) && self.rng.per_mille(60);
+        let wait = match slow {
+            true => self.rng.below(500_000),
+            false => 0,
+        };
+        let at = self.hosts[h].chunks_at.max(self.now) + wait;
+        if at == self.now {
+            return self.send_chunk(h, &to, message, join, seq);
+        }
+        self.hosts[h].chunks_at = at;
+        self.soon(h, at - self.now, Local::Chunk(to, message, join, seq));
+    }
+
     fn send_chunk(&mut self, h: usize, to: &HostId, message: Message, join: u64, seq: u64) {
         let i = self.index(to);
         let host = &mut self.hosts[h];
+        let primary = host.replica.as_ref().and_then(|r| r.primary());
+        if !primary.is_some_and(|p| p.wants_chunk(to, message.session, join, seq)) {
+            return;
+        }
         let Some(g) = host.guest.as_ref() else { return };
         let t = host
             .trackers
@@ -262,7 +290,13 @@ impl World {
         t.dirty &= !mask;
         t.chunks.insert(seq, mask);
         let remaining = u64::from(t.dirty.count_ones()) << 20;
-        let bulk = Bulk::Chunk(items(&g.state, mask));
+        let shadow = host.shadows.entry(i).or_default();
+        if seq == 0 {
+            shadow.clear();
+        }
+        let mut sent = items(&g.state, mask);
+        sent.retain(|&(item, value)| shadow.insert(item, value) != Some(value));
+        let bulk = Bulk::Chunk(sent);
         self.transmit(h, i, &message, Some(bulk));
         let e = Event::ChunkSent {
             to: to.clone(),
@@ -483,6 +517,7 @@ impl World {
                 }
                 self.give(h, Event::SpeculationDiscarded { intact });
             }
+            Local::Chunk(to, message, join, seq) => self.send_chunk(h, &to, message, join, seq),
             Local::Plain(e) => self.give(h, e),
         }
     }

@@ -52,6 +52,8 @@ pub enum Local {
     Applied(Epoch),
     /// A speculation is undone.
     Undone(bool),
+    /// A piece of a copy has waited for its turn.
+    Chunk(HostId, Message, u64, u64),
     /// Anything else that just takes a moment.
     Plain(Event),
 }
@@ -190,6 +192,10 @@ pub struct Host {
     pub extras: BTreeMap<u64, Vec<(usize, u32)>>,
     /// The same on the sending side: (host, epoch).
     pub base_items: BTreeMap<(usize, u64), Vec<(usize, u32)>>,
+    /// What counts as there with each host that is being filled: it is not sent again.
+    pub shadows: BTreeMap<usize, BTreeMap<usize, u32>>,
+    /// Pieces of copies have their turn from then on.
+    pub chunks_at: u64,
     /// Cut but not yet sealed.
     pub cutting: Option<Record>,
     /// Frames and dirt of the open epoch.
@@ -581,6 +587,8 @@ impl Host {
             records: BTreeMap::new(),
             extras: BTreeMap::new(),
             base_items: BTreeMap::new(),
+            shadows: BTreeMap::new(),
+            chunks_at: 0,
             cutting: None,
             open_frames: Vec::new(),
             open_pages: Vec::new(),
@@ -607,6 +615,7 @@ impl Host {
         self.records.clear();
         self.extras.clear();
         self.base_items.clear();
+        self.shadows.clear();
         self.cutting = None;
         self.open_frames.clear();
         self.open_pages.clear();

@@ -6,7 +6,7 @@ use steadfast_epoch::Sabotage;
 use steadfast_sim::batch;
 
 /// What is broken, and which checkers may be the first to notice: a broken rule often shows in more than one way.
-const VARIANTS: [(Sabotage, &[&str]); 17] = [
+const VARIANTS: [(Sabotage, &[&str]); 18] = [
     (Sabotage::ReleaseOnSend, &["I1", "I6"]),
     (Sabotage::CommitWithoutAck, &["I1", "I4"]),
     (Sabotage::TakeoverWithoutGrant, &["I2"]),
@@ -23,6 +23,7 @@ const VARIANTS: [(Sabotage, &[&str]); 17] = [
     (Sabotage::CountOwnStarvation, &["I7"]),
     (Sabotage::AlwaysProtected, &["I8"]),
     (Sabotage::AcceptOldTerm, &["fault 48", "I3"]),
+    (Sabotage::SendStaleChunks, &["I3"]),
     (Sabotage::NeverResend, &["liveness"]),
 ];
 

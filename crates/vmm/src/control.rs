@@ -4,7 +4,7 @@
 //! may send any number of requests. A peer that sends nonsense gets an error and loses its connection; lines are
 //! bounded, and so is the number of connections. Requests are handed to the process's main loop, which owns the VM.
 
-use crate::isolation::janitor::lock_folder;
+use crate::isolation::janitor::{Leftover, lock_folder};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
+use steadfast_machine::devices::virtio::common::limiter::Rate;
+use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::state::PendingFile;
 
 /// Longest request line in bytes.
@@ -86,6 +88,8 @@ pub enum Request {
         /// Their addresses for clients.
         endpoints: Vec<String>,
     },
+    /// What each of its network cards carries at most.
+    NetRate(NetRate),
     /// What a protected VM promises from now on.
     Class {
         /// Its outputs wait until a standby could repeat them.
@@ -115,6 +119,31 @@ pub enum Request {
 
 fn yes() -> bool {
     true
+}
+
+/// Most that a network card carries, in bytes a second; 0: as much as there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetRate {
+    /// To the guest.
+    #[serde(default)]
+    pub in_bytes_per_s: u64,
+    /// From the guest.
+    #[serde(default)]
+    pub out_bytes_per_s: u64,
+}
+
+impl NetRate {
+    /// Sets it, on a machine that may run.
+    pub fn set(self, nics: &[NetHandle]) {
+        let rate = |bytes_per_s| Rate {
+            bytes_per_s,
+            ops_per_s: 0,
+        };
+        for nic in nics {
+            nic.rx_rate().set(rate(self.in_bytes_per_s));
+            nic.tx_rate().set(rate(self.out_bytes_per_s));
+        }
+    }
 }
 
 /// What a VM does after a save.
@@ -205,6 +234,40 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+/// A bound control socket, and its name as long as it is this one's: another process may have taken it.
+pub struct Bound {
+    listener: UnixListener,
+    name: Leftover,
+}
+
+impl Bound {
+    /// As [`bind`].
+    ///
+    /// # Errors
+    /// As [`bind`].
+    pub fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self {
+            listener: bind(path)?,
+            name: Leftover::of(path)?,
+        })
+    }
+
+    /// One more handle on the socket, for [`serve`].
+    ///
+    /// # Errors
+    /// No descriptor to be had.
+    pub fn try_clone(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
+    /// Takes it out of service.
+    pub fn leave(&self) {
+        self.name.remove();
+        // Where the name is not ours to remove any more, nobody may take it for a running VM.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
 }
 
 /// Serves a bound socket on a thread of its own until the process ends or the socket is shut down. A process that ends

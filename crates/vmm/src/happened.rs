@@ -53,6 +53,11 @@ impl Happened {
         std::mem::take(&mut self.news())
     }
 
+    /// Whether the machine, as it is, has come to its end, and nobody has looked yet.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.news().end.is_some()
+    }
+
     fn ends(&self, end: End) {
         self.news().end.get_or_insert(end);
         (self.wake)();

@@ -7,9 +7,8 @@
 //! ```
 
 use crate::assemble::{AssembleError, Surroundings, Vm, assemble_from};
-use crate::control::{self, Answers, Call, Request, Then, failure};
+use crate::control::{self, Answers, Call, NetRate, Request, Then, failure};
 use crate::happened::{End, Happened};
-use crate::isolation::janitor::Leftover;
 use crate::isolation::{Confined, Isolation, IsolationError};
 use crate::last_words;
 use crate::resources::Resources;
@@ -17,7 +16,6 @@ use crate::spec::VmSpec;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -145,7 +143,7 @@ enum Next {
 struct Process<'a> {
     vm: Vm,
     options: &'a mut Options,
-    control: Option<&'a Bound>,
+    control: Option<&'a control::Bound>,
     _confined: Option<Confined>,
     happened: Arc<Happened>,
     running: Running,
@@ -157,6 +155,8 @@ struct Process<'a> {
     announce: bool,
     /// Another process may have the disks and sockets.
     released: bool,
+    /// Of the present machine and those after it.
+    net_rate: NetRate,
     /// The guest asked for a reset that waits until the disks and sockets are ours again.
     reset_waits: bool,
 }
@@ -224,7 +224,7 @@ pub fn run(start: Start, mut options: Options) -> Result<Ended, ProcessError> {
     let control = options
         .control
         .as_deref()
-        .map(Bound::new)
+        .map(control::Bound::new)
         .transpose()
         .map_err(ProcessError::Control)?;
     let mut answers = Answers::default();
@@ -247,33 +247,10 @@ fn ignore_file_size_signal() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// The control socket.
-struct Bound {
-    listener: UnixListener,
-    /// Its name, as long as it is this one's: another process may have taken it.
-    name: Leftover,
-}
-
-impl Bound {
-    fn new(path: &Path) -> std::io::Result<Self> {
-        Ok(Self {
-            listener: control::bind(path)?,
-            name: Leftover::of(path)?,
-        })
-    }
-
-    /// Takes it out of service.
-    fn leave(&self) {
-        self.name.remove();
-        // Where the name is not ours to remove any more, nobody may take it for a running VM.
-        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
-    }
-}
-
 fn run_bound(
     start: Start,
     options: &mut Options,
-    control: Option<&Bound>,
+    control: Option<&control::Bound>,
     answers: &mut Answers,
 ) -> Result<Ended, ProcessError> {
     let (queue, events) = sync_channel(EVENTS_MAX);
@@ -304,7 +281,7 @@ fn run_bound(
     }
     let (calls, incoming) = sync_channel::<Call>(4);
     if let Some(listener) = control {
-        let listener = listener.listener.try_clone().map_err(ProcessError::Control)?;
+        let listener = listener.try_clone().map_err(ProcessError::Control)?;
         *answers = control::serve(listener, calls).map_err(ProcessError::Control)?;
         let forward = std::thread::Builder::new()
             .name("control-queue".into())
@@ -328,6 +305,7 @@ fn run_bound(
         announce,
         released: false,
         reset_waits: false,
+        net_rate: NetRate::default(),
         options,
         control,
         _confined: confined,
@@ -460,6 +438,7 @@ impl Process<'_> {
         // What the old machine still said on its way is not the new one's.
         self.panics += self.happened.take().panics;
         self.vm = build(&spec, &resources, self.options, &self.happened)?;
+        self.net_rate.set(&self.vm.nics);
         self.vm.boot()?;
         self.resets += 1;
         self.reset_waits = false;
@@ -522,6 +501,11 @@ impl Process<'_> {
                 self.reset_waits = true;
                 (json!({"ok": true}), None)
             }
+            Request::NetRate(rate) => {
+                self.net_rate = *rate;
+                rate.set(&self.vm.nics);
+                (json!({"ok": true}), None)
+            }
             Request::HandOver { .. }
             | Request::AddPeer { .. }
             | Request::RemovePeer { .. }
@@ -551,6 +535,10 @@ impl Process<'_> {
         let mut stopped = self.vm.machine.quiesce().map_err(|e| text(&e))?;
         let result = (|| {
             stopped.drain(REST_MAX).map_err(|e| text(&e))?;
+            if !memory && (self.reset_waits || self.happened.has_ended()) {
+                // Whoever went on with it would not hear of it.
+                return Err("the guest has just turned itself off, or wants a reset".into());
+            }
             let state = stopped.save().map_err(|e| text(&e))?;
             let state_us = began.elapsed().as_micros() as u64;
             let spec = serde_json::to_vec(&self.vm.spec).map_err(|e| text(&e))?;
@@ -611,6 +599,7 @@ impl Process<'_> {
             "guest_resets": self.resets,
             "uptime_ms": self.started.elapsed().as_millis() as u64,
             "last_pause_us": self.last_pause_us,
+            "net_rate": self.net_rate,
             "balloon_bytes": self.vm.balloon.as_ref().map(|b| u64::from(b.actual()) * PAGE_SIZE),
             "disks": disks,
             "nics": nics,

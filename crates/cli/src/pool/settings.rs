@@ -108,6 +108,9 @@ pub struct LimitArgs {
     /// Most I/O per second on each of its disks: read=SIZE,write=SIZE,read-ops=N,write-ops=N, each optional; or max.
     #[arg(long)]
     io_max: Option<String>,
+    /// Most that each of its network cards carries per second: in=SIZE,out=SIZE, each optional; or max.
+    #[arg(long)]
+    net_max: Option<String>,
 }
 
 /// Runs `steadfast vm limit`.
@@ -117,6 +120,7 @@ pub fn limit(vm: &VmId, args: LimitArgs, on: &OnVm, json: bool) -> Outcome {
         cpu_max: args.cpu_max,
         memory_max: args.memory_max,
         io_max: args.io_max,
+        net_max: args.net_max,
     };
     let path = format!("/v1/vms/{vm}/limits");
     api(&on.folders, json)?.done(Method::POST, &path, on.dry_run, Some(&body))

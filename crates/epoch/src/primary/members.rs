@@ -358,6 +358,18 @@ impl Primary {
         }
     }
 
+    /// Whether a chunk that was asked for is to be sent now: its session and copy are those of the present. One of an earlier session is
+    /// dropped over there, and what it would carry counts as sent here.
+    #[must_use]
+    pub fn wants_chunk(&self, to: &HostId, session: u64, join: u64, seq: u64) -> bool {
+        let asked = |m: &&Member| m.host == *to && m.session == session && m.talk == Talk::Copying;
+        let member = self.members.iter().find(asked);
+        let wanted = member
+            .and_then(|m| m.copy)
+            .is_some_and(|c| c.join == join && seq >= c.acked && seq < c.issued);
+        wanted || self.settings.broken(Sabotage::SendStaleChunks)
+    }
+
     /// Starts the copy to an empty standby once neither the record nor a proposal lists it as in sync: its state is
     /// gone, so from here on it must not be promoted.
     pub(super) fn begin_copy(&mut self, i: usize, out: &mut Vec<Action>) {
@@ -429,6 +441,7 @@ impl Primary {
 
     pub(super) fn chunk_sent(
         &mut self,
+        now: Micros,
         to: &HostId,
         join: u64,
         seq: u64,
@@ -442,6 +455,8 @@ impl Primary {
         let Some(c) = m.copy.as_mut().filter(|c| c.join == join && seq < c.issued) else {
             return;
         };
+        // What waited for its turn here is not late over there.
+        c.progress_at = now;
         c.remaining = remaining;
         c.full |= remaining <= threshold && seq + 1 == c.issued;
         if seq.is_multiple_of(64) {

@@ -252,7 +252,7 @@ impl Primary {
                 join,
                 seq,
                 remaining,
-            } => self.chunk_sent(&to, join, seq, remaining, out),
+            } => self.chunk_sent(now, &to, join, seq, remaining, out),
             Event::ColdStart => {
                 out.push(Action::Notice(Notice::Refused(
                     "this instance runs the VM already",

@@ -291,7 +291,9 @@ impl Standby {
     pub(crate) fn lose_state(&mut self, out: &mut Vec<Action>) {
         self.state = None;
         self.durable = Epoch::ZERO;
-        if self.session == Session::Following {
+        // Also in the middle of a copy: what it has brought so far cannot be told from what it has not, and the pieces that follow
+        // would be taken as if they completed it.
+        if matches!(self.session, Session::Following | Session::Joining { .. }) {
             self.session = Session::Idle;
             self.tell_owner(Body::NoSession, out);
         }

@@ -372,6 +372,7 @@ pub async fn limits(
     let stored = &pool.vm_entry(&vm)?.stored;
     let wanted = new.over(&stored.limits);
     wanted.read(stored.machine.memory_bytes)?;
+    wanted.net_rate()?;
     let text = serde_json::to_string(&wanted).unwrap_or_default();
     let plan = vec![format!("limits of {vm}: {text}")];
     if !dry.dry_run {

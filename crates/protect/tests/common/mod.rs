@@ -173,6 +173,8 @@ pub struct Site {
     pub die_at: Option<String>,
     /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
     pub tls: bool,
+    /// Where hosts `a` and `b` meet a third one, `c`, if there is one.
+    pub third: Option<[[SocketAddr; 2]; 2]>,
     count: u32,
 }
 
@@ -204,6 +206,7 @@ impl Site {
             suspect_ms: 160,
             die_at: None,
             tls: false,
+            third: None,
             count: 0,
         }
     }
@@ -213,16 +216,34 @@ impl Site {
         self.dir.path()
     }
 
-    /// Starts a new process on `host` (`a` or `b`); `start`: it powers the VM on.
+    /// The other hosts, and where this one meets them.
+    pub fn links(&self, host: &str) -> Vec<(&'static str, [SocketAddr; 2])> {
+        let [a, b] = self.paths;
+        let mut all = match host {
+            "a" => vec![("b", a)],
+            "b" => vec![("a", b)],
+            _ => Vec::new(),
+        };
+        if let Some([ac, bc]) = self.third {
+            match host {
+                "a" => all.push(("c", ac)),
+                "b" => all.push(("c", bc)),
+                _ => all = vec![("a", ac), ("b", bc)],
+            }
+        }
+        all
+    }
+
+    /// Starts a new process on `host` (`a`, `b`, or `c` if there is a third); `start`: it powers the VM on.
     pub fn spawn(&mut self, host: &'static str, start: bool) -> Instance {
         self.count += 1;
         let dir = self.path().join(format!("{host}{}", self.count));
         std::fs::create_dir(&dir).unwrap();
-        let (peer, paths) = if host == "a" {
-            ("b", self.paths[0])
-        } else {
-            ("a", self.paths[1])
-        };
+        let links = self.links(host);
+        let peers: Vec<_> = links
+            .iter()
+            .map(|(peer, paths)| json!({"host": peer, "paths": paths}))
+            .collect();
         let image = self.path().join(format!("{host}.raw"));
         if self.disk && !image.exists() {
             std::fs::write(&image, vec![0; DISK_BYTES]).unwrap();
@@ -245,7 +266,7 @@ impl Site {
         });
         let protect = json!({
             "host": host, "store": self.path().join("store"), "start": start,
-            "peers": [{"host": peer, "paths": paths}],
+            "peers": peers,
             "suspect_ms": self.suspect_ms,
             "die_at": self.die_at.take(),
             "tls": if self.tls { tls } else { Value::Null },
@@ -269,7 +290,7 @@ impl Site {
     pub fn logs(&self) -> String {
         let mut all = String::new();
         for n in self.count.saturating_sub(2)..=self.count {
-            for host in ["a", "b"] {
+            for host in ["a", "b", "c"] {
                 if let Ok(text) = std::fs::read_to_string(self.path().join(format!("{host}{n}/log"))) {
                     let lines: Vec<_> = text.lines().collect();
                     let tail = lines[lines.len().saturating_sub(40)..].join("\n");

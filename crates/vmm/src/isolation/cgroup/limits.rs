@@ -1,6 +1,10 @@
 //! What a VM may use of its host, as operators write it.
 
 use super::Controller;
+use crate::control::NetRate;
+
+/// Less than this is no rate to speak with anybody: one large frame takes seconds.
+const NET_RATE_MIN: u64 = 16 << 10;
 
 /// Most CPU time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,4 +149,33 @@ pub fn parse_io_max(text: &str) -> Result<IoMax, String> {
         *to = Some(number);
     }
     Ok(io)
+}
+
+/// Reads what a network card carries at most: `in=SIZE,out=SIZE` a second, each optional, or `max`.
+///
+/// # Errors
+/// What would be right.
+pub fn parse_net_max(text: &str) -> Result<NetRate, String> {
+    let mut rate = NetRate::default();
+    if text == "max" {
+        return Ok(rate);
+    }
+    for part in text.split(',') {
+        let (to, value) = match part.split_once('=') {
+            Some(("in", v)) => (&mut rate.in_bytes_per_s, v),
+            Some(("out", v)) => (&mut rate.out_bytes_per_s, v),
+            _ => {
+                return Err(format!(
+                    "{part:?} is no network limit; known: in=SIZE, out=SIZE (bytes per second), or max"
+                ));
+            }
+        };
+        *to = crate::spec::parse_size(value)?;
+        if *to < NET_RATE_MIN {
+            return Err(format!(
+                "{part}: less than {NET_RATE_MIN} bytes a second carries nothing in time"
+            ));
+        }
+    }
+    Ok(rate)
 }
