@@ -89,6 +89,8 @@ pub struct Outgoing {
     encoder: Encoder,
     /// The epoch that continues the stream.
     next: Option<Epoch>,
+    /// The last record was a piece of a copy: the epoch that completes the copy continues the stream, once.
+    copying: bool,
     queue: VecDeque<Item>,
     /// Encoded, and not taken by the link yet.
     ready: VecDeque<Frame>,
@@ -104,6 +106,7 @@ impl Outgoing {
         Self {
             encoder,
             next: None,
+            copying: false,
             queue: VecDeque::new(),
             ready: VecDeque::new(),
             copied: 0,
@@ -123,7 +126,7 @@ impl Outgoing {
     /// One that is half sent ends where it is: the first chunk of another ends it over there too.
     pub fn restart(&mut self) {
         self.queue.retain(|item| !matches!(item, Item::Record(_)));
-        self.next = None;
+        (self.next, self.copying) = (None, false);
         self.encoder.reset();
     }
 
@@ -203,9 +206,12 @@ impl Outgoing {
     fn begin(&mut self, job: &Job) -> Result<At, EncodeError> {
         match job.id {
             RecordId::Epoch(epoch) => {
-                if self.next != Some(epoch) && job.completes.is_none() {
+                let completes = job.completes.is_some() && std::mem::take(&mut self.copying);
+                // Asked for again, say: what it counted as sent before is not there.
+                if self.next != Some(epoch) && !completes {
                     self.encoder.reset();
                 }
+                self.copying = false;
                 self.next = Some(epoch.next());
             }
             RecordId::Copy { seq, .. } => {
@@ -213,7 +219,7 @@ impl Outgoing {
                     self.encoder.reset();
                 }
                 // After the last piece of a copy the epoch that completes it follows, in the same stream.
-                self.next = None;
+                (self.next, self.copying) = (None, true);
             }
         }
         let bytes_before = self.encoder.bytes_out();
@@ -456,6 +462,44 @@ mod tests {
             ["m1", "m50", "m5", "Epoch(Epoch(5))"]
         );
         assert!((0..100).all(|g| *memory.0[&g] == content(g, 5)));
+    }
+
+    /// The epoch that completes a copy is asked for again in the same session: it is sent in full, not as what changed since it was
+    /// sent first.
+    #[test]
+    fn the_end_of_a_copy_can_be_sent_again() {
+        let mut out = outgoing();
+        let mut copy = epoch(1, 60);
+        copy.id = RecordId::Copy { join: 9, seq: 0 };
+        out.record(copy);
+        let base = || {
+            let mut base = epoch(2, 40);
+            base.completes = Some(HostId::new("b").unwrap());
+            base
+        };
+        out.record(base());
+        let mut pump = |out: &mut Outgoing| {
+            let mut all = Vec::new();
+            let take = |f: &Frame| {
+                all.push(f.clone());
+                Ok(())
+            };
+            out.pump(Duration::from_secs(60), take).unwrap();
+            all
+        };
+        let first = pump(&mut out);
+        let (mut stager, mut memory) = (Stager::new(StageConfig::default(), |_| true), Memory::default());
+        let mut lost = Memory::default();
+        // The copy's piece is stored; what completes it is dropped over there.
+        let end_of_copy = first.iter().rposition(|f| f.kind == Kind::Control).unwrap();
+        let (piece, dropped) = first.split_at(end_of_copy);
+        receive(piece.to_vec(), &mut stager, &mut memory);
+        receive(dropped.to_vec(), &mut stager, &mut lost);
+        out.record(base());
+        let again = pump(&mut out);
+        receive(again, &mut stager, &mut memory);
+        assert!((0..40).all(|g| *memory.0[&g] == content(g, 2)));
+        assert!((40..60).all(|g| *memory.0[&g] == content(g, 1)));
     }
 
     #[test]
