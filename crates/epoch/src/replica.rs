@@ -55,7 +55,7 @@ impl Replica {
     pub fn set_class(&mut self, hold_outputs: bool, policy: &PolicySettings) {
         let set = |settings: &mut Settings| {
             settings.hold_outputs = hold_outputs;
-            settings.policy = policy.clone();
+            settings.policy = *policy;
         };
         set(&mut self.settings);
         match &mut self.role {

@@ -478,7 +478,7 @@ mod tests {
             base
         };
         out.record(base());
-        let mut pump = |out: &mut Outgoing| {
+        let pump = |out: &mut Outgoing| {
             let mut all = Vec::new();
             let take = |f: &Frame| {
                 all.push(f.clone());

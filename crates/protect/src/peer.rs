@@ -22,6 +22,9 @@ pub struct Join {
     pub join: u64,
     missing: Vec<u64>,
     count: u64,
+    /// The next piece begins at this page. Round and round: if each began at the first page that is missing, a guest that dirties low
+    /// pages faster than they are sent would keep the others from ever being sent.
+    at: u64,
     /// Chunks sent, with their pages: a lost one counts as not sent.
     sent: BTreeMap<u64, Vec<Gfn>>,
     /// Pieces of disks in those chunks: volume, offset, length.
@@ -37,6 +40,7 @@ impl Join {
             join,
             missing: Vec::new(),
             count: 0,
+            at: 0,
             sent: BTreeMap::new(),
             sent_disk: BTreeMap::new(),
             rounds: 0,
@@ -69,15 +73,23 @@ impl Join {
 
     /// Takes all missing pages, rising.
     pub fn take_all(&mut self) -> Vec<Gfn> {
-        self.take(usize::MAX)
+        self.take(0, usize::MAX)
     }
 
-    fn take(&mut self, most: usize) -> Vec<Gfn> {
+    /// Missing pages from this one on, rising.
+    fn take(&mut self, from: u64, most: usize) -> Vec<Gfn> {
         let mut pages = Vec::new();
-        for (w, word) in self.missing.iter_mut().enumerate() {
-            while *word != 0 && pages.len() < most {
-                pages.push(Gfn(w as u64 * 64 + u64::from(word.trailing_zeros())));
-                *word &= *word - 1;
+        let first = (from / 64) as usize;
+        for (w, word) in self.missing.iter_mut().enumerate().skip(first) {
+            let mut left = *word;
+            if w == first {
+                left &= u64::MAX << (from % 64);
+            }
+            while left != 0 && pages.len() < most {
+                let bit = left & left.wrapping_neg();
+                pages.push(Gfn(w as u64 * 64 + u64::from(bit.trailing_zeros())));
+                left &= !bit;
+                *word &= !bit;
             }
             if pages.len() >= most {
                 break;
@@ -91,10 +103,16 @@ impl Join {
     pub fn chunk(&mut self, seq: u64, most: usize) -> Vec<Gfn> {
         for (_, lost) in self.sent.split_off(&seq) {
             for gfn in lost {
+                self.at = self.at.min(gfn.0);
                 self.add(gfn);
             }
         }
-        let pages = self.take(most.clamp(1, CHUNK_PAGES));
+        let most = most.clamp(1, CHUNK_PAGES);
+        let mut pages = self.take(self.at, most);
+        if pages.is_empty() {
+            pages = self.take(0, most);
+        }
+        self.at = pages.last().map_or(0, |g| g.0 + 1);
         self.sent.insert(seq, pages.clone());
         pages
     }
@@ -254,6 +272,21 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_that_is_dirtied_again_waits_for_its_turn() {
+        let mut j = Join::new(1, &[(0, 400 * 4096)]);
+        let mut seen = std::collections::BTreeSet::new();
+        for seq in 0..4 {
+            let pages = j.chunk(seq, 100);
+            assert_eq!(pages.len(), 100);
+            seen.extend(pages);
+            // The guest changes the lowest hundred all the while.
+            (0..100).for_each(|g| j.add(Gfn(g)));
+        }
+        assert_eq!(seen.len(), 400, "all were sent once before any was sent twice");
+        assert_eq!(j.chunk(4, 100).first(), Some(&Gfn(0)), "round");
+    }
 
     #[test]
     fn lost_chunks_are_missing_again() {
