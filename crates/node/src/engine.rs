@@ -223,10 +223,12 @@ impl Instances {
     /// Processes of this VM, but for the one before the change.
     fn others(&self, id: &VmId, change: &Change) -> Vec<(u32, u64)> {
         let runs = |pid: u32| Some((pid, procs::started(pid).filter(|at| procs::runs(pid, *at))?));
+        let folder = self.folder(id);
+        let ours = |pid: &u32| guard::is_vmm_in(*pid, &folder);
         // One that has just begun may have no words yet.
         let noted = self.meta(id).and_then(|now| now.pid);
-        let noted = noted.filter(|pid| guard::is_vmm(*pid, id) || guard::has_no_words(*pid));
-        let all = procs::all().into_iter().filter(|pid| guard::is_vmm(*pid, id));
+        let noted = noted.filter(|pid| ours(pid) || guard::has_no_words(*pid));
+        let all = procs::all().into_iter().filter(ours);
         let all: BTreeSet<u32> = all.chain(noted).filter(|pid| *pid != change.pid).collect();
         all.into_iter().filter_map(runs).collect()
     }

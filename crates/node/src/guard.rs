@@ -19,6 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -71,6 +72,16 @@ pub fn is_vmm(pid: u32, vm: &VmId) -> bool {
     let mut words = line.split(|b| *b == 0);
     let path = format!("/vm/{vm}/");
     words.any(|w| w == b"vmm") && words.any(|w| String::from_utf8_lossy(w).contains(&path))
+}
+
+/// Whether this process is a monitor whose files are in this folder.
+#[must_use]
+pub fn is_vmm_in(pid: u32, folder: &std::path::Path) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words = line
+        .split(|b| *b == 0)
+        .map(|w| std::path::Path::new(std::ffi::OsStr::from_bytes(w)));
+    words.any(|w| w == "vmm") && words.any(|w| w.starts_with(folder))
 }
 
 /// Whether a process has no command line (yet).
