@@ -174,8 +174,7 @@ fn a_change_that_its_daemon_did_not_survive_is_brought_to_an_end() {
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_millis(delay_ms));
-        pool.host(&on).kill_daemon();
-        pool.host(&on).start_daemon();
+        pool.host(&on).crash_daemon();
         wait("r to be protected", || protection(&pool, "r") == "protected");
         wait("the change to have ended", || {
             !change.exists() && processes(&pool, "r") == 2

@@ -282,7 +282,8 @@ impl Agent {
                 let entry = now.vms.get(&id).filter(|vm| vm.owner() == Some(&node.host()));
                 Ok(entry.map(PoolVm::term))
             };
-            let done = match node.instances.changing(&id) {
+            let carried_on = node.instances.changing(&id);
+            let done = match carried_on {
                 true => node.instances.end_change(&id, owned),
                 false => pool
                     .vm_entry(&id)
@@ -296,10 +297,18 @@ impl Agent {
                     node.event(about, journal::done(what, took, None), "");
                 }
                 Ok(came) => tracing::warn!(vm = %id, ?came, "a change of process that had begun"),
-                Err(error) => node.note(
+                Err(error) if !node.instances.changing(&id) => node.note(
                     about,
                     format!("it cannot be mirrored, and runs as before: {error}"),
                 ),
+                // Once; each round tries again.
+                Err(error) if !carried_on => node.note(
+                    about,
+                    format!("it stands still: the change of its process does not come to an end: {error}"),
+                ),
+                Err(error) => {
+                    tracing::error!(vm = %id, %error, "a change of process does not come to an end")
+                }
             }
             stopping
                 .lock()

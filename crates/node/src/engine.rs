@@ -90,7 +90,7 @@ struct Change {
 
 impl Change {
     fn taken(&self) -> PathBuf {
-        self.state.with_extension("taken")
+        TakeOver::taken(&self.state)
     }
 
     fn void(&self) -> PathBuf {

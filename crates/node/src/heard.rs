@@ -43,9 +43,13 @@ impl Heard {
         Some(report)
     }
 
-    /// What was heard of it last, from whichever process.
-    pub fn last(&self, vm: &VmId) -> Option<InstanceReport> {
-        self.lock().get(vm).map(|l| l.report.clone())
+    /// What was heard of it a moment ago, from whichever process.
+    pub fn lately(&self, vm: &VmId, now: Instant) -> Option<InstanceReport> {
+        let all = self.lock();
+        let last = all
+            .get(vm)
+            .filter(|l| now.saturating_duration_since(l.at) <= BELIEVED);
+        last.map(|l| l.report.clone())
     }
 
     /// Only these are left.

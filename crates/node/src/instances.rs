@@ -339,8 +339,9 @@ impl Instances {
         serde_json::from_str(&text).map_err(wrong)
     }
 
-    /// Tells this host's instance what its class promises now; links it with those hosts that have, or shall have, one too, and with no others; and tells it where the
-    /// store's members are, if that has changed: a takeover must not wait for one that was taken out long ago.
+    /// Tells this host's instance what its class promises now; links it with those hosts that have, or shall have, one too, and with no
+    /// others; and tells it where the store's members are, if that has changed: a takeover must not wait for one that was taken
+    /// out long ago.
     ///
     /// # Errors
     /// The instance does not answer, or its folder cannot be written. The next round goes on.
@@ -489,7 +490,7 @@ impl Instances {
         }
         if !answered
             && self.changing(vm)
-            && let Some(last) = self.heard.last(vm)
+            && let Some(last) = self.heard.lately(vm, Instant::now())
         {
             // It goes on in another process in a moment.
             report = last;

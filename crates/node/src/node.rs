@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use steadfast_cluster::events::{Event, What};
-use steadfast_store::{Commit, Kv, StoreSpec};
+use steadfast_store::{Commit, EtcdSpec, Kv, StoreSpec};
 use steadfast_types::HostId;
 use tokio::sync::{Notify, watch};
 
@@ -174,8 +174,16 @@ impl Node {
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
         match (&old, &spec) {
             // The same cluster: what was seen of it still counts.
-            (StoreSpec::Etcd { .. }, StoreSpec::Etcd { etcd }) => self.kv().set_endpoints(&etcd.endpoints),
             (old, new) if old == new => {}
+            (StoreSpec::Etcd { etcd: old }, StoreSpec::Etcd { etcd: new })
+                if *new
+                    == EtcdSpec {
+                        endpoints: new.endpoints.clone(),
+                        ..old.clone()
+                    } =>
+            {
+                self.kv().set_endpoints(&new.endpoints);
+            }
             _ => {
                 let kv = steadfast_store::open(&spec)?;
                 *self.kv.write().unwrap_or_else(PoisonError::into_inner) = kv;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use steadfast_store::StoreSpec;
 use steadfast_types::HostId;
 
@@ -123,10 +123,10 @@ pub struct TakeOver {
 }
 
 impl TakeOver {
-    /// The state's name once the VM has been taken over.
+    /// A state's name once its VM has been taken over.
     #[must_use]
-    pub fn taken(&self) -> PathBuf {
-        self.state.with_extension("taken")
+    pub fn taken(state: &Path) -> PathBuf {
+        state.with_extension("taken")
     }
 }
 

@@ -10,9 +10,6 @@ pub const STEPS: [&str; 16] = [
     "suspect", "grant", "load", "resume", "announce",
 ];
 
-/// Steps of a VM that is taken over from another process of its host: before and after it has become this one's.
-pub const TAKE_OVER: [&str; 2] = ["take-over", "taken"];
-
 /// See the module.
 #[derive(Default)]
 pub struct Failpoint {
@@ -32,7 +29,6 @@ impl Failpoint {
         let (name, count) = text.split_once(':').unwrap_or((text, "1"));
         let step = STEPS
             .into_iter()
-            .chain(TAKE_OVER)
             .find(|s| *s == name)
             .ok_or_else(|| format!("{name:?} is no step; known: {}", STEPS.join(", ")))?;
         let left = count.parse().map_err(|_| format!("{count:?} is no number"))?;
@@ -52,8 +48,7 @@ impl Failpoint {
             Status::Standby(s) => s.staged.is_some(),
         };
         // A host that is being promoted mirrors to nobody.
-        let promotion = TAKE_OVER.contains(&step)
-            || STEPS.iter().position(|s| *s == step) >= STEPS.iter().position(|s| *s == "suspect");
+        let promotion = STEPS.iter().position(|s| *s == step) >= STEPS.iter().position(|s| *s == "suspect");
         if !mirrored && !promotion {
             return;
         }

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use steadfast_capture::Beside;
-use steadfast_epoch::Status;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
+use steadfast_epoch::{Primary, Status};
 use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::MachineError;
 use steadfast_machine::state::SaveReader;
@@ -212,7 +212,7 @@ impl Engine {
         have: EpochRef,
     ) -> Result<(), ProcessError> {
         let began = Instant::now();
-        let wanted = |p: &steadfast_epoch::primary::Primary| p.wants_chunk(to, message.session, join, seq);
+        let wanted = |p: &Primary| p.wants_chunk(to, message.session, join, seq);
         if !self.replica.primary().is_some_and(wanted) {
             // It waited for its turn, and a new session has begun meanwhile: that has its own.
             return Ok(());
@@ -365,15 +365,13 @@ impl Engine {
         }
         let state = std::mem::take(&mut saved.state);
         self.vm.machine.restore(state).map_err(machine_failed)?;
-        self.reached("take-over");
         // From here on it is ours; before, it can be had back.
-        std::fs::rename(&from.state, from.taken()).map_err(|e| {
+        std::fs::rename(&from.state, TakeOver::taken(&from.state)).map_err(|e| {
             disk_failed(format!(
                 "the VM is not left to this process: {}: {e}",
                 from.state.display()
             ))
         })?;
-        self.reached("taken");
         self.note("taken over from a process of this host".into());
         Ok(())
     }

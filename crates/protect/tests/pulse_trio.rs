@@ -86,6 +86,7 @@ fn rounds(test: &str, rounds: u32) {
         client,
         counter: 0,
     };
+    let mut compared = 0;
     for round in 0..rounds {
         wait("a primary", LONG, || trio.primary().is_some());
         let primary = trio.primary().unwrap();
@@ -107,6 +108,7 @@ fn rounds(test: &str, rounds: u32) {
         let now = trio.primary().unwrap();
         let status = trio.hosts[now].status().unwrap();
         assert_eq!(status["audit_stale_pages"], 0, "round {round}: {status:#}");
+        compared += status["audit_epochs"].as_u64().unwrap();
         // The others are filled anew, both at the same time.
         let bytes_per_s = [0, 100 << 20, 300 << 20][random.below(3) as usize];
         trio.hosts[now].ask(&Request::CopyRate { bytes_per_s });
@@ -121,12 +123,8 @@ fn rounds(test: &str, rounds: u32) {
         }
         trio.one();
     }
-    let now = trio.primary().unwrap();
-    println!(
-        "{}: {} of them compared",
-        test,
-        trio.hosts[now].status().unwrap()["audit_epochs"]
-    );
+    println!("{test}: {compared} epochs compared");
+    assert!(compared >= u64::from(rounds), "too few were compared");
 }
 
 #[test]

@@ -159,6 +159,15 @@ impl Host {
         }
     }
 
+    /// Kills the daemon and starts it again, as whoever supervises it does: once the old one has ended.
+    pub fn crash_daemon(&mut self) {
+        if let Some(mut child) = self.daemon.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        self.start_daemon();
+    }
+
     /// Processes of this host, by the run folder in their environment.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let mark = format!("STEADFAST_RUN_DIR={}", self.run_folder().display());
