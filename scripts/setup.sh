@@ -17,21 +17,31 @@ missing_packages() {
   [ -e /usr/include/google/protobuf/any.proto ] || echo libprotobuf-dev
 }
 
-# Unpacks etcd into the cache for tests on loopback: the package itself, installed, would start a server. Without it those
-# tests say SKIPPED.
-unpack_etcd() {
-  command -v etcd >/dev/null && command -v etcdctl >/dev/null && return 0
-  local cache=${STEADFAST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/steadfast} new
-  if [ -x "$cache/etcd/usr/bin/etcd" ] || ! command -v apt-get >/dev/null; then return 0; fi
-  mkdir -p "$cache" && new=$(mktemp -d "$cache/etcd.XXXXXX") || return 0
+# unpack FOLDER PROGRAM PACKAGE...: unpacks packages into the cache for tests on this machine: installed, they would start servers.
+# Tests that need what could not be had say SKIPPED.
+unpack() {
+  local folder=$1 program=$2 cache=${STEADFAST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/steadfast} new
+  shift 2
+  if [ -x "$cache/$folder/$program" ] || ! command -v apt-get >/dev/null; then return 0; fi
+  mkdir -p "$cache" && new=$(mktemp -d "$cache/$folder.XXXXXX") || return 0
   # `_apt`, apt's own user, may not read the folder; downloading as the caller is what we want.
-  if (cd "$new" && apt-get -o APT::Sandbox::User=root download -q etcd-server etcd-client &&
+  if (cd "$new" && apt-get -o APT::Sandbox::User=root download -q "$@" &&
     for package in *.deb; do dpkg-deb -x "$package" . || exit 1; done && rm -- *.deb); then
-    mv -T "$new" "$cache/etcd" 2>/dev/null || rm -rf "$new"
+    mv -T "$new" "$cache/$folder" 2>/dev/null || rm -rf "$new"
   else
     rm -rf "$new"
-    echo "etcd could not be had; tests that need it will be skipped" >&2
+    echo "could not be had: $*; tests that need it will be skipped" >&2
   fi
+}
+
+unpack_etcd() {
+  command -v etcd >/dev/null && command -v etcdctl >/dev/null && return 0
+  unpack etcd usr/bin/etcd etcd-server etcd-client
+}
+
+# QEMU's guest agent, for the test that speaks with it.
+unpack_agent() {
+  PATH=$PATH:/usr/sbin command -v qemu-ga >/dev/null || unpack qemu-ga usr/sbin/qemu-ga qemu-guest-agent
 }
 
 # Installs what is missing. Fails only when something that building needs cannot be had.

@@ -257,6 +257,9 @@ pub struct RunArgs {
     /// vsock device: CID:PATH of the host's unix socket.
     #[arg(long, value_parser = parse_vsock)]
     vsock: Option<VsockSpec>,
+    /// A vsock device for the guest's agent (qemu-ga) and for heartbeats of its application; the guest has CID 3.
+    #[arg(long, conflicts_with = "vsock")]
+    agent: bool,
     /// Virtio console beside the serial port, its output appended to this file.
     #[arg(long)]
     virtio_console: Option<PathBuf>,
@@ -364,6 +367,9 @@ fn parse_nic(text: &str) -> Result<NicSpec, String> {
     Ok(nic)
 }
 
+/// What the guest of `--agent` is called on its vsock.
+const AGENT_CID: u64 = 3;
+
 fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
     let (cid, path) = text.split_once(':').ok_or("write CID:PATH")?;
     let cid = cid
@@ -377,7 +383,8 @@ fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
     })
 }
 
-fn spec_of(args: &RunArgs) -> Result<VmSpec, Box<dyn Error>> {
+/// The specification. `sockets`: the folder of sockets that nobody named.
+fn spec_of(args: &RunArgs, sockets: &Path) -> Result<VmSpec, Box<dyn Error>> {
     let mut disks = args.disk.clone();
     let boot = match (&args.flat, &args.kernel, &args.image) {
         (Some(elf), ..) => Boot::Flat {
@@ -419,7 +426,12 @@ fn spec_of(args: &RunArgs) -> Result<VmSpec, Box<dyn Error>> {
         rng: args.rng,
         virtio_console: args.virtio_console.clone(),
         balloon: args.balloon,
-        vsock: args.vsock.clone(),
+        vsock: args.vsock.clone().or_else(|| {
+            args.agent.then(|| VsockSpec {
+                cid: AGENT_CID,
+                path: sockets.join(format!("{}.vsock", args.name)),
+            })
+        }),
         cloud_init: args.cloud_init.clone(),
         dirty: Dirty::default(),
     })
@@ -533,7 +545,7 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Result<ExitCode, Box<dyn Error>> {
         VmVerb::Create {
             machine,
             pool: settings,
-        } => pool::create(spec_of(&machine)?, settings, json),
+        } => pool::create(spec_of(&machine, Path::new("{run}"))?, settings, json),
         VmVerb::Start { name, on } => pool::start(&name, &on, json),
         VmVerb::Delete { name, on } => pool::delete(&name, &on, json),
         VmVerb::Health { name, health, on } => pool::settings::health(&name, health, &on, json),
@@ -555,7 +567,7 @@ pub fn run_verb(verb: VmVerb, json: bool) -> Result<ExitCode, Box<dyn Error>> {
 fn run_single(verb: VmVerb, json: bool) -> Done {
     let (name, request) = match verb {
         VmVerb::Run(args) => {
-            let spec = spec_of(&args)?;
+            let spec = spec_of(&args, &run_dir())?;
             if args.print_spec {
                 println!("{}", serde_json::to_string_pretty(&spec)?);
                 return Ok(());

@@ -74,6 +74,66 @@ fn a_service_that_fails_is_remedied_and_then_reported() {
     assert_eq!(events.matches("remedy: reboot").count(), 1, "{events}");
 }
 
+/// Heartbeats of the application in a VM, over its vsock device, are heard wherever the VM runs: after a change of its class, which gives it
+/// another process, and after its host died. Silence is noticed.
+#[test]
+fn an_application_is_heard_wherever_its_vm_runs() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::made(&["a", "b", "w"], 6000, &[]);
+    // Its guest connects to the host five times a second; the other's never does.
+    pool.create_with("x", "none", "vsock=200", &["--agent"]);
+    pool.create_with("mute", "none", "vsock=0", &["--agent"]);
+    pool.create("plain", "none");
+    let health = |host: &common::Host, vm: &str| {
+        let policy = [
+            "--heartbeat-ms=1500",
+            "--interval-ms=1000",
+            "--timeout-ms=500",
+            "--failures=2",
+            "--grace-ms=1500",
+            "--do=alert",
+        ];
+        host.try_run(&[&["vm", "health", vm][..], &policy].concat())
+    };
+    let host = pool.other("");
+    for vm in ["x", "mute"] {
+        assert!(health(host, vm).status.success());
+    }
+    let refused = health(host, "plain");
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && text.contains("--agent"), "{text}");
+    let service =
+        |host: &common::Host, vm: &str| host.vm(vm)["service"].as_str().unwrap_or_default().to_owned();
+    wait("heartbeats to be heard", || service(host, "x") == "healthy");
+    wait("silence to be noticed", || {
+        service(host, "mute").contains("sent no heartbeat yet")
+    });
+    host.run(&["protect", "x", "--class", "ft"]);
+    wait("it to be protected", || host.vm("x")["protection"] == "protected");
+    wait("heartbeats of its new process to be heard", || {
+        service(host, "x") == "healthy"
+    });
+    // A copy of its standby has ears of its own.
+    let drilled = host.json(&["drill", "x"]);
+    assert!(
+        drilled["ok"] == true && drilled["checks"][0] == "a heartbeat within 1500 ms: passed",
+        "{drilled}"
+    );
+    let owner = host.vm("x")["host"].as_str().unwrap().to_owned();
+    pool.host(&owner).power_off();
+    let host = pool.other(&owner);
+    wait("it to go on elsewhere", || {
+        let vm = host.vm("x");
+        vm["state"] == "running" && vm["host"] != owner.as_str()
+    });
+    wait("heartbeats to be heard there", || service(host, "x") == "healthy");
+    // It stays so: the last beat is not one from before.
+    let events = host.run(&["events", "--subject", "x"]);
+    assert!(!events.contains("remedy"), "{events}");
+}
+
 /// Limits of a protected VM are set for its process and its standby's, live, and refused when they cannot be.
 #[test]
 fn limits_hold_on_every_host_of_a_vm() {

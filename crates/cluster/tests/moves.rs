@@ -5,7 +5,7 @@
 mod common;
 
 use common::{check_capacity, fixpoint, h, owner, protected, small, v};
-use steadfast_cluster::model::{AlarmKey, DrainWhy, Home, HostAdmin, Phase, Protection, Snapshot};
+use steadfast_cluster::model::{AlarmKey, DrainWhy, Home, Host, HostAdmin, Phase, Protection, Snapshot};
 use steadfast_cluster::synthetic::{describe, run};
 use steadfast_cluster::{Action, decide};
 
@@ -165,6 +165,35 @@ fn a_drain_that_cannot_go_on_says_why() {
     assert!(s.alarms.contains(&AlarmKey::DrainStuck(h(1))), "{:?}", s.alarms);
     assert!(s.alarms.contains(&AlarmKey::VmDegraded(v("a"))));
     fixpoint(&s);
+}
+
+/// Who cannot be moved keeps a drain waiting, with the reason; a rolling upgrade leaves it, and also who has no other place.
+#[test]
+fn a_vm_that_cannot_move_holds_up_a_drain_and_no_upgrade() {
+    let mut s = small(2, &[("a", Protection::Restart)]);
+    let from = s.vms[&v("a")].state.owner.clone().unwrap();
+    let mut upgrade = s.clone();
+    s.vms.get_mut(&v("a")).unwrap().state.fixed = Some("its disk is shared".into());
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    run(&mut s, 10, |_| {});
+    assert_eq!(owner(&s, "a"), from.to_string());
+    assert!(s.alarms.contains(&AlarmKey::DrainStuck(from.clone())));
+    assert!(
+        decide(&s).to_string().contains("its disk is shared"),
+        "{}",
+        decide(&s)
+    );
+    // No room elsewhere.
+    for (id, host) in &mut upgrade.hosts {
+        if *id != from {
+            host.record.capacity.memory_bytes = 1;
+        }
+    }
+    upgrade.pool.upgrade_to = Some("2".into());
+    run(&mut upgrade, 50, |_| {});
+    assert_eq!(owner(&upgrade, "a"), from.to_string());
+    let done = |x: &Host| x.status.versions.steadfast == "2" && !x.record.leaving();
+    assert!(upgrade.hosts.values().all(done), "{}", describe(&upgrade));
 }
 
 #[test]

@@ -48,6 +48,15 @@ pub fn possible(config: &NodeConfig, pool: &Pool, stored: &StoredVm) -> Result<(
             "VM {id}: this takes a second host, and the store in etcd; let one join first (`steadfast pool token`)"
         ));
     }
+    mirrored(pool, stored)
+}
+
+/// Why a VM cannot be mirrored in this pool, as far as that is not about its store.
+///
+/// # Errors
+/// The reason, and the way out.
+pub fn mirrored(pool: &Pool, stored: &StoredVm) -> Result<()> {
+    let id = &stored.record.id;
     if stored.index >= PROTECTED_MAX {
         return refused(format!(
             "VM {id}: this pool has no ports left for replication links; it can hold {PROTECTED_MAX} protected VMs"

@@ -329,12 +329,23 @@ impl Instances {
         ))
     }
 
+    /// The host's side of a VM's vsock device, if it has one.
+    #[must_use]
+    pub fn vsock(&self, vm: &StoredVm) -> Option<PathBuf> {
+        vm.machine.vsock.as_ref()?;
+        let machine = self.machine(&self.config(), vm).ok()?;
+        machine.vsock.map(|v| v.path)
+    }
+
+    /// What the VM is made of, on this host.
     pub(crate) fn machine(&self, config: &NodeConfig, vm: &StoredVm) -> Result<VmSpec> {
         let wrong = |e: serde_json::Error| NodeError::Refused(format!("specification: {e}"));
         let text = serde_json::to_string(&vm.machine).map_err(wrong)?;
         let data = self.folders.data.display().to_string();
+        let run = self.folders.run.display().to_string();
         let text = text
             .replace("{host}", config.host.as_str())
+            .replace("{run}", &run)
             .replace("{data}", &data);
         serde_json::from_str(&text).map_err(wrong)
     }

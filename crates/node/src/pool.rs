@@ -1,5 +1,6 @@
 //! The whole pool as the store has it at one instant, and as the decisions want to see it.
 
+use crate::engine;
 use crate::error::Result;
 use crate::records::{
     CA, CRL, Crl, DrillReport, HostInfo, HostReport, LEADER, Leader, SETTINGS, StoredTask, StoredVm, TIMINGS,
@@ -319,10 +320,17 @@ impl Pool {
                 moved_ms: memory.moved_ms,
                 start_failures: memory.start_failures.clone(),
                 home: memory.home.clone(),
+                fixed: self.fixed(&vm.stored),
                 ..VmState::default()
             },
             spec,
         }
+    }
+
+    /// Why a VM cannot be moved while it runs: what moves is mirrored first.
+    fn fixed(&self, vm: &StoredVm) -> Option<String> {
+        let why = engine::mirrored(self, vm).err()?;
+        Some(format!("it cannot be moved while it runs, stop it: {why}"))
     }
 
     /// Whether the standby on a host could take over now: the arbiter lists it, and its process holds a complete state (I8). One

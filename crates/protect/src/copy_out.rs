@@ -37,6 +37,8 @@ const WAITING_MAX: usize = 256 << 20;
 const DISK_BOUND: Duration = Duration::from_secs(20);
 /// The saved VM in the folder.
 pub const STATE_FILE: &str = "state";
+/// The host's side of the copy's vsock device, in the same folder.
+pub const VSOCK_FILE: &str = "vsock";
 
 /// A copy under way.
 pub(crate) struct CopyOut {
@@ -191,6 +193,9 @@ impl Source {
                     peer: self.folder.join("nobody"),
                 };
             }
+        }
+        if let Some(vsock) = &mut self.spec.vsock {
+            vsock.path = self.folder.join(VSOCK_FILE);
         }
         let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| text(&e))?;
         let spec = serde_json::to_vec(&self.spec).map_err(|e| text(&e))?;

@@ -14,6 +14,8 @@ use steadfast_types::{AppId, GroupId, VmId};
 /// What is done about a service that fails.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Do {
+    /// Restart the service in the guest, by its agent (--restart-command).
+    RestartService,
     /// Reset the guest.
     Reboot,
     /// Go on on the standby's host.
@@ -30,6 +32,15 @@ pub struct HealthArgs {
     /// A GET of this URL answers with 2xx or 3xx. May be repeated.
     #[arg(long)]
     http: Vec<String>,
+    /// This shell command exits with 0 in the guest, run by its agent (the VM has --agent). May be repeated.
+    #[arg(long)]
+    command: Vec<String>,
+    /// The application in the guest has sent a heartbeat within so many milliseconds (the VM has --agent).
+    #[arg(long)]
+    heartbeat_ms: Option<u64>,
+    /// Shell command that restarts the service in the guest, by its agent.
+    #[arg(long)]
+    restart_command: Option<String>,
     /// Milliseconds between two rounds of checks.
     #[arg(long, default_value_t = HealthPolicy::default().interval_ms)]
     interval_ms: u64,
@@ -45,11 +56,12 @@ pub struct HealthArgs {
     /// Pause before the second remedy; doubles for each further one.
     #[arg(long, default_value_t = HealthPolicy::default().backoff_ms)]
     backoff_ms: u64,
-    /// What is done, in this order. May be repeated: the same again is one more try.
-    #[arg(long = "do", value_enum, default_values_t = [Do::Reboot, Do::Reboot, Do::RollOver, Do::Alert])]
+    /// What is done, in this order. May be repeated: the same again is one more try. By default restart-service twice (with
+    /// --restart-command), reboot twice, roll-over, alert.
+    #[arg(long = "do", value_enum)]
     remedies: Vec<Do>,
     /// Look after it no more.
-    #[arg(long, conflicts_with_all = ["tcp", "http"])]
+    #[arg(long, conflicts_with_all = ["tcp", "http", "command", "heartbeat_ms"])]
     off: bool,
 }
 
@@ -60,9 +72,22 @@ impl HealthArgs {
         }
         let tcp = self.tcp.into_iter().map(|to| Check::Tcp { to });
         let http = self.http.into_iter().map(|url| Check::Http { url });
+        let shell = |text: String| vec!["/bin/sh".to_owned(), "-c".to_owned(), text];
+        let command = self
+            .command
+            .into_iter()
+            .map(|c| Check::Command { argv: shell(c) });
+        let heartbeat = self.heartbeat_ms.map(|within_ms| Check::Heartbeat { within_ms });
+        let mut remedies = self.remedies;
+        if remedies.is_empty() {
+            let restarts = if self.restart_command.is_some() { 2 } else { 0 };
+            remedies.extend(std::iter::repeat_n(Do::RestartService, restarts));
+            remedies.extend([Do::Reboot, Do::Reboot, Do::RollOver, Do::Alert]);
+        }
         let mut ladder: Vec<Rung> = Vec::new();
-        for remedy in self.remedies {
+        for remedy in remedies {
             let remedy = match remedy {
+                Do::RestartService => Remedy::RestartService,
                 Do::Reboot => Remedy::RebootVm,
                 Do::RollOver => Remedy::RollOver,
                 Do::Alert => Remedy::Alert,
@@ -73,7 +98,8 @@ impl HealthArgs {
             }
         }
         Some(HealthPolicy {
-            checks: tcp.chain(http).collect(),
+            checks: tcp.chain(http).chain(command).chain(heartbeat).collect(),
+            restart: self.restart_command.map(shell).unwrap_or_default(),
             interval_ms: self.interval_ms,
             timeout_ms: self.timeout_ms,
             failures: self.failures,

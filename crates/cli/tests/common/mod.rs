@@ -350,6 +350,11 @@ impl Pool {
 
     /// Creates a VM with the pulse guest, its NIC a socket on each host, its clients at `client-VM`.
     pub fn create(&self, vm: &str, class: &str) {
+        self.create_with(vm, class, "", &[]);
+    }
+
+    /// As [`Pool::create`], with more words for the guest and more settings.
+    pub fn create_with(&self, vm: &str, class: &str, words: &str, settings: &[&str]) {
         let elf = self.path("pulse.elf");
         std::fs::write(&elf, pulse::elf()).unwrap();
         let nic = format!(
@@ -358,7 +363,8 @@ impl Pool {
             self.path(&format!("client-{vm}")).display()
         );
         let host = self.other("");
-        host.run(&[
+        let cmdline = format!("loop=dirty pages=50 rate=300 ip=10.0.0.2 {words}");
+        let create = [
             "vm",
             "create",
             "--name",
@@ -368,14 +374,15 @@ impl Pool {
             "--flat",
             elf.to_str().unwrap(),
             "--cmdline",
-            "loop=dirty pages=50 rate=300 ip=10.0.0.2",
+            cmdline.trim_end(),
             "--rng",
             "false",
             "--nic",
             &nic,
             "--class",
             class,
-        ]);
+        ];
+        host.run(&[&create[..], settings].concat());
     }
 
     /// NICs of a VM, one for each host.

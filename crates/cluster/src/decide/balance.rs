@@ -180,6 +180,7 @@ fn movable(w: &World, v: usize, set: &BalanceSettings, damped: bool) -> bool {
         .is_none_or(|t| elapsed(w.now_ms, t) >= set.residence_ms);
     vm.on()
         && !vm.vm.spec.pinned
+        && s.fixed.is_none()
         && vm.migrating.is_none()
         && s.home.is_none()
         && s.primary().map(|i| i.phase) == Some(Phase::Running)

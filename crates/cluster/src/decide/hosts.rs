@@ -1,6 +1,7 @@
 //! Hosts: what the detector found is written down, hosts that expect to fail are emptied, empty ones go into maintenance, and the
 //! rolling upgrade goes from host to host.
 
+use super::fit::Role;
 use super::world::World;
 use crate::action::{Action, Because, Wanted};
 use crate::model::{AlarmKey, DrainWhy, HostAdmin, HostHealth, Phase, Task};
@@ -55,8 +56,8 @@ fn next_health(old: HostHealth, seen: HostHealth) -> Option<HostHealth> {
     (next != old).then_some(next)
 }
 
-/// Left where it is while its host is upgraded: its process goes on while the daemon is replaced, and it has no standby that would
-/// take it over without a pause.
+/// Left where it is while its host is upgraded, because it cannot be moved or there is no place for it: its process goes on, as the old
+/// binary, while the daemon is replaced. A protected VM is never left so: its host may need its standby's protection next.
 pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
     use HostAdmin::{Draining, Maintenance};
     let admin = w.hosts[h].host.record.admin;
@@ -64,7 +65,9 @@ pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
         admin,
         Draining(DrainWhy::Upgrade) | Maintenance(DrainWhy::Upgrade)
     );
-    upgrade && !w.vms[v].vm.spec.protection.hot()
+    let vm = &w.vms[v].vm;
+    let has_place = || w.best_of(v, Role::Move, 0..w.hosts.len(), |_| None).is_ok();
+    upgrade && !vm.spec.protection.hot() && (vm.state.fixed.is_some() || !has_place())
 }
 
 /// Nothing that runs or protects is there (disks of VMs that are off may be, and what an upgrade leaves).

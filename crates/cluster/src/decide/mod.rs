@@ -102,7 +102,12 @@ pub fn admit(snapshot: &Snapshot, spec: &VmSpecRecord) -> Result<Placement, Box<
     spec.power = Power::On;
     let id = spec.id.clone();
     let running = state.owner.clone();
-    let state = VmState { owner: None, ..state };
+    let mut state = VmState { owner: None, ..state };
+    if running.is_none() {
+        // What is left of it on its hosts is on its way out. It is started once that is gone; it is no reason to refuse.
+        state.instances.clear();
+        state.standbys.clear();
+    }
     with.vms.insert(id.clone(), Vm { spec, state });
     let mut w = World::new(&with);
     let refusal = |because: Because| {

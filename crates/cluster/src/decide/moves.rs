@@ -168,6 +168,9 @@ fn go(w: &mut World, v: usize, cause: MoveCause, why: String) -> Result<(), NoTa
             "it does not run yet, or not any more".into(),
         )));
     }
+    if let Some(why) = &w.vms[v].vm.state.fixed {
+        return Err(NoTarget::Stuck(Because::Other(why.clone())));
+    }
     let to = target(w, v)?;
     let how = if w.vms[v].standbys.contains(&to) {
         "its standby there is in sync"

@@ -196,7 +196,8 @@ impl World<'_> {
         let home = vm.vm.state.home.as_ref().filter(|_| limit != 0)?;
         let h = self.host(&home.host)?;
         let from = vm.owner.filter(|&o| o != h && self.health(o) == HostHealth::Up)?;
-        let settled = vm.on() && vm.vm.state.running() && vm.migrating.is_none();
+        let movable = vm.vm.state.fixed.is_none();
+        let settled = movable && vm.on() && vm.vm.state.running() && vm.migrating.is_none();
         let fits = settled
             && elapsed(self.now_ms, home.left_ms) <= limit
             && self.pool.upgrade_to.is_none()

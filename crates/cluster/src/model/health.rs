@@ -16,13 +16,16 @@ pub enum Check {
         /// URL in the guest.
         url: String,
     },
-    /// A command in the guest, over vsock by the agent, exits with 0.
+    /// A command in the guest, over vsock by its agent, exits with 0.
     Command {
         /// Program and arguments.
         argv: Vec<String>,
     },
-    /// The application writes a heartbeat to the agent.
-    Heartbeat,
+    /// The application says over vsock that it is well, again and again.
+    Heartbeat {
+        /// It has done so within so long, ms.
+        within_ms: u64,
+    },
 }
 
 /// What to do about a service that failed.
@@ -66,6 +69,8 @@ pub struct HealthPolicy {
     pub grace_ms: u64,
     /// What to do, step by step.
     pub ladder: Vec<Rung>,
+    /// The command in the guest (program and arguments) that restarts the service. Without it that remedy is left out.
+    pub restart: Vec<String>,
     /// Pause before the second remedy; doubles for each further one.
     pub backoff_ms: u64,
     /// Longest pause.
@@ -92,6 +97,7 @@ impl Default for HealthPolicy {
                 rung(Remedy::RollOver, 1),
                 rung(Remedy::Alert, 1),
             ],
+            restart: Vec::new(),
             backoff_ms: 10_000,
             backoff_max_ms: 600_000,
             remedies_max: 8,

@@ -332,6 +332,9 @@ pub struct VmState {
     /// Where it was before a drain moved it.
     #[serde(default)]
     pub home: Option<Home>,
+    /// Why it cannot be moved while it runs, and what would help.
+    #[serde(default)]
+    pub fixed: Option<String>,
 }
 
 impl VmState {

@@ -330,7 +330,7 @@ pub struct Availability {
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewVm {
-    /// What it is made of; `{host}` and `{data}` in its texts stand for the host's name and the daemon's data folder.
+    /// What it is made of; `{host}`, `{data}` and `{run}` in its texts stand for the host's name and the daemon's folders.
     #[schema(value_type = Object)]
     pub machine: VmSpec,
     /// Its class: `none`, `restart`, `checkpoint` or `ft`.
@@ -368,9 +368,10 @@ pub fn class(text: &str) -> Result<Protection, String> {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewHealth {
-    /// The policy: `checks` (`{"tcp": {"to": "ADDRESS:PORT"}}`, `{"http": {"url": "http://..."}}`), `interval_ms`,
-    /// `timeout_ms`, `failures`, `successes`, `grace_ms`, `ladder` (`{"remedy": "reboot-vm"|"roll-over"|"alert", "tries": 1}`),
-    /// `backoff_ms`, `backoff_max_ms`, `remedies_max`, `window_ms`. None: it is not looked after any more.
+    /// The policy: `checks` (`{"tcp": {"to": "ADDRESS:PORT"}}`, `{"http": {"url": "http://..."}}`; for VMs with a vsock device
+    /// `{"command": {"argv": ["pg_isready"]}}`, `{"heartbeat": {"within_ms": 30000}}`), `interval_ms`, `timeout_ms`, `failures`,
+    /// `successes`, `grace_ms`, `ladder` (`{"remedy": "restart-service"|"reboot-vm"|"roll-over"|"alert", "tries": 1}`), `restart`
+    /// (the command in the guest: `["systemctl", "restart", "redis"]`), `backoff_ms`, `backoff_max_ms`, `remedies_max`, `window_ms`. None: it is not looked after any more.
     #[schema(value_type = Option<Object>)]
     pub policy: Option<HealthPolicy>,
 }

@@ -396,11 +396,11 @@ pub async fn health(
     Json(new): Json<NewHealth>,
 ) -> Answer<Done> {
     let pool = load(&node).await?;
-    pool.vm_entry(&vm)?;
+    let vsock = pool.vm_entry(&vm)?.stored.machine.vsock.is_some();
     let plan = match &new.policy {
         None => vec![format!("the service in {vm} is not looked after any more")],
         Some(policy) => {
-            crate::health::check::valid(policy).map_err(NodeError::Refused)?;
+            crate::health::check::valid(policy, vsock).map_err(NodeError::Refused)?;
             let rungs = policy.ladder.iter();
             let rungs: Vec<String> = rungs
                 .map(|r| format!("{:?} ({} times)", r.remedy, r.tries.max(1)))

@@ -7,7 +7,7 @@
 //! needs no namespace; checks over the network are not made then.
 
 use crate::error::{NodeError, Result, refused};
-use crate::health::check;
+use crate::health::check::{self, Inside};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
@@ -150,7 +150,7 @@ impl Island {
                 .enable_all()
                 .build()
                 .map_err(|e| e.to_string())?;
-            runtime.block_on(until_it_passes(check, bound))
+            runtime.block_on(until_it_passes(check, Inside::default(), bound))
         };
         let done = std::thread::scope(|scope| scope.spawn(work).join());
         match done {
@@ -160,10 +160,18 @@ impl Island {
     }
 }
 
-async fn until_it_passes(check: &Check, bound: Duration) -> std::result::Result<(), String> {
+/// Makes a check again and again.
+///
+/// # Errors
+/// It did not pass within `bound`; what it said last.
+pub(super) async fn until_it_passes(
+    check: &Check,
+    inside: Inside<'_>,
+    bound: Duration,
+) -> std::result::Result<(), String> {
     let until = Instant::now() + bound;
     loop {
-        let said = match tokio::time::timeout(TRY, check::make(check)).await {
+        let said = match tokio::time::timeout(TRY, check::make(check, inside)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(why)) => why,
             Err(_) => format!("no answer within {} s", TRY.as_secs()),

@@ -12,6 +12,9 @@ mod island;
 
 use crate::config::Folders;
 use crate::error::{IoContext, NodeError, Result, refused};
+use crate::health::agent::Agent;
+use crate::health::beats::Beats;
+use crate::health::check::{self, Inside};
 use crate::http::{Method, ask};
 use crate::journal::About;
 use crate::node::Node;
@@ -25,7 +28,7 @@ use std::process::{Child, Stdio};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::{Check, HealthPolicy};
-use steadfast_protect::copy_out::STATE_FILE;
+use steadfast_protect::copy_out::{STATE_FILE, VSOCK_FILE};
 use steadfast_store::Commit;
 use steadfast_types::VmId;
 use steadfast_vmm::control::{self, Request};
@@ -228,7 +231,10 @@ fn hold(
     let socket = run.join(format!("{vm}.sock"));
     copy.progress(&socket)?;
     for one in checks {
-        let said = island.check(one, SERVICE_BOUND);
+        let said = match check::is_inside(one) {
+            true => inside(one, &folder.join(VSOCK_FILE), SERVICE_BOUND).map(|()| None),
+            false => island.check(one, SERVICE_BOUND),
+        };
         report.checks.push(match &said {
             Ok(None) => format!("{}: passed", words(one)),
             Ok(Some(why)) => format!("{}: not made, {why}", words(one)),
@@ -251,8 +257,26 @@ fn words(check: &Check) -> String {
     match check {
         Check::Tcp { to } => format!("TCP {to}"),
         Check::Http { url } => format!("GET {url}"),
-        Check::Command { .. } | Check::Heartbeat => "a check in the guest".into(),
+        Check::Command { argv } => format!("`{}` in the guest", argv.join(" ")),
+        Check::Heartbeat { within_ms } => format!("a heartbeat within {within_ms} ms"),
     }
+}
+
+/// Makes a check over the copy's own vsock device until it passes.
+fn inside(check: &Check, vsock: &Path, bound: Duration) -> std::result::Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| e.to_string())?;
+    runtime.block_on(async {
+        let agent = Agent::at(vsock);
+        let beats = Beats::listen(vsock).map_err(|e| format!("listen for heartbeats: {e}"))?;
+        let ways = Inside {
+            agent: Some(&agent),
+            beats: Some(&beats),
+        };
+        island::until_it_passes(check, ways, bound).await
+    })
 }
 
 /// The copy takes its RAM, and a file of the size at most.

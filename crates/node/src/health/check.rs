@@ -1,10 +1,12 @@
 //! One check of a service in a guest, from the host that runs it.
 
+use super::agent::Agent;
+use super::beats::Beats;
 use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
-use steadfast_cluster::model::{Check, HealthPolicy};
+use steadfast_cluster::model::{Check, HealthPolicy, Remedy};
 use tokio::net::TcpStream;
 
 /// Checks of one VM.
@@ -12,11 +14,30 @@ const CHECKS_MAX: usize = 16;
 /// Shortest time between two rounds, ms: the daemon looks once a second.
 const INTERVAL_MIN_MS: u64 = 1000;
 
-/// Says what a policy lacks, if anything.
+/// Words of a command in the guest, and bytes of all of them.
+const WORDS_MAX: usize = 64;
+const COMMAND_BYTES_MAX: usize = 16 << 10;
+
+/// The ways into a guest that its vsock device gives; none of them, and of neither anything but an error, without it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Inside<'a> {
+    /// Its agent.
+    pub agent: Option<&'a Agent>,
+    /// Heartbeats of its application.
+    pub beats: Option<&'a Beats>,
+}
+
+/// Whether a check needs a vsock device.
+#[must_use]
+pub const fn is_inside(check: &Check) -> bool {
+    matches!(check, Check::Command { .. } | Check::Heartbeat { .. })
+}
+
+/// Says what a policy lacks, if anything. `vsock`: the VM has such a device.
 ///
 /// # Errors
 /// What is wrong, and what would be right.
-pub fn valid(policy: &HealthPolicy) -> Result<(), String> {
+pub fn valid(policy: &HealthPolicy, vsock: bool) -> Result<(), String> {
     if policy.checks.is_empty() || policy.checks.len() > CHECKS_MAX {
         return Err(format!("a policy has 1 to {CHECKS_MAX} checks"));
     }
@@ -43,16 +64,41 @@ pub fn valid(policy: &HealthPolicy) -> Result<(), String> {
             Check::Http { url } => {
                 target(url)?;
             }
-            Check::Command { .. } | Check::Heartbeat => {
-                return Err(
-                    "commands and heartbeats in the guest take an agent there, which there is not yet; \
-                            check the service by TCP or HTTP"
-                        .into(),
-                );
+            Check::Command { argv } => command(argv)?,
+            Check::Heartbeat { within_ms } if *within_ms < policy.interval_ms => {
+                return Err(format!(
+                    "heartbeats are looked for every {} ms: none can be demanded within {within_ms} ms",
+                    policy.interval_ms
+                ));
             }
+            Check::Heartbeat { .. } => {}
         }
     }
+    let restarts = policy.ladder.iter().any(|r| r.remedy == Remedy::RestartService);
+    if !policy.restart.is_empty() {
+        command(&policy.restart)?;
+    }
+    if (policy.checks.iter().any(is_inside) || restarts && !policy.restart.is_empty()) && !vsock {
+        return Err(
+            "commands and heartbeats in the guest take a vsock device, which this VM has not: create it with --agent, or check \
+             the service by TCP or HTTP"
+                .into(),
+        );
+    }
     Ok(())
+}
+
+fn command(argv: &[String]) -> Result<(), String> {
+    let bytes: usize = argv.iter().map(String::len).sum();
+    match argv.first() {
+        None => Err("a command names a program".into()),
+        Some(program) if program.is_empty() => Err("a command names a program".into()),
+        Some(_) if argv.len() > WORDS_MAX || bytes > COMMAND_BYTES_MAX => Err(format!(
+            "a command has at most {WORDS_MAX} words and {} KiB: put it into a script in the guest",
+            COMMAND_BYTES_MAX >> 10
+        )),
+        Some(_) => Ok(()),
+    }
 }
 
 /// Where to connect for a URL, and what to ask for there.
@@ -69,12 +115,17 @@ fn target(url: &str) -> Result<(String, Uri), String> {
 ///
 /// # Errors
 /// Why the service does not pass.
-pub async fn make(check: &Check) -> Result<(), String> {
+pub async fn make(check: &Check, inside: Inside<'_>) -> Result<(), String> {
     match check {
         Check::Tcp { to } => connect(to).await.map(|_| ()),
         Check::Http { url } => http(url).await,
-        Check::Command { .. } | Check::Heartbeat => Err("it takes an agent in the guest".into()),
+        Check::Command { argv } => inside.agent.ok_or_else(none)?.run(argv).await,
+        Check::Heartbeat { within_ms } => inside.beats.ok_or_else(none)?.within(*within_ms),
     }
+}
+
+fn none() -> String {
+    "it takes a vsock device, which this VM has not".into()
 }
 
 async fn connect(to: &str) -> Result<TcpStream, String> {
@@ -136,12 +187,13 @@ mod tests {
         runtime().block_on(async {
             let well = serve("HTTP/1.1 204 No Content\r\n\r\n").await;
             let ill = serve("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n").await;
-            assert_eq!(make(&Check::Tcp { to: well.clone() }).await, Ok(()));
+            let make = |check: Check| async move { make(&check, Inside::default()).await };
+            assert_eq!(make(Check::Tcp { to: well.clone() }).await, Ok(()));
             let url = |at: &str| Check::Http {
                 url: format!("http://{at}/health?full=1"),
             };
-            assert_eq!(make(&url(&well)).await, Ok(()));
-            let why = make(&url(&ill)).await.unwrap_err();
+            assert_eq!(make(url(&well)).await, Ok(()));
+            let why = make(url(&ill)).await.unwrap_err();
             assert!(why.contains("503"), "{why}");
             // Nobody listens there: the port was free a moment ago.
             let free = TcpListener::bind("127.0.0.1:0")
@@ -149,7 +201,7 @@ mod tests {
                 .unwrap()
                 .local_addr()
                 .unwrap();
-            let why = make(&Check::Tcp { to: free.to_string() }).await.unwrap_err();
+            let why = make(Check::Tcp { to: free.to_string() }).await.unwrap_err();
             assert!(why.contains(&free.to_string()), "{why}");
         });
     }
@@ -161,7 +213,9 @@ mod tests {
             ..HealthPolicy::default()
         };
         let tcp = |to: &str| with(Check::Tcp { to: to.into() });
-        assert_eq!(valid(&tcp("10.0.0.2:80")), Ok(()));
+        assert_eq!(valid(&tcp("10.0.0.2:80"), false), Ok(()));
+        let beats = with(Check::Heartbeat { within_ms: 60_000 });
+        assert_eq!(valid(&beats, true), Ok(()));
         for (policy, reason) in [
             (tcp("10.0.0.2"), "ADDRESS:PORT"),
             (tcp(":80"), "ADDRESS:PORT"),
@@ -171,7 +225,28 @@ mod tests {
                 }),
                 "http://",
             ),
-            (with(Check::Heartbeat), "agent"),
+            (
+                with(Check::Command {
+                    argv: vec!["true".into()],
+                }),
+                "--agent",
+            ),
+            (with(Check::Heartbeat { within_ms: 60_000 }), "--agent"),
+            (with(Check::Heartbeat { within_ms: 10 }), "every 5000 ms"),
+            (with(Check::Command { argv: vec![] }), "program"),
+            (
+                with(Check::Command {
+                    argv: vec!["x".into(); 65],
+                }),
+                "64 words",
+            ),
+            (
+                HealthPolicy {
+                    restart: vec!["systemctl".into()],
+                    ..tcp("10.0.0.2:80")
+                },
+                "--agent",
+            ),
             (HealthPolicy::default(), "checks"),
             (
                 HealthPolicy {
@@ -188,7 +263,7 @@ mod tests {
                 "timeout",
             ),
         ] {
-            let why = valid(&policy).unwrap_err();
+            let why = valid(&policy, false).unwrap_err();
             assert!(why.contains(reason), "{why}");
         }
     }

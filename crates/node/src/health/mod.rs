@@ -1,12 +1,15 @@
 //! Health of services in guests: checked by the host that runs the VM, remedied by the VM's policy.
 //!
 //! ```text
-//! agent's round --due?--> task: checks, bounded in time --> cluster::health (pure) --> remedy, event
+//! node's round --due?--> task: checks, bounded in time --> cluster::health (pure) --> remedy, event
+//!                             | TCP, HTTP; over vsock: the guest's agent (commands), heartbeats of the application
 //!                                                           \--> state, in this host's report
 //! ```
 //! A starved host does not judge (I7): its checks would fail for its own sake. After a restart of the daemon, or a move, a service has
 //! its grace again; what was tried for it goes along, in the VM's record (`VmMemory::tried`).
 
+pub mod agent;
+pub mod beats;
 pub mod check;
 
 use crate::guard::boot_ms;
@@ -17,7 +20,11 @@ use crate::pool::Pool;
 use crate::records::{
     ServiceReport, StoredTask, StoredTried, TaskState, VmMemory, json, now_ms, update, vm_state,
 };
+use agent::Agent;
+use beats::Beats;
+use check::Inside;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -31,6 +38,45 @@ use tokio::runtime::Handle;
 /// How long a VM's process may take to answer.
 const RESET_BOUND: Duration = Duration::from_secs(10);
 
+/// How long the command that restarts a service may take, and its agent to say that it is there.
+const RESTART_BOUND: Duration = Duration::from_secs(60);
+const PING_BOUND: Duration = Duration::from_secs(2);
+
+/// The ways into a guest with a vsock device.
+#[derive(Clone, Default)]
+struct Ways {
+    agent: Option<Arc<Agent>>,
+    beats: Option<Arc<Beats>>,
+}
+
+impl Ways {
+    /// Those that a policy needs.
+    fn of(policy: &HealthPolicy, vsock: Option<&Path>) -> Self {
+        let Some(vsock) = vsock else {
+            return Self::default();
+        };
+        let heartbeat = |c: &Check| matches!(c, Check::Heartbeat { .. });
+        let beats = policy.checks.iter().any(heartbeat).then(|| Beats::listen(vsock));
+        Self {
+            agent: Some(Arc::new(Agent::at(vsock))),
+            beats: beats.and_then(|made| match made {
+                Ok(beats) => Some(Arc::new(beats)),
+                Err(error) => {
+                    tracing::warn!(%error, path = %vsock.display(), "heartbeats of a VM's application cannot be heard");
+                    None
+                }
+            }),
+        }
+    }
+
+    fn inside(&self) -> Inside<'_> {
+        Inside {
+            agent: self.agent.as_deref(),
+            beats: self.beats.as_deref(),
+        }
+    }
+}
+
 /// A VM that is looked after.
 struct Watched {
     policy: HealthPolicy,
@@ -38,6 +84,7 @@ struct Watched {
     machine: Arc<Mutex<Health>>,
     why: Arc<Mutex<String>>,
     busy: Arc<AtomicBool>,
+    ways: Ways,
     next_ms: u64,
 }
 
@@ -71,8 +118,10 @@ impl Services {
             let known = self.vms.get(id).is_some_and(|w| w.policy == *policy);
             if !known {
                 let tried = vm.memory.tried.as_ref().filter(|t| t.policy == name_of(policy));
+                let vsock = node.instances.vsock(&vm.stored);
+                let ways = Ways::of(policy, vsock.as_deref());
                 self.vms
-                    .insert(id.clone(), Watched::new(policy, term, now, tried));
+                    .insert(id.clone(), Watched::new(policy, term, now, tried, ways));
             }
             let Some(watched) = self.vms.get_mut(id) else {
                 continue;
@@ -85,6 +134,9 @@ impl Services {
                 continue;
             }
             watched.next_ms = now.saturating_add(policy.interval_ms);
+            if let Some(beats) = &watched.ways.beats {
+                beats.keep();
+            }
             let standby = vm
                 .memory
                 .standbys
@@ -99,6 +151,7 @@ impl Services {
                 policy: policy.clone(),
                 machine: Arc::clone(&watched.machine),
                 why: Arc::clone(&watched.why),
+                ways: watched.ways.clone(),
             };
             let busy = Arc::clone(&watched.busy);
             Handle::current().spawn(async move {
@@ -124,7 +177,7 @@ impl Services {
 }
 
 impl Watched {
-    fn new(policy: &HealthPolicy, term: Term, now: u64, tried: Option<&StoredTried>) -> Self {
+    fn new(policy: &HealthPolicy, term: Term, now: u64, tried: Option<&StoredTried>, ways: Ways) -> Self {
         let machine = match tried {
             Some(t) => Health::resumed(policy.clone(), &t.tried, now, now_ms()),
             None => Health::new(policy.clone(), now),
@@ -135,6 +188,7 @@ impl Watched {
             machine: Arc::new(Mutex::new(machine)),
             why: Arc::default(),
             busy: Arc::default(),
+            ways,
             next_ms: now,
         }
     }
@@ -158,19 +212,20 @@ struct Round {
     policy: HealthPolicy,
     machine: Arc<Mutex<Health>>,
     why: Arc<Mutex<String>>,
+    ways: Ways,
 }
 
 impl Round {
     async fn play(self) {
         let bound = Duration::from_millis(self.policy.timeout_ms);
-        let made = tokio::time::timeout(bound, all(&self.policy.checks)).await;
+        let made = tokio::time::timeout(bound, all(&self.policy.checks, self.ways.inside())).await;
         let failed = match made {
             Ok(Ok(())) => None,
             Ok(Err(why)) => Some(why),
             Err(_) => Some(format!("no answer within {} ms", self.policy.timeout_ms)),
         };
         let means = Means {
-            agent: false,
+            agent: failed.is_some() && self.can_restart().await,
             standby: self.standby.is_some(),
         };
         let good = failed.is_none();
@@ -189,6 +244,33 @@ impl Round {
         }
         if let Some(remedy) = remedy {
             self.remedy(remedy, why).await;
+        }
+    }
+
+    /// Whether the service can be restarted: the policy says how, and the agent answers.
+    async fn can_restart(&self) -> bool {
+        let wanted = !self.policy.restart.is_empty()
+            && self
+                .policy
+                .ladder
+                .iter()
+                .any(|r| r.remedy == Remedy::RestartService);
+        match &self.ways.agent {
+            Some(agent) if wanted => {
+                let asked = tokio::time::timeout(PING_BOUND, agent.ping()).await;
+                asked.is_ok_and(|answer| answer.is_ok())
+            }
+            _ => false,
+        }
+    }
+
+    /// Restarts the service in the guest.
+    async fn restart(&self) -> Result<String, String> {
+        let agent = self.ways.agent.as_ref().ok_or("there is no agent")?;
+        match tokio::time::timeout(RESTART_BOUND, agent.run(&self.policy.restart)).await {
+            Ok(Ok(())) => Ok(format!("`{}` in the guest", self.policy.restart.join(" "))),
+            Ok(Err(why)) => Err(why),
+            Err(_) => Err(format!("it takes longer than {} s", RESTART_BOUND.as_secs())),
         }
     }
 
@@ -250,7 +332,10 @@ impl Round {
             },
             // The alarm stands as long as the report says that the service failed.
             Remedy::Alert => Ok("none is left: people are told".into()),
-            Remedy::RestartService => return,
+            Remedy::RestartService => {
+                let done = self.restart().await;
+                Ok(done.unwrap_or_else(|why| format!("restart the service: failed, {why}")))
+            }
         };
         let remedy = done.unwrap_or_else(|error| format!("{remedy:?} failed: {error}"));
         let about = About::On(self.vm.clone(), self.me.clone());
@@ -266,9 +351,9 @@ impl Round {
     }
 }
 
-async fn all(checks: &[Check]) -> Result<(), String> {
+async fn all(checks: &[Check], inside: Inside<'_>) -> Result<(), String> {
     for one in checks {
-        check::make(one).await?;
+        check::make(one, inside).await?;
     }
     Ok(())
 }

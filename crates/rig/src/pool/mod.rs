@@ -25,6 +25,8 @@ use std::time::Duration;
 /// A part of a play, after all VMs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
+    /// The service in an `ft` VM fails, and its agent restarts it.
+    Service,
     /// The standby of one is tried.
     Drill,
     /// A server loses its power.
@@ -85,7 +87,7 @@ impl Options {
             server_mib: 1600,
             disk: false,
             watchdog: false,
-            acts: &[Act::Drain, Act::Resume, Act::Upgrade],
+            acts: &[Act::Service, Act::Drain, Act::Resume, Act::Upgrade],
         }
     }
 
@@ -111,6 +113,8 @@ pub struct Report {
     pub formed: Duration,
     /// From the first `vm create` to ten VMs that run, protected where they shall be.
     pub placed: Duration,
+    /// From a service that failed to its health, restarted by the agent.
+    pub service: Duration,
     /// A drill of one of them.
     pub drill: Duration,
     /// The server that was killed, and how many VMs of each class ran there.

@@ -12,7 +12,7 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 pub(super) const BOOT_BOUND: Duration = Duration::from_secs(180);
-const BOUND: Duration = Duration::from_secs(300);
+const BOUND: Duration = Duration::from_secs(900);
 pub(super) const ANSWER: Duration = Duration::from_secs(60);
 /// Simulated servers share few real CPUs: one that is well may not get to renew its lease for seconds.
 const LEASE: Duration = Duration::from_secs(20);
@@ -105,6 +105,7 @@ impl Stage<'_, '_> {
         self.place(options, report)?;
         for act in options.acts {
             match act {
+                Act::Service => self.service(report)?,
                 Act::Drill => self.drill(report)?,
                 Act::Kill => self.kill(report)?,
                 Act::Return => self.bring_back(report)?,
@@ -176,8 +177,12 @@ impl Stage<'_, '_> {
                 } else {
                     String::new()
                 };
+                let agent = match class == 0 && options.acts.contains(&Act::Service) {
+                    true => "--agent",
+                    false => "",
+                };
                 let create = format!(
-                    "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 {disk} \
+                    "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 {disk} {agent} \
                      --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
                      --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000 mini.clock_ms=200'",
                     CLASSES[class],

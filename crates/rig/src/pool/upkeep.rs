@@ -2,7 +2,7 @@
 //! are at work meanwhile.
 
 use super::Report;
-use super::steps::{ASK_EVERY, Guest, Stage, none, program};
+use super::steps::{ANSWER, ASK_EVERY, Guest, Stage, none, program};
 use crate::error::{Result, RigError};
 use crate::failover::{ensure, ms};
 use serde_json::Value;
@@ -11,30 +11,65 @@ use std::time::{Duration, Instant};
 const ANOTHER: &str = "/data/another-program";
 /// Three servers of one emulated CPU are emptied and filled again, one after the other.
 const UPGRADE_BOUND: Duration = Duration::from_secs(900);
+/// From a service that fails to its restart.
+const SERVICE_BOUND: Duration = Duration::from_secs(120);
 /// Most that a VM is without a standby. A switch takes less by far, but a slow host's standby may be given up in it (docs/known-problems.md),
 /// and is filled anew then.
 const WITHOUT_STANDBY: Duration = Duration::from_secs(45);
 
 impl Stage<'_, '_> {
+    /// The service in an ft VM fails by what its agent says; the agent restarts it, and nobody else notices.
+    pub(super) fn service(&mut self, report: &mut Report) -> Result<()> {
+        let guest = self.guests.iter().find(|g| g.class == 0).ok_or_else(none)?;
+        let name = guest.name.clone();
+        self.tell.doing(&format!("the service in {name} is looked after"));
+        self.hosts[0].run(&format!(
+            "vm health {name} --command service-well --restart-command service-restart --interval-ms 3000 --timeout-ms 3000 \
+             --failures 2 --grace-ms 5000 --do restart-service --do alert"
+        ))?;
+        let is = |wanted: &'static str| {
+            let name = name.clone();
+            move |s: &Value| {
+                let vm = s["vms"].as_array()?.iter().find(|v| v["vm"] == name.as_str())?;
+                vm["service"].as_str()?.starts_with(wanted).then_some(())
+            }
+        };
+        self.wait("its agent to say that its service is well", is("healthy"))?;
+        self.look_away();
+        let before = guest.mini.status(ANSWER)?;
+        let began = Instant::now();
+        let said = guest.mini.command("service_ill", ANSWER)?;
+        ensure(said.trim() == "ok", || said.clone())?;
+        loop {
+            let now = guest.mini.status(ANSWER)?;
+            ensure(now.uptime_ms > before.uptime_ms, || {
+                format!("{name} was booted anew")
+            })?;
+            if now.service_restarts == before.service_restarts + 1 {
+                break;
+            }
+            ensure(began.elapsed() < SERVICE_BOUND, || {
+                format!(
+                    "the service in {name} was restarted {} times",
+                    now.service_restarts
+                )
+            })?;
+            std::thread::sleep(ASK_EVERY);
+        }
+        self.wait("its service to be well again", is("healthy"))?;
+        report.service = began.elapsed();
+        self.tell.done(&format!(
+            "the service in {name} failed and was restarted by its agent, over vsock: well after {:.0} s; longest wait of a session {}",
+            report.service.as_secs_f64(),
+            ms(self.longest())
+        ));
+        Ok(())
+    }
+
     /// Where most ft VMs run.
     pub(super) fn drain(&mut self, report: &mut Report) -> Result<()> {
         let status = self.status()?;
         let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        // A `none` VM cannot be moved while it runs: its host waits for somebody to stop it.
-        for vm in vms
-            .iter()
-            .filter(|v| v["class"] == "none" || v["class"] == "restart")
-        {
-            let name = vm["vm"].as_str().unwrap_or_default();
-            self.hosts[0].run(&format!("vm stop {name}"))?;
-        }
-        self.wait("what cannot be moved to be off", |s| {
-            let mut cold = s["vms"]
-                .as_array()?
-                .iter()
-                .filter(|v| v["class"] == "none" || v["class"] == "restart");
-            cold.all(|v| v["state"] == "off").then_some(())
-        })?;
         let count = |host: &str| {
             vms.iter()
                 .filter(|v| v["host"] == host && v["class"] == "ft")

@@ -6,6 +6,7 @@
 //! | `reset_gap` | the longest gap of the clock starts from 0 |
 //! | `say TEXT` | a line on the console |
 //! | `flood N` | N lines of 80 bytes on the console, as fast as it takes them |
+//! | `service_ill` | the agent's service fails until it is restarted |
 //! | `drop_caches` | frees the page cache |
 //! | `cpus` | the number of CPUs that run, behind `ok` |
 //! | `disk_bench ...` | measures a disk: see [`super::bench`] |
@@ -31,6 +32,7 @@ pub fn act(guest: &Guest, line: &str) -> String {
                 guest.say(&format!("FLOOD {line:073}"));
             }
         }
+        ("service_ill", _) => guest.service_ill.store(true, Ordering::Release),
         ("cpus", _) => {
             let cpus = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
             return format!("ok {cpus}");

@@ -19,6 +19,7 @@
 //! | port | service |
 //! |---|---|
 //! | TCP 7, UDP 7, vsock 7 | echo |
+//! | vsock 9999 | an agent that runs commands: see [`agent`] |
 //! | TCP 8 | for each line: `COUNT <over all connections> <in this connection>` |
 //! | TCP 9 | one line of JSON, [`Status`] |
 //! | TCP 10 | a command a line, answered by `ok` or `error ...`: see [`control`] |
@@ -27,6 +28,7 @@
 //! Invariant: what it has found wrong stays in [`Status::faults`] and was printed on the console as a line `CORRUPT ...` or
 //! `JUMP ...`; a test that sees neither may believe that all is well, as far as it went.
 
+pub mod agent;
 pub mod bench;
 pub mod clock;
 pub mod control;
@@ -34,6 +36,7 @@ pub mod disk;
 pub mod memory;
 pub mod service;
 pub mod services;
+pub mod vsock;
 
 use super::{modules, server, sys};
 use crate::link::mux::lock;
@@ -87,6 +90,9 @@ pub struct Status {
     pub clock_jumps: u64,
     /// The longest time between two looks at the clock (every 5 ms) since the last `reset_gap`, in microseconds.
     pub gap_max_us: u64,
+    /// How often the agent restarted the service.
+    #[serde(default)]
+    pub service_restarts: u64,
     /// Everything found wrong, the first 16.
     pub faults: Vec<String>,
 }
@@ -106,6 +112,8 @@ pub struct Guest {
     pub(crate) count: AtomicU64,
     pub(crate) clock_jumps: AtomicU64,
     pub(crate) gap_max_us: AtomicU64,
+    pub(crate) service_ill: AtomicBool,
+    pub(crate) service_restarts: AtomicU64,
     pub(crate) faults: Mutex<Vec<String>>,
     /// It is on its way down: the kernel takes its devices away, and what they say from now on is no fault.
     pub(crate) ending: AtomicBool,
@@ -156,6 +164,7 @@ impl Guest {
             count: get(&self.count),
             clock_jumps: get(&self.clock_jumps),
             gap_max_us: get(&self.gap_max_us),
+            service_restarts: get(&self.service_restarts),
             faults: lock(&self.faults).clone(),
         }
     }

@@ -1,10 +1,9 @@
 //! The mini guest's services: echo, counter, status, control. Connections are bounded; what a stranger sends is lines of at most
 //! 4 KiB or bytes to echo.
 
-use super::{Guest, control};
+use super::{Guest, agent, control, vsock};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const CONNECTIONS_MAX: u64 = 128;
@@ -44,7 +43,14 @@ pub fn start(guest: &'static Guest, start: Start) {
             }
         }),
     );
-    start("vsock-7", Box::new(move || vsock_echo(guest)));
+    start(
+        "vsock-7",
+        Box::new(move || vsock::serve(guest, 7, |_, stream| echo(stream))),
+    );
+    start(
+        "agent",
+        Box::new(move || vsock::serve(guest, agent::PORT, agent::answer)),
+    );
     start("power", Box::new(move || power_button(guest)));
 }
 
@@ -115,46 +121,6 @@ fn udp_echo() -> io::Result<()> {
             // A datagram that cannot be answered is lost, as datagrams are.
             let _ = socket.send_to(&buffer[..n], from);
         }
-    }
-}
-
-/// Echo on vsock port 7, one connection at a time. A machine without vsock has none.
-fn vsock_echo(guest: &Guest) {
-    let serve = || -> io::Result<()> {
-        // SAFETY: plain numbers; the descriptor is checked and owned by the File alone. `address` is a whole
-        // `struct sockaddr_vm` with its length, valid for the call.
-        let listener = unsafe {
-            let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-            if fd < 0 {
-                return Ok(());
-            }
-            let listener = std::fs::File::from_raw_fd(fd);
-            let mut address: libc::sockaddr_vm = std::mem::zeroed();
-            address.svm_family = libc::AF_VSOCK as u16;
-            address.svm_port = 7;
-            address.svm_cid = libc::VMADDR_CID_ANY;
-            let length = size_of::<libc::sockaddr_vm>() as u32;
-            if libc::bind(fd, (&raw const address).cast(), length) < 0 || libc::listen(fd, 4) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            listener
-        };
-        loop {
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
-            // SAFETY: an open listening descriptor; the peer's address is not asked for; the result is owned here alone.
-            let stream = unsafe {
-                let fd = libc::accept4(fd, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC);
-                if fd < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                std::fs::File::from_raw_fd(fd)
-            };
-            // The peer's leaving is no fault.
-            let _ = echo(stream);
-        }
-    };
-    if let Err(e) = serve() {
-        guest.fault(format!("TROUBLE vsock port 7: {e}"));
     }
 }
 
