@@ -156,6 +156,9 @@ pub struct ProcessArgs {
     /// Start paused; `vm resume` lets it go.
     #[arg(long)]
     paused: bool,
+    /// Reset a guest whose kernel panicked and that has not started itself anew within 10 s (with a crash kernel: 10 minutes).
+    #[arg(long)]
+    reset_panicked: bool,
     /// User that the VM's process becomes if started as root: NAME, UID or UID:GID; by default one of the VM's own.
     #[arg(long, value_parser = UserChoice::parse)]
     user: Option<UserChoice>,
@@ -260,6 +263,9 @@ pub struct RunArgs {
     /// A vsock device for the guest's agent (qemu-ga) and for heartbeats of its application; the guest has CID 3.
     #[arg(long, conflicts_with = "vsock")]
     agent: bool,
+    /// A watchdog that the guest may start (ACPI WDAT; Linux: wdat_wdt): it is reset when it hangs.
+    #[arg(long)]
+    watchdog: bool,
     /// Virtio console beside the serial port, its output appended to this file.
     #[arg(long)]
     virtio_console: Option<PathBuf>,
@@ -426,6 +432,7 @@ fn spec_of(args: &RunArgs, sockets: &Path) -> Result<VmSpec, Box<dyn Error>> {
         rng: args.rng,
         virtio_console: args.virtio_console.clone(),
         balloon: args.balloon,
+        watchdog: args.watchdog,
         vsock: args.vsock.clone().or_else(|| {
             args.agent.then(|| VsockSpec {
                 cid: AGENT_CID,
@@ -491,6 +498,7 @@ fn with_options(
             }
         }),
         paused: args.paused,
+        reset_panicked: args.reset_panicked,
         hooks: ThreadHooks::default(),
         isolation: Some(args.isolation()?),
     };

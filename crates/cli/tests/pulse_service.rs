@@ -134,6 +134,73 @@ fn an_application_is_heard_wherever_its_vm_runs() {
     assert!(!events.contains("remedy"), "{events}");
 }
 
+/// A host whose kernel tells of a failing part is emptied before it fails, of all its VMs, while they run; used again by somebody's word it is
+/// used, until there is more evidence.
+#[test]
+fn a_host_that_expects_to_fail_is_emptied() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::made(&["a", "b", "c"], 6000, &[]);
+    pool.create("f", "ft");
+    pool.create("n", "none");
+    let host = pool.other("");
+    wait("f to be protected", || host.vm("f")["protection"] == "protected");
+    wait("n to run", || host.vm("n")["state"] == "running");
+    let failing = host.vm("n")["host"].as_str().unwrap().to_owned();
+    let mc = pool
+        .host(&failing)
+        .sys_root()
+        .join("sys/devices/system/edac/mc/mc0");
+    std::fs::create_dir_all(&mc).unwrap();
+    let corrected = |n: u64| std::fs::write(mc.join("ce_count"), n.to_string()).unwrap();
+    corrected(0);
+    // Seen once, it grows.
+    let host = pool.other(&failing);
+    let emptied = |host: &common::Host| {
+        let hosts = host.json(&["host", "list"]);
+        let found = hosts
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|h| h["host"] == failing.as_str() && h["admin"] == "maintenance");
+        found
+    };
+    let mut errors = 0;
+    wait("it to be emptied", || {
+        errors += 100;
+        corrected(errors);
+        emptied(host)
+    });
+    for vm in ["f", "n"] {
+        let shown = host.vm(vm);
+        assert!(
+            shown["state"] == "running" && shown["host"] != failing.as_str(),
+            "{shown}"
+        );
+    }
+    wait("f to be protected elsewhere", || {
+        host.vm("f")["protection"] == "protected"
+    });
+    let events = host.run(&["events"]);
+    assert!(
+        events.contains("corrected memory errors of mc0 in a day"),
+        "{events}"
+    );
+    let status = host.try_run(&["status"]);
+    assert!(
+        !status.status.success(),
+        "people are told: {}",
+        String::from_utf8_lossy(&status.stdout)
+    );
+    host.run(&["host", "resume", &failing]);
+    wait("it to be used again, and all to be well", || {
+        !emptied(host) && host.try_run(&["status"]).status.success()
+    });
+    corrected(errors + 100);
+    wait("it to be emptied again", || emptied(host));
+}
+
 /// Limits of a protected VM are set for its process and its standby's, live, and refused when they cannot be.
 #[test]
 fn limits_hold_on_every_host_of_a_vm() {

@@ -15,6 +15,7 @@ use crate::journal::{self, About};
 use crate::measure::Measure;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
+use crate::predict::{self, Predict};
 use crate::records::{HostReport, StoredVm, VmMemory, host_report, json, now_ms, update, vm_spec, vm_state};
 use crate::watchdog::Choice;
 use crate::{certs, etcd, records, seat};
@@ -23,7 +24,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::Action;
-use steadfast_cluster::model::Power;
+use steadfast_cluster::model::{DrainWhy, HostAdmin, Power, Prediction};
 use steadfast_epoch::arbiter::{CasOutcome, Instance, Nonce, StoreId, VmRecord};
 use steadfast_protect::store::{RecordStore, Store};
 use steadfast_store::{Commit, random_u64};
@@ -50,6 +51,12 @@ pub struct Agent {
     node: Arc<Node>,
     seq: u64,
     measure: Measure,
+    /// What this host expects of itself, as it was found last.
+    prediction: Option<Prediction>,
+    /// This host was emptied for it.
+    leaves_for_it: bool,
+    /// People use it again.
+    forgive: bool,
     /// Stops under way in this run of the daemon.
     stopping: Arc<Mutex<HashSet<VmId>>>,
     started: HashMap<VmId, Instant>,
@@ -60,6 +67,11 @@ pub struct Agent {
     certificates: certs::Keeper,
 }
 
+fn look_ahead(mut predict: Predict) -> (Predict, Option<Prediction>) {
+    let found = predict.look(Instant::now());
+    (predict, found)
+}
+
 impl Agent {
     /// For this host.
     #[must_use]
@@ -67,6 +79,9 @@ impl Agent {
         Self {
             seq: 0,
             measure: Measure::default(),
+            prediction: None,
+            leaves_for_it: false,
+            forgive: false,
             stopping: Arc::default(),
             started: HashMap::new(),
             changed: HashMap::new(),
@@ -82,6 +97,10 @@ impl Agent {
         let mut every = records::Timings::default().report_ms;
         let mut looking = tokio::spawn(look_at_store(Arc::clone(&self.node), etcd::Looker::default()));
         let mut looked = Instant::now();
+        let (mut predicting, mut predicted) = (
+            tokio::task::spawn_blocking(|| look_ahead(Predict::default())),
+            looked,
+        );
         loop {
             let began = Instant::now();
             let node = Arc::clone(&self.node);
@@ -94,6 +113,16 @@ impl Agent {
                 looked = Instant::now();
                 let looker = looking.await.unwrap_or_default();
                 looking = tokio::spawn(look_at_store(Arc::clone(&node), looker));
+            }
+            if predicted.elapsed() >= predict::LOOK && predicting.is_finished() {
+                predicted = Instant::now();
+                let (mut predict, found) = predicting.await.unwrap_or_default();
+                self.prediction = found;
+                if std::mem::take(&mut self.forgive) {
+                    predict.forgive();
+                    self.prediction = None;
+                }
+                predicting = tokio::task::spawn_blocking(|| look_ahead(predict));
             }
             // The round blocks: on the store, and on control sockets.
             let done = tokio::task::spawn_blocking(move || {
@@ -133,7 +162,8 @@ impl Agent {
                 instance.service = Some(service);
             }
         }
-        let status = self.measure.status(&node.folders.data);
+        let mut status = self.measure.status(&node.folders.data);
+        status.prediction = self.prediction.clone();
         let starved = status.starved;
         let report = HostReport {
             seq: self.seq,
@@ -157,6 +187,14 @@ impl Agent {
         }
         if config.witness {
             return Ok(pool.timings.report_ms);
+        }
+        let admin = pool.hosts.get(&config.host).map(|h| h.record.admin);
+        let leaves = matches!(
+            admin,
+            Some(HostAdmin::Draining(DrainWhy::Prediction) | HostAdmin::Maintenance(DrainWhy::Prediction))
+        );
+        if std::mem::replace(&mut self.leaves_for_it, leaves) && admin == Some(HostAdmin::InUse) {
+            (self.forgive, self.prediction) = (true, None);
         }
         guard::write_lease(&node.folders, asked + pool.timings.lease_ms)?;
         let watchdog = config.watchdog.as_deref();

@@ -81,6 +81,7 @@ mod tests {
             copying: BTreeMap::new(),
             takeover: None,
             service: None,
+            mishaps: Default::default(),
         };
         let (heard, now) = (Heard::default(), Instant::now());
         assert!(heard.instead(&vm, Some(7), now).is_none(), "it never spoke");

@@ -28,6 +28,7 @@ use steadfast_cluster::model::{FailureClass, Phase, Protection};
 use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TakeOver, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
+use steadfast_vmm::guest_care::Mishaps;
 use steadfast_vmm::process::FENCED_EXIT;
 use steadfast_vmm::spec::VmSpec;
 
@@ -231,6 +232,7 @@ impl Instances {
         }
         command.arg("--console").arg(folder.join("console"));
         command.arg("--debugcon").arg(folder.join("debugcon"));
+        command.arg("--reset-panicked");
         command.args(&config.vmm_args);
         command.env("STEADFAST_RUN_DIR", &self.folders.run);
         let log = open_log(&folder.join("log"))?;
@@ -481,9 +483,13 @@ impl Instances {
             copying: BTreeMap::new(),
             takeover: None,
             service: None,
+            mishaps: Mishaps::default(),
         };
         let answer = self.ask(vm, &Request::Status, STATUS_BOUND);
         let answered = answer.is_ok();
+        if let Ok(status) = &answer {
+            report.mishaps = serde_json::from_value(status["mishaps"].clone()).unwrap_or_default();
+        }
         match answer {
             Ok(status) if meta.hot => {
                 read_protocol(&status["protocol"], meta, &mut report);

@@ -44,6 +44,7 @@ mod observe;
 pub mod pki;
 mod pool;
 mod precedence;
+mod predict;
 mod procs;
 pub mod records;
 mod relocate;

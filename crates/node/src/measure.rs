@@ -1,7 +1,6 @@
 //! What a host measures of itself: load, pressure, capacity.
 //!
-//! Sources: `/proc/stat`, `/proc/meminfo`, `/proc/pressure/*` (PSI), `/proc/diskstats` is not read yet. What the kernel does not tell
-//! is left at zero.
+//! Sources: `/proc/stat`, `/proc/meminfo`, `/proc/pressure/*` (PSI), what [`crate::predict`] reads beside. What the kernel does not tell is left at zero.
 
 use std::fs;
 use std::path::Path;

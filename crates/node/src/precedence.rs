@@ -49,10 +49,14 @@ pub fn without<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
     })
 }
 
-/// Takes it from a process that has just been started, and has one thread.
-pub fn give_up(pid: u32) {
+/// Of what runs beside VMs that matter more.
+const NICE_BACKGROUND: i32 = 5;
+
+/// Makes a process that has just been started, and has one thread, give way to the VMs of this host.
+pub fn give_way(pid: u32) {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-    if let Some(Err(error)) = pid.map(|pid| rustix::process::setpriority_process(Some(pid), 0)) {
+    if let Some(Err(error)) = pid.map(|pid| rustix::process::setpriority_process(Some(pid), NICE_BACKGROUND))
+    {
         tracing::debug!(%error, "a process that was started has ended");
     }
 }
@@ -78,10 +82,10 @@ mod tests {
         assert_eq!(without(nice_of_child).unwrap(), "0");
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         let (pid, nice) = (child.id(), rustix::process::getpriority_process);
-        give_up(pid);
+        give_way(pid);
         let left = nice(rustix::process::Pid::from_raw(pid as i32));
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!((left.unwrap(), nice(None).unwrap()), (0, NICE));
+        assert_eq!((left.unwrap(), nice(None).unwrap()), (NICE_BACKGROUND, NICE));
     }
 }

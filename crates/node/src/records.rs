@@ -28,6 +28,7 @@ use steadfast_cluster::model::{
 };
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, Term, VmId};
+use steadfast_vmm::guest_care::Mishaps;
 use steadfast_vmm::spec::VmSpec;
 
 /// Settings of the pool.
@@ -215,6 +216,9 @@ pub struct InstanceReport {
     /// How its service is, if it has a health policy and runs here.
     #[serde(default)]
     pub service: Option<ServiceReport>,
+    /// What happened to its guest in its process.
+    #[serde(default)]
+    pub mishaps: Mishaps,
 }
 
 /// A service as its checks find it.

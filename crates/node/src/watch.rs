@@ -15,6 +15,7 @@ use steadfast_cluster::events::{Service, What};
 use steadfast_cluster::model::{HostHealth, Phase, Power};
 use steadfast_store::Commit;
 use steadfast_types::{HostId, VmId};
+use steadfast_vmm::guest_care::Mishaps;
 
 /// Looks that are further apart leave a time of which nothing is known, ms. Longer than a change of leaders.
 const UNWATCHED_MS: u64 = 30_000;
@@ -31,6 +32,8 @@ pub struct Watch {
     takeovers: HashMap<VmId, u64>,
     health: BTreeMap<HostId, HostHealth>,
     failed: HashSet<(VmId, HostId)>,
+    /// What was told of each guest's mishaps.
+    mishaps: HashMap<(VmId, HostId), Mishaps>,
     watched_ms: u64,
 }
 
@@ -165,8 +168,17 @@ impl Watch {
 
     fn instances(&mut self, node: &Node, pool: &Pool) {
         let mut failed = HashSet::new();
+        let mut mishaps = HashMap::new();
         for (host, report) in &pool.reports {
             for (vm, instance) in &report.instances {
+                let whose = (vm.clone(), host.clone());
+                // A new leader does not know which were told.
+                let told = self.mishaps.get(&whose).copied().unwrap_or(instance.mishaps);
+                for (class, why) in news(told, instance.mishaps) {
+                    let about = About::On(vm.clone(), host.clone());
+                    node.event(about, What::Detected { class, took_ms: 0 }, why);
+                }
+                mishaps.insert(whose, instance.mishaps);
                 let Phase::Failed(class) = instance.phase else {
                     continue;
                 };
@@ -182,8 +194,29 @@ impl Watch {
                 failed.insert(key);
             }
         }
-        self.failed = failed;
+        (self.failed, self.mishaps) = (failed, mishaps);
     }
+}
+
+/// What happened to a guest since it was told. Counts of a new process begin at nothing.
+fn news(told: Mishaps, now: Mishaps) -> Vec<(FailureClass, &'static str)> {
+    let more = |count: fn(Mishaps) -> u64| match count(now) < count(told) {
+        true => count(now) > 0,
+        false => count(now) > count(told),
+    };
+    let crashed = FailureClass::GuestCrashed;
+    let mut news = Vec::new();
+    if more(|m| m.panics) {
+        news.push((crashed, "its kernel says that it panicked"));
+    }
+    if more(|m| m.panic_resets) {
+        news.push((crashed, "it did not start itself anew, and was reset in place"));
+    }
+    if more(|m| m.watchdog_resets) {
+        let why = "it did not feed its watchdog, and was reset in place";
+        news.push((FailureClass::GuestHung, why));
+    }
+    news
 }
 
 /// The takeover that made the owner what it is, if it was one.
@@ -223,6 +256,26 @@ fn service(pool: &Pool, id: &VmId, vm: &PoolVm) -> Option<(Service, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_happened_to_a_guest_is_told_once() {
+        let with = |panics, panic_resets, watchdog_resets| Mishaps {
+            panics,
+            panic_resets,
+            watchdog_resets,
+        };
+        let classes = |told, now| -> Vec<FailureClass> { news(told, now).iter().map(|(c, _)| *c).collect() };
+        use FailureClass::{GuestCrashed, GuestHung};
+        assert!(classes(with(2, 1, 0), with(2, 1, 0)).is_empty());
+        assert_eq!(classes(with(2, 1, 0), with(3, 1, 0)), [GuestCrashed]);
+        assert_eq!(
+            classes(with(2, 1, 0), with(3, 2, 1)),
+            [GuestCrashed, GuestCrashed, GuestHung]
+        );
+        // Another process counts from nothing.
+        assert!(classes(with(2, 1, 1), with(0, 0, 0)).is_empty());
+        assert_eq!(classes(with(2, 1, 1), with(1, 0, 0)), [GuestCrashed]);
+    }
 
     #[test]
     fn a_takeover_tells_its_parts() {

@@ -88,7 +88,10 @@ impl Engine {
             epoch,
         };
         let inputs = self.inputs.clone();
-        let work = move || inputs.send(Input::CopiedOut(source.write()));
+        let work = move || {
+            crate::priority::give_way();
+            inputs.send(Input::CopiedOut(source.write()))
+        };
         let thread = std::thread::Builder::new().name("copy-out".into()).spawn(work);
         thread.map_err(|e| format!("a thread for the copy: {e}"))?;
         self.note(format!("a copy of epoch {epoch} is made"));

@@ -38,6 +38,7 @@ use steadfast_machine::vcpu::VcpuEvent;
 use steadfast_net::Hold;
 use steadfast_types::{Epoch, Gfn, HostId, VmId};
 use steadfast_vmm::control::NetRate;
+use steadfast_vmm::guest_care::GuestCare;
 use steadfast_vmm::process::{Ended, ProcessError};
 use steadfast_vmm::{AssembleError, Vm};
 use steadfast_wire::record::Staged;
@@ -108,6 +109,8 @@ pub struct Parts {
     pub store: Box<dyn Store>,
     /// Sending side of the queue.
     pub inputs: Inputs,
+    /// A guest that panicked, and does not start itself anew, is reset.
+    pub reset_panicked: bool,
 }
 
 /// See the module.
@@ -118,6 +121,7 @@ pub struct Engine {
     pub(crate) holds: Holds,
     pub(crate) disks: Disks,
     pub(crate) care: Care,
+    pub(crate) guest: GuestCare,
     /// A disk here is dead: what works on it is left behind when the process ends.
     pub(crate) abandoned: bool,
     pub(crate) peers: BTreeMap<HostId, Peer>,
@@ -243,6 +247,7 @@ impl Engine {
             base: (None, false),
             state: Vec::new(),
             counters: Counters::default(),
+            guest: GuestCare::new(parts.reset_panicked),
             timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
@@ -329,6 +334,7 @@ impl Engine {
                 self.disks_moved()?;
                 self.bound_copy()?;
                 self.rest()?;
+                self.look_after_guest()?;
                 looked = Instant::now();
                 self.close_links();
                 if let Some(ended) = self.end_step()? {
@@ -516,6 +522,8 @@ impl Engine {
                     GuestEvent::Shutdown => return self.begin_end(Ended::Shutdown),
                     GuestEvent::Reset => self.reset_guest()?,
                     GuestEvent::Panic | GuestEvent::CrashLoaded => {
+                        let crash_kernel = event == GuestEvent::CrashLoaded;
+                        self.guest.panicked(Instant::now(), 1, crash_kernel);
                         self.note("the guest's kernel panicked".into())
                     }
                 }

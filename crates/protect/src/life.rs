@@ -79,6 +79,23 @@ impl Engine {
         self.rest()
     }
 
+    /// Resets a guest that cannot help itself. Its standby would go on with the same memory: that would not help.
+    pub(crate) fn look_after_guest(&mut self) -> Result<(), ProcessError> {
+        let now = Instant::now();
+        let runs = self.replica.primary().is_some()
+            && self.ending.is_none()
+            && !self.frozen
+            && !self.between_machines();
+        if self.vm.watchdog_fired(now, runs) {
+            self.guest.hangs(now);
+        }
+        if let Some(why) = self.guest.due(now).filter(|_| runs) {
+            self.note(format!("the guest is reset: {why}"));
+            self.reset_guest()?;
+        }
+        Ok(())
+    }
+
     /// The machine that a reset left behind finishes what its disks do for it, which is not waited for: then the next one is
     /// built.
     pub(crate) fn rest(&mut self) -> Result<(), ProcessError> {
@@ -142,6 +159,7 @@ impl Engine {
             .spawn(move || drop(old));
         dropped.map_err(|e| disk_failed(format!("the former machine is not left: {e}")))?;
         self.counters.resets += 1;
+        self.guest.restarted(Instant::now());
         if self.replica.primary().is_none() {
             return Ok(());
         }

@@ -231,6 +231,7 @@ impl Engine {
             "frames_released": c.released,
             "promote_us": c.promote_us,
             "guest_resets": c.resets,
+            "mishaps": self.guest.mishaps(),
             "throttle_percent": self.throttle.percent(),
             "throttle_most_percent": self.throttle.most(),
             "timeline": self.timeline.status(self.now()),

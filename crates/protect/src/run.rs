@@ -124,6 +124,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         ram_bytes,
         store: Box::new(store),
         inputs,
+        reset_panicked: options.reset_panicked,
     })?;
     let ended = engine.run(&incoming);
     engine.disks.close();

@@ -32,7 +32,12 @@ struct Pair {
 
 impl Pair {
     fn new(test: &str) -> Self {
+        Self::with(test, |_| {})
+    }
+
+    fn with(test: &str, set: impl FnOnce(&mut Site)) -> Self {
         let mut site = Site::new(&mut Random::seeded(test));
+        set(&mut site);
         site.audit = true;
         let client = switch::client(site.path().join("client"), vec![site.nic("a"), site.nic("b")]);
         let a = site.spawn("a", true);
@@ -96,6 +101,55 @@ fn a_reset_is_no_failover() {
         "the standby goes on from the guest that was started anew"
     );
     assert!(pair.b.role().0);
+}
+
+/// A guest that panicked and does not start itself anew, and one that hangs and does not feed its watchdog, are reset in place: nobody takes
+/// over, and the standby goes on from the guest that was started anew, with its watchdog (FAULTS 9).
+#[test]
+fn a_guest_that_cannot_help_itself_is_reset_and_taken_over_by_nobody() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::with("a_guest_that_cannot_help_itself", |site| {
+        site.cmdline.push_str(" watchdog=2000");
+        site.watchdog = true;
+    });
+    for n in 1..=5 {
+        assert_eq!(pair.one(), n);
+    }
+    let status = |i: &Instance| i.status().unwrap();
+    let before = status(&pair.a)["protocol"]["term"].clone();
+    // Well for two of its periods: it feeds its watchdog.
+    let fed = Instant::now();
+    wait("a while", LONG, || fed.elapsed() > Duration::from_secs(4));
+    assert_eq!(status(&pair.a)["guest_resets"], 0);
+    pair.client.tell(kind::HANG).unwrap();
+    wait("its watchdog to reset it", LONG, || {
+        status(&pair.a)["guest_resets"] == 1
+    });
+    let mishaps = |i: &Instance| status(i)["mishaps"].clone();
+    assert_eq!(mishaps(&pair.a)["watchdog_resets"], 1);
+    assert_eq!(pair.one(), 1, "started anew");
+    pair.client.tell(kind::PVPANIC).unwrap();
+    wait("its panic to be heard", LONG, || mishaps(&pair.a)["panics"] == 1);
+    wait("it to be reset after its grace", LONG, || {
+        status(&pair.a)["guest_resets"] == 2
+    });
+    assert_eq!(mishaps(&pair.a)["panic_resets"], 1);
+    assert_eq!(pair.one(), 1, "started anew");
+    assert_eq!(pair.a.role(), (true, true), "the same primary, protected");
+    assert_eq!(status(&pair.a)["protocol"]["term"], before, "nobody took over");
+    no_stale_page(&pair.b);
+    pair.a.kill();
+    assert_eq!(pair.one(), 2);
+    // What it is in is in the state of an epoch: it guards the guest on the standby's host too.
+    pair.client.tell(kind::HANG).unwrap();
+    wait("its watchdog to reset it there", LONG, || {
+        pair.b
+            .status()
+            .is_some_and(|s| s["mishaps"]["watchdog_resets"] == 1)
+    });
+    assert_eq!(pair.one(), 1);
 }
 
 /// What a standby holds is copied, again and again, while it follows a guest that changes its memory: each copy is of one epoch (the

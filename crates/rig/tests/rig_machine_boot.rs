@@ -56,6 +56,48 @@ fn long_rig_boot_mini() {
     assert!(no_bridge.contains("ip link add br77 type bridge"), "{no_bridge}");
 }
 
+/// FAULTS 9: a Linux that hangs does not feed its watchdog, which its own driver found in ACPI's tables; one that panicked stays so. Both are
+/// reset in place. One that is well is left alone.
+#[test]
+fn a_linux_that_hangs_or_panics_is_reset() {
+    if !can_run("a_linux_that_hangs_or_panics_is_reset") {
+        return;
+    }
+    let rig = Rig::builder().memory_mib(1024).start().unwrap();
+    let at = address(111);
+    let arguments = mini_arguments(1, 128, at, "mini.watchdog=10 panic=0");
+    let mut vm = Vm::run(
+        rig.server(0),
+        "guarded",
+        &format!("{arguments} --watchdog --reset-panicked"),
+    )
+    .unwrap();
+    vm.wait_start("READY", 1, SILENCE, BOOT).unwrap();
+    vm.wait_console("WATCHDOG 10 s", 1, SHORT).unwrap();
+    let mini = Mini::new(rig.client().unwrap(), at);
+    let well = mini.status(SHORT).unwrap().uptime_ms + 15_000;
+    while mini.status(SHORT).unwrap().uptime_ms < well {
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let mishaps = || vm.control("status", "").unwrap()["mishaps"].clone();
+    assert_eq!(mishaps()["watchdog_resets"], 0, "it feeds its watchdog");
+    // It may hang before it has answered.
+    let _ = mini.command("hang", Duration::from_secs(5));
+    vm.wait_start("READY", 2, SILENCE, BOOT).unwrap();
+    assert_eq!(mishaps()["watchdog_resets"], 1);
+    vm.wait_console("WATCHDOG 10 s", 2, SHORT).unwrap();
+    mini.status(SHORT).unwrap();
+    let _ = mini.command("panic", Duration::from_secs(5));
+    vm.wait_start("READY", 3, SILENCE, BOOT).unwrap();
+    let now = mishaps();
+    // A guest that panicked does not feed its watchdog either: whichever came first.
+    let resets = |name: &str| now[name].as_u64().unwrap();
+    assert_eq!(resets("panic_resets") + resets("watchdog_resets"), 2, "{now}");
+    assert!(resets("panics") > 0, "{now}");
+    assert_eq!(mini.status(SHORT).unwrap().faults, Vec::<String>::new());
+    vm.stop().unwrap();
+}
+
 fn debian_rig(test: &str) -> Option<Rig> {
     let missing = ["mmdebstrap", "qemu-img"]
         .into_iter()

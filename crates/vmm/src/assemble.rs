@@ -5,14 +5,15 @@ use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, VmSpec, made_mac, 
 use kvm_bindings::kvm_cpuid_entry2;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 use steadfast_disk::DiskError;
 use steadfast_disk::boot::{DiscoverOptions, discover};
 use steadfast_disk::image::BlockIo;
 use steadfast_machine::boot::acpi::{self, AcpiConfig};
 use steadfast_machine::boot::{self, BootError, Entry, initial_msrs, initial_registers};
 use steadfast_machine::cpuid::{self, CpuidError, KvmCaps, WhyNot};
-use steadfast_machine::devices::legacy::{self, OutputSink, Power, SerialPort};
+use steadfast_machine::devices::legacy::{self, OutputSink, Power, SerialPort, Watchdog};
 use steadfast_machine::devices::virtio::DeviceError;
 use steadfast_machine::devices::virtio::balloon::{Balloon, BalloonHandle, PageReclaimer};
 use steadfast_machine::devices::virtio::block::{
@@ -73,6 +74,8 @@ pub struct Vm {
     pub disks: Vec<BlockHandle>,
     /// Network cards in order.
     pub nics: Vec<NetHandle>,
+    /// The guest's watchdog, if there is one.
+    pub watchdog: Option<Arc<Mutex<Watchdog>>>,
     /// The balloon, if there is one.
     pub balloon: Option<BalloonHandle>,
     /// What is open of the host; images stay locked while the VM lives.
@@ -170,6 +173,13 @@ pub fn assemble_from<E: GuestEvents + 'static>(
         legacy::PvPanic::new(sink),
     )?;
     b.add_ports(&[(legacy::rtc::PORT, legacy::rtc::PORTS)], legacy::Rtc::default())?;
+    let watchdog = match spec.watchdog {
+        true => Some(b.add_ports(
+            &[(legacy::watchdog::PORT, legacy::watchdog::PORTS)],
+            Watchdog::default(),
+        )?),
+        false => None,
+    };
     b.add_stateless_ports(
         legacy::debugcon::PORT,
         legacy::debugcon::PORTS,
@@ -203,6 +213,7 @@ pub fn assemble_from<E: GuestEvents + 'static>(
         power,
         disks,
         nics,
+        watchdog,
         balloon,
         resources,
         supported,
@@ -324,6 +335,15 @@ impl Vm {
         self.resources.release();
     }
 
+    /// Lets time pass for the guest's watchdog; whether it fired.
+    pub fn watchdog_fired(&self, now: Instant, guest_runs: bool) -> bool {
+        let look = |w: &Arc<Mutex<Watchdog>>| {
+            let mut watchdog = w.lock().unwrap_or_else(PoisonError::into_inner);
+            watchdog.look(now, guest_runs)
+        };
+        self.watchdog.as_ref().is_some_and(look)
+    }
+
     /// Takes back what [`Vm::release`] gave up, before the machine goes on.
     ///
     /// # Errors
@@ -339,13 +359,17 @@ impl Vm {
     pub fn boot(&self) -> Result<(), AssembleError> {
         let ram = self.machine.ram();
         let read = |path: &Path| self.resources.read(path);
+        let acpi = AcpiConfig {
+            watchdog: self.spec.watchdog,
+            ..AcpiConfig::full(self.spec.vcpus)
+        };
         let entry = match &self.spec.boot {
             Boot::Kernel {
                 kernel,
                 initrd,
                 cmdline,
             } => {
-                let rsdp = acpi::build(ram, &AcpiConfig::full(self.spec.vcpus))?;
+                let rsdp = acpi::build(ram, &acpi)?;
                 let initrd = initrd.as_deref().map(read).transpose()?;
                 boot::linux(ram, &read(kernel)?, initrd.as_deref(), cmdline, Some(rsdp))?
             }
@@ -365,7 +389,7 @@ impl Vm {
                 let plan = discover(disk, &options)?;
                 tracing::info!(source = %plan.source, title = ?plan.title, cmdline = %plan.cmdline, "booting from disk");
                 let cmdline = format!("{} {cmdline_extra}", plan.cmdline);
-                let rsdp = acpi::build(ram, &AcpiConfig::full(self.spec.vcpus))?;
+                let rsdp = acpi::build(ram, &acpi)?;
                 boot::linux(
                     ram,
                     &plan.kernel,

@@ -25,6 +25,8 @@ pub(crate) enum End {
 pub(crate) struct News {
     /// How often the guest's kernel said that it panicked.
     pub panics: u64,
+    /// One of them said that another kernel has taken over, to write the memory down.
+    pub crash_kernel: bool,
     /// The first end.
     pub end: Option<End>,
 }
@@ -70,7 +72,10 @@ impl EventSink for Happened {
             GuestEvent::Shutdown => self.ends(End::Shutdown),
             GuestEvent::Reset => self.ends(End::Reset),
             GuestEvent::Panic | GuestEvent::CrashLoaded => {
-                self.news().panics += 1;
+                let mut news = self.news();
+                news.panics += 1;
+                news.crash_kernel |= event == GuestEvent::CrashLoaded;
+                drop(news);
                 (self.wake)();
             }
         }

@@ -5,6 +5,7 @@
 
 pub mod assemble;
 pub mod control;
+pub mod guest_care;
 mod happened;
 pub mod isolation;
 pub mod last_words;

@@ -8,6 +8,7 @@
 
 use crate::assemble::{AssembleError, Surroundings, Vm, assemble_from};
 use crate::control::{self, Answers, Call, NetRate, Request, Then, failure};
+use crate::guest_care::GuestCare;
 use crate::happened::{End, Happened};
 use crate::isolation::{Confined, Isolation, IsolationError};
 use crate::last_words;
@@ -106,6 +107,8 @@ pub struct Options {
     pub on_serial: Box<OnSerial>,
     /// Stays paused after a boot or restore until `resume`.
     pub paused: bool,
+    /// A guest that panicked, and does not start itself anew, is reset ([`crate::guest_care`]).
+    pub reset_panicked: bool,
     /// Run first on each thread of the machine, under its system call filter if there is one.
     pub hooks: ThreadHooks,
     /// How the process is confined before it meets the guest; none: not at all, for tests within one process.
@@ -147,7 +150,7 @@ struct Process<'a> {
     _confined: Option<Confined>,
     happened: Arc<Happened>,
     running: Running,
-    panics: u64,
+    care: GuestCare,
     resets: u64,
     started: Instant,
     last_pause_us: u64,
@@ -298,7 +301,7 @@ fn run_bound(
         vm,
         running: Running::Paused,
         happened,
-        panics: 0,
+        care: GuestCare::new(options.reset_panicked),
         resets: 0,
         started: Instant::now(),
         last_pause_us: 0,
@@ -363,14 +366,17 @@ impl Process<'_> {
     /// Looks at what the guest did.
     fn hear(&mut self) -> Result<Option<Ended>, ProcessError> {
         let news = self.happened.take();
+        let now = Instant::now();
         if news.panics > 0 {
+            let before = self.care.mishaps().panics;
+            self.care.panicked(now, news.panics, news.crash_kernel);
             // A guest can say so in a loop: the log hears of it each time the count has doubled.
-            let (before, now) = (self.panics, self.panics + news.panics);
-            if before.checked_ilog2() != now.checked_ilog2() {
-                tracing::warn!(count = now, "the guest's kernel panicked");
+            let count = self.care.mishaps().panics;
+            if before.checked_ilog2() != count.checked_ilog2() {
+                tracing::warn!(count, "the guest's kernel panicked");
             }
-            self.panics = now;
         }
+        self.look_after(now);
         match news.end {
             Some(End::Shutdown) => return Ok(Some(Ended::Shutdown)),
             Some(End::Fault(fault)) => return Err(ProcessError::GuestFault(fault)),
@@ -384,6 +390,18 @@ impl Process<'_> {
             None => {}
         }
         Ok(None)
+    }
+
+    /// Resets a guest that cannot help itself.
+    fn look_after(&mut self, now: Instant) {
+        let runs = self.running == Running::Yes && !self.released;
+        if self.vm.watchdog_fired(now, runs) {
+            self.care.hangs(now);
+        }
+        if let Some(why) = self.care.due(now).filter(|_| runs && !self.reset_waits) {
+            tracing::warn!("the guest is reset: {why}");
+            self.reset_waits = true;
+        }
     }
 
     /// Offers output again that the sink refused. Once another process may have the VM, that output is its to write.
@@ -436,7 +454,9 @@ impl Process<'_> {
         let resources = Arc::clone(&self.vm.resources);
         drop(self.vm);
         // What the old machine still said on its way is not the new one's.
-        self.panics += self.happened.take().panics;
+        let now = Instant::now();
+        self.care.panicked(now, self.happened.take().panics, false);
+        self.care.restarted(now);
         self.vm = build(&spec, &resources, self.options, &self.happened)?;
         self.net_rate.set(&self.vm.nics);
         self.vm.boot()?;
@@ -595,7 +615,8 @@ impl Process<'_> {
             "vcpus": self.vm.spec.vcpus,
             "memory_bytes": self.vm.spec.memory_bytes,
             "exits": self.vm.machine.vcpus().exits(),
-            "guest_panics": self.panics,
+            "guest_panics": self.care.mishaps().panics,
+            "mishaps": self.care.mishaps(),
             "guest_resets": self.resets,
             "uptime_ms": self.started.elapsed().as_millis() as u64,
             "last_pause_us": self.last_pause_us,

@@ -41,12 +41,19 @@ pub struct VmSpec {
     /// Host socket of the vsock device: with it the guest has one.
     #[serde(default)]
     pub vsock: Option<VsockSpec>,
+    /// A watchdog that the guest may start (ACPI WDAT): it is reset when it does not feed it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub watchdog: bool,
     /// cloud-init user-data, given to the guest as a NoCloud seed on one more disk.
     #[serde(default)]
     pub cloud_init: Option<PathBuf>,
     /// How dirty pages are found; only tests and benchmarks choose.
     #[serde(default)]
     pub dirty: Dirty,
+}
+
+const fn is_false(b: &bool) -> bool {
+    !*b
 }
 
 /// Where guest RAM lives.

@@ -73,6 +73,7 @@ fn spec(dir: &Path, name: &str, elf: &Path, cmdline: &str) -> VmSpec {
             path: dir.join("vsock"),
         }),
         cloud_init: None,
+        watchdog: true,
         dirty: Default::default(),
     }
 }
@@ -447,6 +448,7 @@ fn child() {
             }
         }),
         paused: false,
+        reset_panicked: false,
         hooks: ThreadHooks {
             vcpu: Arc::new(move |_| {
                 if on_vcpu {

@@ -73,6 +73,7 @@ fn machine(world: &World, load: &Load, said: &Arc<Said>) -> Vm {
             path: world.at("vsock"),
         }),
         cloud_init: None,
+        watchdog: true,
         dirty: load.method,
     };
     let around = Surroundings {

@@ -8,7 +8,7 @@ use crate::disk_jobs::Jobs;
 use crate::extras::Extras;
 use crate::net::Net;
 use crate::shared::*;
-use crate::state::{errors, lane, shared, ticks};
+use crate::state::{Every, errors, lane, shared, ticks};
 use crate::work::Worker;
 use crate::{cpu, get, pci, serial, set};
 
@@ -33,6 +33,10 @@ static mut PVH_INFO: BootInfo = BootInfo {
     pad: 0,
     cmdline: [0; CMDLINE_MAX],
 };
+
+/// The monitor's watchdog: run, reload, period and what is left, in ticks.
+const WATCHDOG_PORT: u16 = 0x620;
+const WATCHDOG_TICK_MS: u32 = 100;
 
 /// 0: wait, 1: run.
 static GO: AtomicU32 = AtomicU32::new(0);
@@ -167,7 +171,13 @@ fn first(info: &BootInfo) -> ! {
         disk,
         jobs: Jobs::new(&config),
         extras: Extras::new(&config, &devices),
+        watchdog: None,
     };
+    if config.watchdog_ms != 0 {
+        cpu::outl(WATCHDOG_PORT + 4, config.watchdog_ms as u32 / WATCHDOG_TICK_MS);
+        cpu::outb(WATCHDOG_PORT, 1);
+        guest.watchdog = Some(Every::new(config.watchdog_ms / 4));
+    }
     if let Some(d) = &mut guest.disk {
         d.resume();
         guest.jobs.resume(d);
@@ -281,6 +291,8 @@ struct Guest {
     disk: Option<Disk>,
     jobs: Jobs,
     extras: Extras,
+    /// When to feed it.
+    watchdog: Option<Every>,
 }
 
 impl Guest {
@@ -306,6 +318,9 @@ impl Guest {
             }
             if polls & 15 == 0 {
                 self.extras.poll();
+                if self.watchdog.as_mut().is_some_and(|w| w.due(cpu::rdtsc())) {
+                    cpu::outb(WATCHDOG_PORT + 1, 1);
+                }
             }
             if polls & 1023 == 0 {
                 errors();

@@ -58,6 +58,7 @@ pub struct Config {
     pub console_ms: u64,
     pub vsock_ms: u64,
     pub balloon_ms: u64,
+    pub watchdog_ms: u64,
 }
 
 impl Config {
@@ -89,6 +90,7 @@ impl Config {
         console_ms: 1000,
         vsock_ms: 1000,
         balloon_ms: 100,
+        watchdog_ms: 0,
     };
 
     /// Parses or halts.
@@ -178,6 +180,7 @@ impl Config {
             b"console" => set(&mut self.console_ms, num(v, 0, 1 << 20)),
             b"vsock" => set(&mut self.vsock_ms, num(v, 0, 1 << 20)),
             b"balloon" => set(&mut self.balloon_ms, num(v, 0, 1 << 20)),
+            b"watchdog" => set(&mut self.watchdog_ms, num(v, 0, 1 << 20)),
             _ => false,
         }
     }

@@ -198,6 +198,11 @@ impl Config {
         self.set("tsc_khz", khz)
     }
 
+    /// The watchdog's period in milliseconds; 0: not used.
+    pub fn watchdog(self, ms: u64) -> Self {
+        self.set("watchdog", ms)
+    }
+
     /// Milliseconds between exchanges with rng, console, vsock and balloon; 0: leave the device alone.
     pub fn extras(self, rng: u64, console: u64, vsock: u64, balloon: u64) -> Self {
         self.set("rng", rng)

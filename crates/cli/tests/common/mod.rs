@@ -60,12 +60,19 @@ impl Host {
         self.folder.join("run")
     }
 
+    /// Its `/sys` is below this, as far as it is about failures to come.
+    pub fn sys_root(&self) -> PathBuf {
+        self.folder.join("sys-root")
+    }
+
     fn command(&self) -> Command {
         let program = self.program.as_deref();
         let mut command = Command::new(program.unwrap_or(Path::new(env!("CARGO_BIN_EXE_steadfast"))));
         command
             .env("STEADFAST_DATA_DIR", self.folder.join("data"))
             .env("STEADFAST_RUN_DIR", self.run_folder())
+            // What this machine's sensors say is no part of a test.
+            .env("STEADFAST_SYS_ROOT", self.sys_root())
             .stdin(Stdio::null());
         command
     }

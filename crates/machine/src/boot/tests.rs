@@ -509,8 +509,22 @@ mod acpi_tables_read_back {
             serial: false,
             pci: false,
             pvpanic: false,
+            watchdog: false,
         };
         assert_eq!(tables(&ram, &bare).len(), 2);
+        let guarded = AcpiConfig {
+            watchdog: true,
+            ..AcpiConfig::full(1)
+        };
+        let all = tables(&ram, &guarded);
+        let wdat = all.last().unwrap();
+        assert_eq!(&wdat[..4], b"WDAT");
+        let word = |at: usize| u32::from_le_bytes(wdat[at..at + 4].try_into().unwrap());
+        assert_eq!((word(36), word(40), word(44)), (32, 0xffff_00ff, 0xff));
+        assert_eq!(68 + word(64) as usize * 24, wdat.len());
+        // Ping: a byte to the second port.
+        assert_eq!(wdat[68..72], [1, 2, 0, 0]);
+        assert_eq!(wdat[72..84], [1, 8, 0, 1, 0x21, 6, 0, 0, 0, 0, 0, 0]);
         let find = |d: &[u8], what: &[u8]| d.windows(what.len()).any(|w| w == what);
         assert!(find(&acpi::dsdt(&AcpiConfig::full(1)), b"QEMU0001\0"));
         assert!(!find(&acpi::dsdt(&bare), b"QEMU0001\0"));

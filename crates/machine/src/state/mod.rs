@@ -30,6 +30,7 @@ pub enum StateKind {
     PvPanic = 18,
     AcpiPower = 19,
     Rtc = 20,
+    Watchdog = 21,
     PciRoot = 32,
     VirtioPci = 33,
     VirtioBlock = 48,

@@ -226,7 +226,7 @@ fn hold(
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     let child = command.spawn().what(|| "start the copy".into())?;
     // Not from a thread without precedence: it ends with the thread that started it.
-    crate::precedence::give_up(child.id());
+    crate::precedence::give_way(child.id());
     let mut copy = Copy { child, folder };
     let socket = run.join(format!("{vm}.sock"));
     copy.progress(&socket)?;

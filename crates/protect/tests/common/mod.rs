@@ -64,6 +64,7 @@ pub fn instance_process() {
         debugcon: Box::new(|| None),
         on_serial: Box::new(|_| {}),
         paused: false,
+        reset_panicked: true,
         isolation: None,
         hooks: ThreadHooks::default(),
     };
@@ -167,6 +168,8 @@ pub struct Site {
     pub audit: bool,
     /// The guest has a disk that is replicated.
     pub disk: bool,
+    /// It has a watchdog.
+    pub watchdog: bool,
     /// Silence after which a primary is suspected, in milliseconds.
     pub suspect_ms: u64,
     /// Where the instance that is started next kills itself.
@@ -203,6 +206,7 @@ impl Site {
             cmdline: "pages=100 loop=dirty rate=200 udp=1 tcp=1 ip=10.0.0.2".into(),
             audit: std::env::var_os("STEADFAST_AUDIT").is_some(),
             disk: false,
+            watchdog: false,
             suspect_ms: 160,
             die_at: None,
             tls: false,
@@ -257,7 +261,7 @@ impl Site {
         });
         let spec = json!({
             "disks": if self.disk { disks } else { json!([]) },
-            "name": "p", "vcpus": 1, "memory_bytes": 128 << 20,
+            "name": "p", "vcpus": 1, "memory_bytes": 128 << 20, "watchdog": self.watchdog,
             "boot": {"flat": {"elf": self.path().join("pulse.elf"), "cmdline": self.cmdline}},
             "nics": [{
                 "to": {"socket": {"own": self.nic(host), "peer": self.path().join("client")}},

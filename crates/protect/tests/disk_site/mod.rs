@@ -64,6 +64,7 @@ pub fn instance_process() {
         debugcon: Box::new(|| None),
         on_serial: Box::new(|_| {}),
         paused: false,
+        reset_panicked: true,
         isolation: None,
         hooks: ThreadHooks::default(),
     };

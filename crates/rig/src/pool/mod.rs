@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! init on s1, join on s2, s3, s4 (witness) ── ten VMs ── the axe ──> ft go on, restart are booted elsewhere, all protected again
-//!        ── the server is powered on ──> used again ── drain a server under load ──> empty, nobody noticed
+//!        ── the server is powered on ──> used again
 //! ```
 //! Smaller plays: upkeep (each server is emptied for another build of the program and used again), and faults of hosts, one after another,
 //! under an `ft` VM with a disk.
@@ -63,17 +63,18 @@ pub struct Options {
 }
 
 impl Options {
-    /// Ten VMs of all classes.
+    /// Ten VMs of all classes. Three that are mirrored, and as many copies of them, are what three servers of one emulated CPU can carry beside
+    /// their members of the store and seven other guests.
     #[must_use]
     pub fn ten() -> Self {
         Options {
-            vms: [4, 3, 1, 2],
+            vms: [2, 4, 1, 3],
             servers: 3,
             witness: true,
             server_mib: 2000,
             disk: false,
             watchdog: false,
-            acts: &[Act::Drill, Act::Kill, Act::Return, Act::Drain],
+            acts: &[Act::Drill, Act::Kill, Act::Return],
         }
     }
 

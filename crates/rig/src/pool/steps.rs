@@ -261,6 +261,7 @@ impl Stage<'_, '_> {
 
     /// The server with the most VMs that must survive loses its power.
     fn kill(&mut self, report: &mut Report) -> Result<()> {
+        self.well("all to be protected before")?;
         let on = |host: &str, class: usize, vms: &[Value]| {
             let here = |v: &&Value| v["host"] == host && v["class"] == CLASSES[class];
             vms.iter().filter(here).count()

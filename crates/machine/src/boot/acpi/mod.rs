@@ -1,10 +1,11 @@
-//! ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, MCFG, and the DSDT of [`dsdt`].
+//! ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, MCFG, WDAT where there is a watchdog, and the DSDT of [`dsdt`].
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, section 4.1) has no SCI, no PM timer and no fixed events: sleep and reset are
 //! single ports of [`crate::devices::legacy::power`], and the power button comes through a Generic Event Device.
 //! All tables lie one after another from [`RSDP_ADDRESS`], in memory that the E820 map calls ACPI.
 
 mod dsdt;
+mod wdat;
 
 pub use dsdt::dsdt;
 
@@ -45,10 +46,12 @@ pub struct AcpiConfig {
     pub pci: bool,
     /// Describe pvpanic.
     pub pvpanic: bool,
+    /// Describe the watchdog.
+    pub watchdog: bool,
 }
 
 impl AcpiConfig {
-    /// Everything that a normal machine has.
+    /// Everything that a normal machine has; no watchdog.
     #[must_use]
     pub fn full(ncpus: u32) -> Self {
         Self {
@@ -56,6 +59,7 @@ impl AcpiConfig {
             serial: true,
             pci: true,
             pvpanic: true,
+            watchdog: false,
         }
     }
 }
@@ -104,6 +108,9 @@ pub fn build(ram: &Ram, config: &AcpiConfig) -> Result<u64, BootError> {
         let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE, OEM_REVISION);
         mcfg.add_ecam(layout::PCI_ECAM_START, 0, 0, 0);
         xsdt.add_entry(place(&bytes(&mcfg))?);
+    }
+    if config.watchdog {
+        xsdt.add_entry(place(wdat::table().as_slice())?);
     }
     let xsdt = place(&bytes(&xsdt))?;
     put(

@@ -1,6 +1,6 @@
-//! Legacy parts of a PC: serial port, keyboard controller, pvpanic, ACPI power, clock, debug console.
+//! Legacy parts of a PC: serial port, keyboard controller, pvpanic, ACPI power, clock, watchdog, debug console.
 //!
-//! All are port I/O devices of one byte per register. None of them blocks, queues without bound, or logs what a
+//! All are port I/O devices, most of one byte per register. None of them blocks, queues without bound, or logs what a
 //! guest does (a guest that hammers a port costs its own time only); what the machine must act upon is a
 //! [`GuestEvent`].
 
@@ -11,6 +11,7 @@ pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
 pub mod sink;
+pub mod watchdog;
 
 pub use debugcon::DebugCon;
 pub use i8042::I8042;
@@ -19,6 +20,7 @@ pub use pvpanic::PvPanic;
 pub use rtc::Rtc;
 pub use serial::SerialPort;
 pub use sink::{FdSink, NullSink, OutputSink};
+pub use watchdog::Watchdog;
 
 use crate::state::{StateError, StateKind, StateRecord};
 

@@ -13,6 +13,7 @@
 //! | `mini.disk_rate=200` | so many reads and writes a second (0: as fast as it goes) |
 //! | `mini.tick_ms=100` | a counted line on the console so often (0: none) |
 //! | `mini.clock_ms=5` | look at the clocks so often |
+//! | `mini.watchdog=10` | starts the watchdog with so many seconds, and feeds it |
 //! | `mini.hvc` | the counted line on /dev/hvc0 too |
 //! | `mini.root=vda` | run the service on this disk (see [`service`]) |
 //!
@@ -37,6 +38,7 @@ pub mod memory;
 pub mod service;
 pub mod services;
 pub mod vsock;
+pub mod watchdog;
 
 use super::{modules, server, sys};
 use crate::link::mux::lock;
@@ -61,6 +63,7 @@ pub const MODULES: &[&str] = &[
     "vmw_vsock_virtio_transport",
     "pvpanic_pci",
     "pvpanic_mmio",
+    "wdat_wdt",
     "button",
     "evdev",
 ];
@@ -255,6 +258,10 @@ pub fn run() -> ! {
     services::start(guest, &start);
     let clock_every = Duration::from_millis(words.number("mini.clock_ms", 5).max(1));
     start("clock", Box::new(move || clock::watch(guest, clock_every)));
+    let watchdog_s = words.number("mini.watchdog", 0);
+    if watchdog_s > 0 {
+        start("watchdog", Box::new(move || watchdog::feed(guest, watchdog_s)));
+    }
     let memory_mib = words.number("mini.mem", 0);
     if memory_mib > 0 {
         start("memory", Box::new(move || memory::check(guest, memory_mib)));
