@@ -3,12 +3,14 @@
 
 mod common;
 use common::{check_all_run, check_apart, check_capacity, fixpoint, h, owner, protected, small, v};
+use std::collections::BTreeMap;
 use steadfast_cluster::model::{
     AlarmKey, AppRecord, DiskPlace, DrainWhy, FailingPart, FailureClass, GroupRule, HostAdmin, HostHealth,
     Keep, Phase, Power, Prediction, Protection, Snapshot,
 };
 use steadfast_cluster::synthetic::{add, describe, kill, pool, revive, run, vm};
 use steadfast_cluster::{Action, Because, Wanted, admit, apply, decide, settle};
+use steadfast_types::{HostId, Term};
 
 const CHECKPOINT: Protection = Protection::Checkpoint { interval_ms: 1000 };
 
@@ -314,6 +316,34 @@ fn admission_refuses_with_the_shortfall_in_numbers() {
     run(&mut s, 10, |_| {});
     assert_eq!(owner(&s, "big2"), "nobody");
     assert!(s.alarms.contains(&AlarmKey::VmDown(v("big2"))));
+}
+
+/// VMs that are booted in one go are spread by load, not all put where it was least a moment before.
+#[test]
+fn vms_of_a_dead_host_are_spread_by_measured_load() {
+    let mut s = pool(4, 0).unwrap();
+    let dead = h(1);
+    for n in 0..6 {
+        let mut x = vm(&format!("r{n}"), Protection::Restart).unwrap();
+        x.spec.power = Power::On;
+        x.state.owner = Some(dead.clone());
+        x.state.term = Term(1);
+        x.state.load.cpu_milli = 2_000;
+        add(&mut s, x);
+    }
+    // One is a little less busy than the others.
+    for (n, host) in s.hosts.values_mut().enumerate() {
+        host.status.load.cpu_milli = 10_000 - u64::from(n == 2) * 100;
+    }
+    kill(&mut s, &dead, true);
+    let mut at: BTreeMap<HostId, usize> = BTreeMap::new();
+    for x in decide(&s).actions {
+        if let Action::StartVm { host, .. } = x.action {
+            *at.entry(host).or_default() += 1;
+        }
+    }
+    assert_eq!(at.len(), 3, "{at:?}");
+    assert!(at.values().all(|n| *n == 2), "{at:?}");
 }
 
 /// `vm stop` and then `vm start`: what is still ending is no reason to refuse; nothing is started beside it.

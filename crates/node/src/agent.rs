@@ -24,7 +24,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::Action;
-use steadfast_cluster::model::{DrainWhy, HostAdmin, Power, Prediction};
+use steadfast_cluster::model::{BalanceSettings, DrainWhy, HostAdmin, HostRecord, Power, Prediction};
 use steadfast_epoch::arbiter::{CasOutcome, Instance, Nonce, StoreId, VmRecord};
 use steadfast_protect::store::{RecordStore, Store};
 use steadfast_store::{Commit, random_u64};
@@ -51,8 +51,12 @@ pub struct Agent {
     node: Arc<Node>,
     seq: u64,
     measure: Measure,
+    /// This host's record and the balancer's settings, as they were seen last.
+    known: Option<(HostRecord, BalanceSettings)>,
     /// What this host expects of itself, as it was found last.
     prediction: Option<Prediction>,
+    /// Since when this host's use is what it is, as it was seen last.
+    admin_since_ms: Option<u64>,
     /// This host was emptied for it.
     leaves_for_it: bool,
     /// People use it again.
@@ -79,7 +83,9 @@ impl Agent {
         Self {
             seq: 0,
             measure: Measure::default(),
+            known: None,
             prediction: None,
+            admin_since_ms: None,
             leaves_for_it: false,
             forgive: false,
             stopping: Arc::default(),
@@ -162,8 +168,10 @@ impl Agent {
                 instance.service = Some(service);
             }
         }
-        let mut status = self.measure.status(&node.folders.data);
+        let known = self.known.as_ref().map(|(record, settings)| (record, settings));
+        let mut status = self.measure.status(known);
         status.prediction = self.prediction.clone();
+        status.admin_since_ms = self.admin_since_ms;
         let starved = status.starved;
         let report = HostReport {
             seq: self.seq,
@@ -188,7 +196,10 @@ impl Agent {
         if config.witness {
             return Ok(pool.timings.report_ms);
         }
-        let admin = pool.hosts.get(&config.host).map(|h| h.record.admin);
+        let own = pool.hosts.get(&config.host);
+        self.admin_since_ms = own.and_then(|h| h.admin_since_ms);
+        self.known = own.map(|h| (h.record.clone(), pool.settings.balance));
+        let admin = own.map(|h| h.record.admin);
         let leaves = matches!(
             admin,
             Some(HostAdmin::Draining(DrainWhy::Prediction) | HostAdmin::Maintenance(DrainWhy::Prediction))

@@ -81,6 +81,7 @@ mod tests {
             copying: BTreeMap::new(),
             takeover: None,
             service: None,
+            load: Default::default(),
             mishaps: Default::default(),
         };
         let (heard, now) = (Heard::default(), Instant::now());

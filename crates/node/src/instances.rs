@@ -9,6 +9,7 @@ use crate::error::{IoContext, NodeError, Result};
 use crate::guard;
 use crate::heard::Heard;
 use crate::limits::{self, VmLimits};
+use crate::loads::VmLoads;
 use crate::pool::{Pool, PoolVm};
 use crate::procs;
 use crate::records::{HostInfo, InstanceReport, StoredVm, Takeover, now_ms};
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use steadfast_cluster::model::{FailureClass, Phase, Protection};
+use steadfast_cluster::model::{FailureClass, Phase, Protection, VmLoad};
 use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TakeOver, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
@@ -92,6 +93,7 @@ pub struct Instances {
     /// How processes ended that were this daemon's children.
     ended: Arc<Mutex<HashMap<VmId, Ended>>>,
     heard: Heard,
+    loads: VmLoads,
 }
 
 struct Ended {
@@ -119,6 +121,7 @@ impl Instances {
             program,
             ended: Arc::default(),
             heard: Heard::default(),
+            loads: VmLoads::default(),
         }
     }
 
@@ -461,6 +464,7 @@ impl Instances {
     pub fn report(&self) -> BTreeMap<VmId, InstanceReport> {
         let all = self.all();
         self.heard.keep(|vm| all.contains_key(vm));
+        self.loads.keep(|vm| all.contains_key(vm));
         all.into_iter()
             .map(|(vm, meta)| {
                 let report = self.report_one(&vm, &meta);
@@ -483,11 +487,15 @@ impl Instances {
             copying: BTreeMap::new(),
             takeover: None,
             service: None,
+            load: VmLoad::default(),
             mishaps: Mishaps::default(),
         };
         let answer = self.ask(vm, &Request::Status, STATUS_BOUND);
         let answered = answer.is_ok();
         if let Ok(status) = &answer {
+            if let Some(pid) = self.pid(vm) {
+                report.load = self.loads.sample(vm, pid, status, Instant::now());
+            }
             report.mishaps = serde_json::from_value(status["mishaps"].clone()).unwrap_or_default();
         }
         match answer {

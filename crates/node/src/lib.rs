@@ -37,6 +37,7 @@ mod instances;
 pub mod journal;
 mod leader;
 pub mod limits;
+mod loads;
 mod measure;
 mod migrate;
 mod node;

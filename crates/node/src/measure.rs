@@ -2,50 +2,42 @@
 //!
 //! Sources: `/proc/stat`, `/proc/meminfo`, `/proc/pressure/*` (PSI), what [`crate::predict`] reads beside. What the kernel does not tell is left at zero.
 
+use crate::loads::Load;
+use crate::records::now_ms;
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
-use steadfast_cluster::model::{HostStatus, Resources, Versions};
+use steadfast_cluster::model::{BalanceSettings, HostRecord, HostStatus, Resources, Versions};
 
 /// Share of time, in percent over 10 s, that some task waited for CPU, or all waited for memory or I/O, from which on a host is
 /// starved.
 const STARVED_PERCENT: f64 = 60.0;
 
-/// Measures, smoothed over rounds.
+/// Measures. What it needs of the pool it knows from the round before.
 #[derive(Default)]
 pub struct Measure {
-    last: Option<(Instant, u64)>,
-    cpu_milli: u64,
+    load: Load,
 }
 
 impl Measure {
-    /// Now.
-    pub fn status(&mut self, _data: &Path) -> HostStatus {
-        let mut status = HostStatus::default();
-        if let Some(busy) = busy_ticks() {
-            let now = Instant::now();
-            if let Some((at, before)) = self.last {
-                let ms = now.duration_since(at).as_millis().max(1) as u64;
-                // A tick is 10 ms.
-                let milli = busy.saturating_sub(before).saturating_mul(10_000) / ms;
-                self.cpu_milli = (self.cpu_milli * 3 + milli) / 4;
-            }
-            self.last = Some((now, busy));
-        }
-        status.load.cpu_milli = self.cpu_milli;
-        status.load.memory_bytes = memory().map_or(0, |(total, free)| total.saturating_sub(free));
-        status.starved = starved();
+    /// Now. `of`: this host's record, and what the balancer calls hot.
+    pub fn status(&mut self, of: Option<(&HostRecord, &BalanceSettings)>) -> HostStatus {
         let own = crate::binary::own();
-        status.versions = Versions {
-            steadfast: own.version.clone(),
-            wire_min: own.wire_min,
-            wire_max: own.wire_max,
-        };
-        status
+        HostStatus {
+            load: self.load.sample(Instant::now(), now_ms(), of),
+            starved: starved(),
+            versions: Versions {
+                steadfast: own.version.clone(),
+                wire_min: own.wire_min,
+                wire_max: own.wire_max,
+            },
+            ..HostStatus::default()
+        }
     }
 }
 
-fn busy_ticks() -> Option<u64> {
+/// Ticks of all CPUs that were not idle.
+pub(crate) fn busy_ticks() -> Option<u64> {
     let text = fs::read_to_string("/proc/stat").ok()?;
     let line = text.lines().next()?;
     let fields: Vec<u64> = line

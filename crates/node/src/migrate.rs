@@ -231,7 +231,7 @@ async fn remember_move(node: &Arc<Node>, vm: &VmId, from: &HostId, cause: MoveCa
     node.blocking(move |n| {
         update(&*n.kv(), &key, |old: Option<VmMemory>| {
             let mut memory = old.unwrap_or_default();
-            memory.moved_ms = Some(at);
+            (memory.moved_ms, memory.moved_from) = (Some(at), Some(from.clone()));
             memory.home = match cause {
                 MoveCause::Drain => memory.home.or(Some(Home {
                     host: from.clone(),

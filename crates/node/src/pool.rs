@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use steadfast_cluster::health;
 use steadfast_cluster::model::{
-    AlarmKey, Host, HostHealth, HostStatus, Instance, Phase, PoolSettings, Protection, Snapshot, Standby, Vm,
-    VmState,
+    AlarmKey, Host, HostAdmin, HostHealth, HostStatus, Instance, Phase, PoolSettings, Protection, Snapshot,
+    Standby, Vm, VmState,
 };
 use steadfast_epoch::arbiter::VmRecord;
 use steadfast_store::{Commit, Entry, Kv};
@@ -233,7 +233,12 @@ impl Pool {
                 Some(seen) => seen.get(id).copied().unwrap_or(info.record.health),
                 None => info.record.health,
             };
+            // What it expected before somebody used it again does not empty it once more.
+            if info.record.admin == HostAdmin::InUse && status.admin_since_ms != info.admin_since_ms {
+                status.prediction = None;
+            }
             status.admin_since_ms = info.admin_since_ms;
+            status.balanced_ms = self.moved_at(id);
             let record = info.record.clone();
             (id.clone(), Host { record, status })
         });
@@ -304,6 +309,9 @@ impl Pool {
             .as_ref()
             .and_then(|o| self.reports.get(o)?.instances.get(id)?.service.as_ref())
             .map(|s| s.state);
+        let load = owner
+            .as_ref()
+            .and_then(|o| self.reports.get(o)?.instances.get(id));
         let ready = match spec.health {
             Some(_) => running && service == Some(health::State::Healthy),
             None => running,
@@ -321,10 +329,21 @@ impl Pool {
                 start_failures: memory.start_failures.clone(),
                 home: memory.home.clone(),
                 fixed: self.fixed(&vm.stored),
+                load: load.map(|i| i.load).unwrap_or_default(),
                 ..VmState::default()
             },
             spec,
         }
+    }
+
+    /// When a VM last moved from or to a host on purpose: what is measured there since tells of before for a while.
+    fn moved_at(&self, host: &HostId) -> Option<u64> {
+        let here = |vm: &&PoolVm| vm.owner() == Some(host) || vm.memory.moved_from.as_ref() == Some(host);
+        self.vms
+            .values()
+            .filter(here)
+            .filter_map(|vm| vm.memory.moved_ms)
+            .max()
     }
 
     /// Why a VM cannot be moved while it runs: what moves is mirrored first.

@@ -106,7 +106,8 @@ impl Predict {
         self.last = None;
         self.since.clear();
         for counter in self.counters.values_mut() {
-            counter.grew.clear();
+            // What comes until the next look is forgiven too.
+            *counter = Counter::default();
         }
     }
 
@@ -359,6 +360,7 @@ mod tests {
         );
         // Somebody used the host again, although.
         host.predict.forgive();
+        host.set("block/sda/device/ioerr_cnt", "0x30");
         assert_eq!(host.after(10), None);
         host.set("block/sda/device/ioerr_cnt", "0x40");
         assert!(host.after(10).is_some());

@@ -50,6 +50,15 @@ fn gone(error: &io::Error) -> bool {
     error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(no_process)
 }
 
+/// CPU time of a process so far, in ticks.
+#[must_use]
+pub fn cpu_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // State is field 3, utime 14, stime 15.
+    let of = |n: usize| fields(&stat).nth(n - 3).and_then(|f| f.parse::<u64>().ok());
+    of(14).unwrap_or_default() + of(15).unwrap_or_default()
+}
+
 /// The fields of a `stat` behind the name, which may hold anything.
 fn fields(stat: &str) -> impl Iterator<Item = &str> {
     stat.rsplit_once(')')

@@ -24,7 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
 use steadfast_cluster::model::{
-    Home, HostAdmin, HostRecord, HostStatus, Phase, StartFailures, Task, VmSpecRecord,
+    Home, HostAdmin, HostRecord, HostStatus, Phase, StartFailures, Task, VmLoad, VmSpecRecord,
 };
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, Term, VmId};
@@ -216,6 +216,9 @@ pub struct InstanceReport {
     /// How its service is, if it has a health policy and runs here.
     #[serde(default)]
     pub service: Option<ServiceReport>,
+    /// What it uses, smoothed.
+    #[serde(default)]
+    pub load: VmLoad,
     /// What happened to its guest in its process.
     #[serde(default)]
     pub mishaps: Mishaps,
@@ -332,6 +335,8 @@ pub struct VmMemory {
     pub stop_now: bool,
     /// When it last moved on purpose, ms.
     pub moved_ms: Option<u64>,
+    /// From where.
+    pub moved_from: Option<HostId>,
     /// Starts that failed.
     pub start_failures: BTreeMap<HostId, StartFailures>,
     /// Where it was before a drain.

@@ -212,6 +212,7 @@ impl Engine {
             "ok": true,
             "name": self.vm.spec.name,
             "protocol": protocol,
+            "nics": self.vm.nics.iter().map(|n| json!(n.stats())).collect::<Vec<_>>(),
             "cuts": c.cuts,
             "pages": c.pages,
             "pause_mean_us": c.pause_us.0.checked_div(c.cuts).unwrap_or(0),

@@ -204,7 +204,14 @@ impl World<'_> {
         } else {
             self.vms[v].vm.state.load.cpu_milli
         };
-        let measured = host.host.status.load.cpu_milli.saturating_add(own);
+        // Also of what was put there a moment ago.
+        let now = host
+            .host
+            .status
+            .load
+            .cpu_milli
+            .saturating_add_signed(host.shift[0]);
+        let measured = now.saturating_add(own);
         part(then.cpu_milli, host.cap.cpu_milli)
             .max(part(then.memory_bytes, host.cap.memory_bytes))
             .max(part(then.disk_bytes, host.cap.disk_bytes.max(then.disk_bytes)) / 2)

@@ -52,6 +52,8 @@ pub(crate) fn recover(w: &mut World) {
             boots.push((v, l));
         }
     }
+    // Who has the fewest hosts to choose from goes first, among those of one priority: the others leave it its room.
+    boots.sort_by_key(|&(v, _)| (std::cmp::Reverse(w.vms[v].vm.spec.priority), choices(w, v)));
     let places = places_for_floating(w, &boots);
     for (v, l) in boots {
         if let Lost::Guest(class) = l {
@@ -60,6 +62,18 @@ pub(crate) fn recover(w: &mut World) {
             boot(w, v, l, &places);
         }
     }
+}
+
+/// Hosts that hold its disks and can be used; no bound for a VM that is not bound to any.
+fn choices(w: &World, v: usize) -> usize {
+    let vm = &w.vms[v];
+    if !vm.bound_to_disks() {
+        return usize::MAX;
+    }
+    let replicas = vm.vm.state.replicas.iter();
+    replicas
+        .filter(|host| w.host(host).is_some_and(|h| w.hosts[h].usable()))
+        .count()
 }
 
 /// Floating VMs are placed together, so that what was admitted fits. Those that have to wait keep their room meanwhile.
@@ -197,7 +211,9 @@ fn boot(w: &mut World, v: usize, lost: Lost, places: &BTreeMap<usize, usize>) {
             );
             let (vm, term) = (vm.id().clone(), vm.vm.state.term);
             let host = w.host_id(h);
-            w.act(Action::StartVm { vm, host, term }, why);
+            if w.act(Action::StartVm { vm, host, term }, why) {
+                w.expect_load(v, h);
+            }
         }
         Err(because) => w.refuse(Some(v), None, Wanted::Recover, because),
     }

@@ -261,6 +261,18 @@ impl<'a> World<'a> {
         done
     }
 
+    /// A VM that ran elsewhere is put on `h`: it will use that host's CPUs as it did before, or as it is promised for sure.
+    pub fn expect_load(&mut self, v: usize, h: usize) {
+        let vm = &self.vms[v].vm;
+        let overcommit = u64::from(self.pool.cpu_overcommit_permille.max(1000));
+        let cpu_milli = match vm.state.load.cpu_milli {
+            0 => vm.spec.demand().cpu_milli.saturating_mul(1000) / overcommit,
+            measured => measured,
+        };
+        let cpu = i64::try_from(cpu_milli).unwrap_or(i64::MAX);
+        self.hosts[h].shift[0] = self.hosts[h].shift[0].saturating_add(cpu);
+    }
+
     /// Puts a VM back to what it was, after something was tried on it.
     pub fn restore(&mut self, v: usize, vm: Cow<'a, Vm>) {
         self.uncount(v);

@@ -238,6 +238,10 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         .collect();
     let watchdogs = hosts.iter().filter(|h| h.watchdog.starts_with(watchdog::FAILED));
     problems.extend(watchdogs.map(|h| format!("host {} {}", h.host, h.watchdog)));
+    problems.extend(pool.reports.iter().filter_map(|(host, report)| {
+        let found = report.status.prediction.as_ref()?;
+        Some(format!("host {host} is expected to fail: {}", found.evidence))
+    }));
     problems.extend(vms.iter().filter(|v| v.state != "off").filter_map(|v| {
         let fine = v.state == "running"
             && !v.protection.starts_with("unprotected")

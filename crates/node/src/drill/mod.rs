@@ -19,6 +19,7 @@ use crate::http::{Method, ask};
 use crate::journal::About;
 use crate::node::Node;
 use crate::pool::Pool;
+use crate::procs;
 use crate::records::{DrillReport, get, json, now_ms, vm_drill, vm_spec};
 use crate::words;
 use island::Island;
@@ -322,7 +323,7 @@ impl Copy<'_> {
                 serde_json::Value::Array(all) => Some(all.iter().filter_map(serde_json::Value::as_u64).sum()),
                 one => one.as_u64(),
             };
-            let now: Option<(u64, u64)> = exits.map(|e| (e, cpu_ticks(self.child.id())));
+            let now: Option<(u64, u64)> = exits.map(|e| (e, procs::cpu_ticks(self.child.id())));
             match (first, now) {
                 (Some((at, (e, t))), Some((exits, ticks)))
                     if Instant::now() > at && (exits > e || ticks >= t + TICKS) =>
@@ -356,20 +357,6 @@ impl Copy<'_> {
             .map(|name| words::last(&self.folder.join(name)))
             .join(" | ")
     }
-}
-
-/// CPU time of a process so far, in ticks.
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // After the name, which may hold anything: state is field 3, utime 14, stime 15.
-    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let of = |n: usize| {
-        fields
-            .split_whitespace()
-            .nth(n - 3)
-            .and_then(|f| f.parse::<u64>().ok())
-    };
-    of(14).unwrap_or_default() + of(15).unwrap_or_default()
 }
 
 impl Drop for Copy<'_> {
