@@ -24,7 +24,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::Action;
-use steadfast_cluster::model::{BalanceSettings, DrainWhy, HostAdmin, HostRecord, Power, Prediction};
+use steadfast_cluster::model::{BalanceSettings, HostAdmin, HostRecord, Power, Prediction};
 use steadfast_epoch::arbiter::{CasOutcome, Instance, Nonce, StoreId, VmRecord};
 use steadfast_protect::store::{RecordStore, Store};
 use steadfast_store::{Commit, random_u64};
@@ -57,8 +57,8 @@ pub struct Agent {
     prediction: Option<Prediction>,
     /// Since when this host's use is what it is, as it was seen last.
     admin_since_ms: Option<u64>,
-    /// This host was emptied for it.
-    leaves_for_it: bool,
+    /// This host is emptied, or was.
+    leaves: bool,
     /// People use it again.
     forgive: bool,
     /// Stops under way in this run of the daemon.
@@ -86,7 +86,7 @@ impl Agent {
             known: None,
             prediction: None,
             admin_since_ms: None,
-            leaves_for_it: false,
+            leaves: false,
             forgive: false,
             stopping: Arc::default(),
             started: HashMap::new(),
@@ -199,12 +199,8 @@ impl Agent {
         let own = pool.hosts.get(&config.host);
         self.admin_since_ms = own.and_then(|h| h.admin_since_ms);
         self.known = own.map(|h| (h.record.clone(), pool.settings.balance));
-        let admin = own.map(|h| h.record.admin);
-        let leaves = matches!(
-            admin,
-            Some(HostAdmin::Draining(DrainWhy::Prediction) | HostAdmin::Maintenance(DrainWhy::Prediction))
-        );
-        if std::mem::replace(&mut self.leaves_for_it, leaves) && admin == Some(HostAdmin::InUse) {
+        let leaves = own.is_some_and(|h| h.record.admin != HostAdmin::InUse);
+        if std::mem::replace(&mut self.leaves, leaves) && !leaves {
             (self.forgive, self.prediction) = (true, None);
         }
         guard::write_lease(&node.folders, asked + pool.timings.lease_ms)?;
@@ -253,6 +249,10 @@ impl Agent {
             return Ok(());
         }
         let Some(vm) = pool.vms.get(id) else {
+            if pool.unreadable.contains(id.as_str()) {
+                // It is there, written by a newer version: it goes on as it is.
+                return Ok(());
+            }
             // Deleted, and nobody told this host.
             return self.stop(id, false);
         };

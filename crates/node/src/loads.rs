@@ -4,7 +4,8 @@
 //! |---|---|
 //! | a VM's CPU, memory | its process: `/proc/PID/stat`, `statm`; the engine of a protected VM is part of it |
 //! | a VM's dirty rate, network | what its process says: pages that were captured, bytes of its cards |
-//! | the host's CPU, memory, network | `/proc/stat`, `/proc/meminfo`; `/sys/class/net/*/statistics` of cards with a device |
+//! | the host's CPU, memory | `/proc/stat`, `/proc/meminfo` |
+//! | the host's network | `/sys/class/net/*/statistics` of cards with a device, the busier direction; only where the record says how fast its link is |
 
 use crate::measure;
 use crate::procs;
@@ -144,7 +145,10 @@ impl Load {
         let counters = Counters {
             ticks: measure::busy_ticks().unwrap_or(0),
             dirty_bytes: 0,
-            net_bytes: traffic(Path::new("/sys/class/net")),
+            net_bytes: match of {
+                Some((record, _)) if record.link_bytes_per_s > 0 => traffic(Path::new("/sys/class/net")),
+                _ => 0,
+            },
         };
         let memory_bytes = measure::memory().map_or(0, |(total, free)| total.saturating_sub(free));
         if let Some(rates) = self.rates.sample(now, counters) {
@@ -163,13 +167,22 @@ impl Load {
     }
 }
 
-/// Bytes of all cards that are no mere software: what goes through a bridge or a TAP goes through one of them too, or stays here.
+/// Bytes of all cards that are no mere software, in the busier direction: what goes through a bridge or a TAP goes through one of them
+/// too, or stays here.
 fn traffic(cards: &Path) -> u64 {
     let all = fs::read_dir(cards).into_iter().flatten().flatten();
-    let real = all.map(|e| e.path()).filter(|p| p.join("device").exists());
-    real.flat_map(|p| ["rx_bytes", "tx_bytes"].map(|f| p.join("statistics").join(f)))
-        .filter_map(|p| fs::read_to_string(p).ok()?.trim().parse::<u64>().ok())
-        .fold(0, u64::saturating_add)
+    let real: Vec<_> = all
+        .map(|e| e.path())
+        .filter(|p| p.join("device").exists())
+        .collect();
+    let way = |file: &str| {
+        let bytes = |p: &std::path::PathBuf| {
+            let text = fs::read_to_string(p.join("statistics").join(file)).ok()?;
+            text.trim().parse::<u64>().ok()
+        };
+        real.iter().filter_map(bytes).fold(0, u64::saturating_add)
+    };
+    way("rx_bytes").max(way("tx_bytes"))
 }
 
 #[cfg(test)]
@@ -235,6 +248,6 @@ mod tests {
         };
         card("eth0", true);
         card("br0", false);
-        assert_eq!(traffic(folder.path()), 111);
+        assert_eq!(traffic(folder.path()), 100);
     }
 }

@@ -120,6 +120,13 @@ pub struct Pool {
     pub alarms: BTreeSet<AlarmKey>,
     /// Certificates that are revoked.
     pub crl: Option<Crl>,
+    /// VMs of whose records this version cannot read one: they are not looked after here, and must not be taken for deleted.
+    pub unreadable: BTreeSet<String>,
+}
+
+/// The VM that a key is about.
+fn id_of(key: &str) -> String {
+    key.split('/').nth(1).unwrap_or_default().to_owned()
 }
 
 impl Pool {
@@ -183,6 +190,7 @@ impl Pool {
             };
             if let Err(error) = done {
                 tracing::error!(%error, key = entry.key, "a value in the store is left out");
+                pool.unreadable.insert(id_of(&entry.key));
             }
         }
         pool.vms = parts
@@ -243,10 +251,18 @@ impl Pool {
             (id.clone(), Host { record, status })
         });
         let tasks = self.tasks.iter().filter(|t| t.state == TaskState::Running);
+        let mut hosts: BTreeMap<HostId, Host> = hosts.collect();
+        let expect = hosts.values().filter(|h| h.status.prediction.is_some()).count();
+        if expect > usize::from(self.settings.host_failures).max(1) {
+            // What so many expect at once is the room's or the sensors'; the others could not take their VMs. `steadfast status` has it.
+            for host in hosts.values_mut().filter(|h| h.record.admin == HostAdmin::InUse) {
+                host.status.prediction = None;
+            }
+        }
         Snapshot {
             now_ms: now_ms(),
             pool: self.settings.clone(),
-            hosts: hosts.collect(),
+            hosts,
             vms: self
                 .vms
                 .iter()
@@ -334,6 +350,13 @@ impl Pool {
             },
             spec,
         }
+    }
+
+    /// Whether all hosts run the version of this one: what older ones cannot read must not be written.
+    #[must_use]
+    pub fn one_version(&self) -> bool {
+        let own = &crate::binary::own().version;
+        self.reports.values().all(|r| r.status.versions.steadfast == *own)
     }
 
     /// When a VM last moved from or to a host on purpose: what is measured there since tells of before for a while.

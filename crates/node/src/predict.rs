@@ -3,14 +3,17 @@
 //! | part | read | expected to fail |
 //! |---|---|---|
 //! | memory | `/sys/devices/system/edac/mc/mc*/{ue,ce}_count` | one error that could not be corrected; [`CORRECTED_MAX`] that could, in a day |
-//! | disk | `/sys/block/*/device/ioerr_cnt` (SCSI, SATA), `/sys/fs/ext4/*/errors_count` | [`IO_ERRORS_MAX`] failed requests in a day; one error of a file system |
+//! | disk | `/sys/fs/ext4/*/errors_count` | one error of a file system |
 //! | disk | `/sys/block/md*/md/degraded`, `/sys/block/nvme*/device/state` | an array lacks a disk; a controller is dead |
-//! | environment | `/sys/class/hwmon/hwmon*/temp*_{input,crit}`, `fan*_{alarm,fault}` | too hot, or a fan says so, for a minute |
+//! | environment | `/sys/class/hwmon/hwmon*/temp*_{input,crit}`, `fan*_{alarm,fault}` | too hot, or a fan that was well, for a minute |
+//!
+//! Not `ioerr_cnt` of SCSI disks: it counts every answer that is not plainly good, which disks that are well give to those who ask for their SMART
+//! values. Nor fans that were never well: connectors without one say so for ever.
 //!
 //! Counts from before the daemon's start are not held against the host, but for memory errors that could not be corrected. What is seen holds
 //! for as long as it is there, and [`HELD`] longer, so that a host on the edge is not emptied and filled by turns.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -22,8 +25,6 @@ pub const LOOK: Duration = Duration::from_secs(10);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Corrected memory errors that are a sign of worse to come.
 const CORRECTED_MAX: u64 = 64;
-/// Failed requests of a disk that are.
-const IO_ERRORS_MAX: u64 = 16;
 /// What may pass is evidence only after so long.
 const LASTS: Duration = Duration::from_secs(60);
 /// Evidence that ended is believed for so long.
@@ -69,6 +70,10 @@ pub struct Predict {
     root: PathBuf,
     counters: BTreeMap<PathBuf, Counter>,
     since: BTreeMap<PathBuf, Instant>,
+    /// Fans that were well at some time.
+    fans: BTreeSet<PathBuf>,
+    /// Memory errors that could not be corrected, and that somebody used the host after.
+    forgiven: BTreeMap<PathBuf, u64>,
     last: Option<(Prediction, Instant)>,
 }
 
@@ -88,6 +93,8 @@ impl Predict {
             root: root.to_owned(),
             counters: BTreeMap::new(),
             since: BTreeMap::new(),
+            fans: BTreeSet::new(),
+            forgiven: BTreeMap::new(),
             last: None,
         }
     }
@@ -105,6 +112,10 @@ impl Predict {
     pub fn forgive(&mut self) {
         self.last = None;
         self.since.clear();
+        for mc in self.entries("sys/devices/system/edac/mc", "mc") {
+            let lost = number(&mc.join("ue_count")).unwrap_or(0);
+            self.forgiven.insert(mc, lost);
+        }
         for counter in self.counters.values_mut() {
             // What comes until the next look is forgiven too.
             *counter = Counter::default();
@@ -130,7 +141,8 @@ impl Predict {
             let corrected =
                 number(&mc.join("ce_count")).map_or(0, |n| self.counter(now, mc.join("ce_count"), n));
             let lost = number(&mc.join("ue_count")).unwrap_or(0);
-            if lost > 0 {
+            let forgiven = self.forgiven.get(&mc).copied().unwrap_or(0);
+            if lost > forgiven {
                 let text = format!("{lost} memory errors of {name} could not be corrected");
                 found.get_or_insert((FailingPart::Memory, text));
             } else if corrected >= CORRECTED_MAX {
@@ -157,18 +169,6 @@ impl Predict {
 
     fn disks(&mut self, now: Instant) -> Option<(FailingPart, String)> {
         let mut found = None;
-        for disk in self.entries("sys/block", "") {
-            if number(&disk.join("removable")) != Some(0) {
-                continue;
-            }
-            let path = disk.join("device/ioerr_cnt");
-            let Some(count) = number(&path) else { continue };
-            let errors = self.counter(now, path, count);
-            if errors >= IO_ERRORS_MAX {
-                let text = format!("{errors} requests of disk {} failed in a day", name(&disk));
-                found.get_or_insert((FailingPart::Disk, text));
-            }
-        }
         for system in self.entries("sys/fs/ext4", "") {
             let path = system.join("errors_count");
             let Some(count) = number(&path) else { continue };
@@ -201,7 +201,13 @@ impl Predict {
                         )
                     })
                 } else if file.starts_with("fan") && (file.ends_with("_alarm") || file.ends_with("_fault")) {
-                    is_on().then(|| format!("{file} is on"))
+                    match is_on() {
+                        false => {
+                            self.fans.insert(sensor.clone());
+                            None
+                        }
+                        true => self.fans.contains(&sensor).then(|| format!("{file} is on")),
+                    }
                 } else {
                     None
                 };
@@ -294,8 +300,7 @@ mod tests {
     fn a_host_that_says_nothing_is_well() {
         let mut host = Host::new();
         assert_eq!(host.after(0), None);
-        host.set("block/sda/removable", "0");
-        host.set("block/sda/device/ioerr_cnt", "0xffff");
+        host.set("class/hwmon/hwmon0/fan7_alarm", "1");
         host.set("fs/ext4/sda1/errors_count", "7");
         host.set("devices/system/edac/mc/mc0/ce_count", "99999");
         host.set("devices/system/edac/mc/mc0/ue_count", "0");
@@ -343,27 +348,21 @@ mod tests {
                 .contains("could not be corrected")
         );
 
-        let mut host = Host::new();
-        host.set("block/sda/removable", "0");
-        host.set("block/sda/device/ioerr_cnt", "0x10");
-        host.set("block/sr0/removable", "1");
-        host.set("block/sr0/device/ioerr_cnt", "0x10");
-        host.after(0);
-        host.set("block/sr0/device/ioerr_cnt", "0x1000");
-        host.set("block/sda/device/ioerr_cnt", "0x1f");
+        // Somebody used the host again, although: what was is forgiven, more is not.
+        host.predict.forgive();
         assert_eq!(host.after(10), None);
-        host.set("block/sda/device/ioerr_cnt", "0x20");
+        host.set("devices/system/edac/mc/mc0/ue_count", "2");
+        assert!(host.after(10).is_some());
+
+        let mut host = Host::new();
+        host.set("fs/ext4/sda1/errors_count", "3");
+        host.after(0);
+        host.set("fs/ext4/sda1/errors_count", "4");
         let found = host.after(10).unwrap();
         assert_eq!(
-            (found.part, found.evidence.contains("disk sda")),
+            (found.part, found.evidence.contains("on sda1")),
             (FailingPart::Disk, true)
         );
-        // Somebody used the host again, although.
-        host.predict.forgive();
-        host.set("block/sda/device/ioerr_cnt", "0x30");
-        assert_eq!(host.after(10), None);
-        host.set("block/sda/device/ioerr_cnt", "0x40");
-        assert!(host.after(10).is_some());
         // Nothing new for a day.
         assert!(host.after(24 * 3600 - 20).is_some());
         assert!(host.after(10).is_some());
@@ -397,6 +396,8 @@ mod tests {
         assert!(host.after(10).is_some());
         assert!(host.after(HELD.as_secs() - 10).is_some());
         assert_eq!(host.after(20), None);
+        host.set("class/hwmon/hwmon3/fan2_alarm", "0");
+        assert_eq!(host.after(10), None);
         host.set("class/hwmon/hwmon3/fan2_alarm", "1");
         assert_eq!(host.after(10), None);
         assert!(host.after(60).unwrap().evidence.contains("fan2_alarm"));

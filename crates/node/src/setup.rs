@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
-use steadfast_cluster::model::{HostRecord, Network, PoolSettings, Resources};
+use steadfast_cluster::model::{BalanceSettings, HostRecord, Network, PoolSettings, Resources};
 use steadfast_store::{Check, Commit, EtcdSpec};
 use steadfast_types::{HostId, SiteId};
 
@@ -123,6 +123,11 @@ pub fn init(
     };
     let settings = PoolSettings {
         name: pool.into(),
+        // Somebody's word is needed before VMs are moved for their own good.
+        balance: BalanceSettings {
+            enabled: false,
+            ..BalanceSettings::default()
+        },
         ..PoolSettings::default()
     };
     let kv = steadfast_store::open(&config.store_spec(folders))?;

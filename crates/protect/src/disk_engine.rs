@@ -26,8 +26,6 @@ const LOOK: Duration = Duration::from_millis(50);
 const TELL: Duration = Duration::from_millis(500);
 /// A handover that did not come about is tried again after this.
 const HAND_OVER_AGAIN: Duration = Duration::from_secs(2);
-/// The longest that the acknowledgement of a piece of a copy waits.
-const ACK_HELD_MAX_US: u64 = 250_000;
 /// Copies of this instance that are remembered.
 const JOINS_KEPT: usize = 64;
 
@@ -51,10 +49,6 @@ pub struct Care {
     crowd: Crowd,
     /// What copies took of this thread since the last piece was asked for.
     worked: Duration,
-    /// What pieces of a copy took here, of this thread, since the last one was acknowledged.
-    stored: Duration,
-    /// An acknowledgement of a piece that waits, and until when.
-    ack: Option<(u64, HostId, Message)>,
     chunks: VecDeque<WaitingChunk>,
     pub cut: Option<WaitingCut>,
     looked: Instant,
@@ -76,8 +70,6 @@ impl Care {
             due_us: 0,
             crowd: Crowd::new(),
             worked: Duration::ZERO,
-            stored: Duration::ZERO,
-            ack: None,
             chunks: VecDeque::new(),
             cut: None,
             looked: now,
@@ -124,38 +116,9 @@ impl Care {
         self.due_us = self.due_us.max(now_us + rest.as_micros() as u64);
     }
 
-    /// Notes what a piece of a copy took of this thread, on the standby's side. The link's took about as much.
-    pub fn stored(&mut self, took: Duration) {
-        self.stored += 2 * took;
-    }
-
-    /// Whether the acknowledgement of a piece waits: the next piece comes later where this host's CPUs are wanted by others.
-    pub fn holds_ack(&mut self, now_us: u64, to: &HostId, message: &Message) -> bool {
-        let rest = std::mem::take(&mut self.stored) * Crowd::rests(self.crowd.percent(Instant::now()));
-        let held = self.ack.take();
-        if held.is_none() && rest.is_zero() {
-            return false;
-        }
-        // The newest says what those before it said.
-        let due = held.map_or(now_us, |(due, ..)| due.max(now_us)) + rest.as_micros() as u64;
-        self.ack = Some((due.min(now_us + ACK_HELD_MAX_US), to.clone(), message.clone()));
-        true
-    }
-
-    /// Of a copy that is over, or another's.
-    pub fn forget_ack(&mut self) {
-        self.ack = None;
-        self.stored = Duration::ZERO;
-    }
-
-    fn due_ack(&mut self, now_us: u64) -> Option<(HostId, Message)> {
-        let (_, to, message) = self.ack.take_if(|(due, ..)| now_us >= *due)?;
-        Some((to, message))
-    }
-
     /// Something waits for its time.
     pub fn waits(&self) -> bool {
-        !self.chunks.is_empty() || self.cut.is_some() || self.ack.is_some()
+        !self.chunks.is_empty() || self.cut.is_some()
     }
 }
 
@@ -314,9 +277,6 @@ impl Engine {
     pub(crate) fn care(&mut self) -> Result<(), ProcessError> {
         if !self.care.chunks.is_empty() {
             self.due_chunks()?;
-        }
-        if let Some((to, message)) = self.care.due_ack(self.now()) {
-            self.send_now(&to, &message);
         }
         if self.disks.is_empty() {
             return Ok(());

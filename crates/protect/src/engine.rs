@@ -658,7 +658,6 @@ impl Engine {
         {
             return;
         }
-        let now = self.now();
         let Some(peer) = self.peers.get_mut(to) else {
             return;
         };
@@ -670,7 +669,6 @@ impl Engine {
                 peer.out.message(frame);
             }
             Body::Heartbeat { .. } => peer.out.heartbeat(frame),
-            Body::ChunkAck { .. } if self.care.holds_ack(now, to, &message) => return,
             Body::Epoch(header) => {
                 let epoch = header.epoch.epoch;
                 // A cut that nobody mirrored has no content: a host that stood there would be behind what got out.
@@ -697,15 +695,6 @@ impl Engine {
             _ => peer.out.message(frame),
         }
         peer.flush();
-    }
-
-    /// A message that waited.
-    pub(crate) fn send_now(&mut self, to: &HostId, message: &Message) {
-        let frame = Frame::control(self.vm_hash, message.term, codec::encode(message));
-        if let Some(peer) = self.peers.get_mut(to) {
-            peer.out.message(frame);
-            peer.flush();
-        }
     }
 
     /// What is large goes on: encoding for peers whose links take more, and applying.

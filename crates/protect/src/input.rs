@@ -76,6 +76,7 @@ pub struct Inputs {
     shutdown: Arc<AtomicBool>,
     reset: Arc<AtomicBool>,
     panic: Arc<AtomicBool>,
+    crash_loaded: Arc<AtomicBool>,
     flushed: Arc<AtomicBool>,
     moved: Arc<AtomicBool>,
 }
@@ -88,6 +89,7 @@ impl Inputs {
             shutdown: Arc::default(),
             reset: Arc::default(),
             panic: Arc::default(),
+            crash_loaded: Arc::default(),
             flushed: Arc::default(),
             moved: Arc::default(),
         }
@@ -131,7 +133,8 @@ impl Inputs {
         match event {
             GuestEvent::Shutdown => &self.shutdown,
             GuestEvent::Reset => &self.reset,
-            GuestEvent::Panic | GuestEvent::CrashLoaded => &self.panic,
+            GuestEvent::Panic => &self.panic,
+            GuestEvent::CrashLoaded => &self.crash_loaded,
         }
     }
 }

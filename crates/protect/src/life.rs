@@ -86,8 +86,9 @@ impl Engine {
             && self.ending.is_none()
             && !self.frozen
             && !self.between_machines();
-        if self.vm.watchdog_fired(now, runs) {
-            self.guest.hangs(now);
+        let fired = self.vm.watchdog_fired(now, runs);
+        if runs {
+            self.guest.watchdog(now, fired);
         }
         if let Some(why) = self.guest.due(now).filter(|_| runs) {
             self.note(format!("the guest is reset: {why}"));

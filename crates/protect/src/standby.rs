@@ -41,13 +41,11 @@ impl Engine {
         self.state.clear();
         self.forget_memory();
         self.base = (None, true);
-        self.care.forget_ack();
         self.disks.begin_copy(join);
     }
 
     pub(crate) fn store_chunk(&mut self, join: u64, seq: u64) {
         let Some(record) = self.arrived.take() else { return };
-        let began = Instant::now();
         if let Err(error) = record.apply(&mut RamSink(self.vm.machine.ram())) {
             self.note(format!("chunk {seq} of copy {join}: {error}"));
             self.disks.copy_failed = true;
@@ -57,7 +55,6 @@ impl Engine {
             self.note(format!("chunk {seq} of copy {join}: {error}"));
             self.disks.copy_failed = true;
         }
-        self.care.stored(began.elapsed());
     }
 
     /// Keeps the record that just arrived; applies nothing.

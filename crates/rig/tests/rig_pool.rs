@@ -30,6 +30,17 @@ fn long_rig_pool_upkeep() {
     assert!(report.steps > 0);
 }
 
+/// Busy VMs on one server, and another one that is idle: one of them is moved there, by measured loads, and nothing goes back and forth.
+#[test]
+fn long_rig_pool_balance() {
+    if !can_run("long_rig_pool_balance") {
+        return;
+    }
+    let report = play(&Options::balance(), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
+    println!("{report:?}");
+    assert!(report.relieved > std::time::Duration::ZERO);
+}
+
 /// Faults of hosts, one after another: an `ft` VM with a disk goes on where it is, and the pool is well again by itself.
 #[test]
 fn long_rig_pool_faults() {

@@ -63,13 +63,24 @@ impl GuestCare {
         self.done.panics += times;
         if self.panics_too && times > 0 {
             let grace = if crash_kernel { GRACE_CRASH_KERNEL } else { GRACE };
-            self.wrong.get_or_insert((Wrong::Panicked, now + grace));
+            let at = now + grace;
+            match &mut self.wrong {
+                None => self.wrong = Some((Wrong::Panicked, at)),
+                // Its crash kernel is at work after all.
+                Some((Wrong::Panicked, due)) if crash_kernel => *due = at.max(*due),
+                Some(_) => {}
+            }
         }
     }
 
-    /// Its watchdog fired.
-    pub fn hangs(&mut self, now: Instant) {
-        self.wrong = Some((Wrong::Hangs, now));
+    /// What its watchdog says now. One that was fed in time after all is left alone.
+    pub fn watchdog(&mut self, now: Instant, fired: bool) {
+        match (fired, self.wrong) {
+            (true, Some((Wrong::Hangs, _))) => {}
+            (true, _) => self.wrong = Some((Wrong::Hangs, now)),
+            (false, Some((Wrong::Hangs, _))) => self.wrong = None,
+            (false, _) => {}
+        }
     }
 
     /// Whether the guest is to be reset now, and why. Holds until [`GuestCare::restarted`].
@@ -139,9 +150,10 @@ mod tests {
                 ..Mishaps::default()
             }
         );
-        care.panicked(t + s(20), 1, true);
+        care.panicked(t + s(20), 1, false);
+        care.panicked(t + s(21), 1, true);
         assert_eq!(care.due(t + s(600)), None, "a crash kernel is at work");
-        care.hangs(t + s(601));
+        care.watchdog(t + s(601), true);
         assert!(care.due(t + s(601)).unwrap().contains("watchdog"));
         care.restarted(t + s(601));
         assert_eq!(care.mishaps().watchdog_resets, 1);
@@ -168,11 +180,14 @@ mod tests {
         assert_eq!(gaps, [10, 20, 40, 80, 160, 320, 600, 600, 600]);
         // It was well for long: as if nothing had happened.
         now += s(1201);
-        care.hangs(now);
+        care.watchdog(now, true);
         assert!(care.due(now).is_some());
         care.restarted(now);
-        care.hangs(now + s(5));
+        care.watchdog(now + s(5), true);
         assert_eq!(care.due(now + s(9)), None);
         assert!(care.due(now + s(10)).is_some());
+        // It came back by itself meanwhile.
+        care.watchdog(now + s(10), false);
+        assert_eq!(care.due(now + s(3600)), None);
     }
 }

@@ -395,8 +395,9 @@ impl Process<'_> {
     /// Resets a guest that cannot help itself.
     fn look_after(&mut self, now: Instant) {
         let runs = self.running == Running::Yes && !self.released;
-        if self.vm.watchdog_fired(now, runs) {
-            self.care.hangs(now);
+        let fired = self.vm.watchdog_fired(now, runs);
+        if runs {
+            self.care.watchdog(now, fired);
         }
         if let Some(why) = self.care.due(now).filter(|_| runs && !self.reset_waits) {
             tracing::warn!("the guest is reset: {why}");

@@ -2,12 +2,25 @@
 //! rolling upgrade goes from host to host.
 
 use super::fit::Role;
-use super::world::World;
+use super::world::{World, elapsed};
 use crate::action::{Action, Because, Wanted};
 use crate::model::{AlarmKey, DrainWhy, HostAdmin, HostHealth, Phase, Task};
 
+/// So long an upgrade looks for another place for a VM without protection.
+const STAYS_AFTER_MS: u64 = 60_000;
+
 /// Writes down what was observed, and who has to go.
 pub(crate) fn mark(w: &mut World) {
+    let leaves = |w: &World, h: usize| {
+        let admin = w.hosts[h].host.record.admin;
+        let for_it = matches!(
+            admin,
+            HostAdmin::Draining(DrainWhy::Prediction) | HostAdmin::Maintenance(DrainWhy::Prediction)
+        );
+        for_it && w.hosts[h].host.record.reachable()
+    };
+    // One at a time: what many hosts expect at once is the room's or the sensors', and nobody is left to take their VMs.
+    let mut leaving = (0..w.hosts.len()).any(|h| leaves(w, h));
     for h in 0..w.hosts.len() {
         let (old, seen) = (w.health(h), w.hosts[h].host.status.observed);
         if let Some(health) = next_health(old, seen) {
@@ -34,13 +47,10 @@ pub(crate) fn mark(w: &mut World) {
         {
             let why = format!("it predicts its failure ({:?}): {}", p.part, p.evidence);
             let admin = HostAdmin::Draining(DrainWhy::Prediction);
-            w.act(
-                Action::MarkAdmin {
-                    host: w.host_id(h),
-                    admin,
-                },
-                why,
-            );
+            let host = w.host_id(h);
+            if !leaving {
+                leaving = w.act(Action::MarkAdmin { host, admin }, why);
+            }
         }
     }
 }
@@ -60,14 +70,18 @@ fn next_health(old: HostHealth, seen: HostHealth) -> Option<HostHealth> {
 /// binary, while the daemon is replaced. A protected VM is never left so: its host may need its standby's protection next.
 pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
     use HostAdmin::{Draining, Maintenance};
-    let admin = w.hosts[h].host.record.admin;
-    let upgrade = matches!(
-        admin,
-        Draining(DrainWhy::Upgrade) | Maintenance(DrainWhy::Upgrade)
-    );
     let vm = &w.vms[v].vm;
     let has_place = || w.best_of(v, Role::Move, 0..w.hosts.len(), |_| None).is_ok();
-    upgrade && !vm.spec.protection.hot() && (vm.state.fixed.is_some() || !has_place())
+    // What is in the way elsewhere may be gone in a moment.
+    let since = w.hosts[h].host.status.admin_since_ms;
+    let waited = since.is_none_or(|at| elapsed(w.now_ms, at) > STAYS_AFTER_MS);
+    let upgrade = match w.hosts[h].host.record.admin {
+        Draining(DrainWhy::Upgrade) => vm.state.fixed.is_some() || waited && !has_place(),
+        // Its daemon is being replaced: nothing begins there.
+        Maintenance(DrainWhy::Upgrade) => true,
+        _ => false,
+    };
+    upgrade && !vm.spec.protection.hot()
 }
 
 /// Nothing that runs or protects is there (disks of VMs that are off may be, and what an upgrade leaves).
@@ -117,7 +131,8 @@ pub(crate) fn upgrade(w: &mut World) {
             HostAdmin::Maintenance(DrainWhy::Upgrade) => {
                 under_way += 1;
                 let busy = |t: &Task| matches!(t, Task::Upgrade { host, .. } if host == w.hosts[h].id());
-                if host.record.reachable() && !w.tasks.iter().any(busy) {
+                let moves = w.hosts[h].migrations > 0;
+                if host.record.reachable() && !moves && !w.tasks.iter().any(busy) {
                     let host = w.host_id(h);
                     let why = format!("the rolling upgrade to {to} has come to it, and it is empty");
                     w.act(Action::UpgradeHost { host, to: to.clone() }, why);

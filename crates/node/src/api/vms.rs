@@ -29,6 +29,10 @@ use utoipa::ToSchema;
 
 type Shared = State<Arc<Node>>;
 
+/// What hosts of an older version cannot read.
+const NEW_HERE: &str = "not all hosts of the pool run this version yet, and older ones do not know watchdogs, commands and heartbeats in the \
+                        guest: bring all hosts to one version first (`steadfast pool upgrade`)";
+
 /// How much of a console is shown, bytes.
 const CONSOLE_BYTES: u64 = 64 << 10;
 
@@ -146,6 +150,9 @@ pub async fn create(State(node): Shared, Query(dry): Query<DryRun>, Json(new): J
     let id = new.machine.name.clone();
     if pool.vms.contains_key(&id) {
         return refused(format!("there is a VM {id} already; choose another name")).map_err(Failure);
+    }
+    if new.machine.watchdog && !pool.one_version() {
+        return refused(NEW_HERE).map_err(Failure);
     }
     let index = Pool::free_index(pool.vms.values().map(|v| v.stored.index));
     let vm = stored(&new, index)?;
@@ -401,6 +408,10 @@ pub async fn health(
         None => vec![format!("the service in {vm} is not looked after any more")],
         Some(policy) => {
             crate::health::check::valid(policy, vsock).map_err(NodeError::Refused)?;
+            let inside = policy.checks.iter().any(crate::health::check::is_inside);
+            if inside && !pool.one_version() {
+                return refused(NEW_HERE).map_err(Failure);
+            }
             let rungs = policy.ladder.iter();
             let rungs: Vec<String> = rungs
                 .map(|r| format!("{:?} ({} times)", r.remedy, r.tries.max(1)))

@@ -26,6 +26,8 @@ const STALE_MAX: usize = 16;
 /// Between two looks whether a command has ended; doubles up to the second.
 const LOOK: Duration = Duration::from_millis(20);
 const LOOK_MAX: Duration = Duration::from_millis(500);
+/// The process of a command whose start was not answered.
+const UNKNOWN: i64 = -1;
 /// Of what a command said, characters.
 const SAID_MAX: usize = 200;
 
@@ -54,7 +56,8 @@ impl Agent {
     /// What stands in the way.
     pub async fn ping(&self) -> Result<(), String> {
         let mut talk = Talk::begin(&self.path).await?;
-        talk.ask("guest-ping", &Value::Null).await.map(|_| ())
+        talk.ask("guest-ping", &Value::Null).await?;
+        Ok(())
     }
 
     /// Runs a command in the guest to its end.
@@ -65,19 +68,40 @@ impl Agent {
         let (program, arguments) = argv.split_first().ok_or("the command is empty")?;
         let mut talk = Talk::begin(&self.path).await?;
         let earlier = self.left().get(argv).copied();
-        if let Some(pid) = earlier {
-            // An error: the agent was started anew since and does not know it.
-            if let Ok(None) = talk.exit(pid).await {
+        match earlier {
+            None => {}
+            Some(UNKNOWN) => {
+                // It was started, or not, and which process it is was not heard. It has had the time of a round.
+                self.left().remove(argv);
                 return Err(format!(
-                    "`{program}` runs since an earlier check and does not end"
+                    "its agent did not say in time whether it started `{program}`"
                 ));
             }
-            self.left().remove(argv);
+            Some(pid) => match talk.exit(pid).await {
+                Ok(None) => {
+                    return Err(format!(
+                        "`{program}` runs since an earlier check and does not end"
+                    ));
+                }
+                // The agent was started anew since and does not know it.
+                Ok(Some(_)) | Err(Refusal::Agent(_)) => drop(self.left().remove(argv)),
+                Err(gone) => return Err(gone.into()),
+            },
         }
         let exec = json!({ "path": program, "arg": arguments, "capture-output": true });
-        let started = talk.ask("guest-exec", &exec).await?;
+        self.left().insert(argv.to_vec(), UNKNOWN);
+        let started = match talk.ask("guest-exec", &exec).await {
+            Ok(started) => started,
+            Err(refused) => {
+                if let Refusal::Agent(_) = refused {
+                    self.left().remove(argv);
+                }
+                return Err(refused.into());
+            }
+        };
         let pid = started["pid"]
             .as_i64()
+            .filter(|pid| *pid != UNKNOWN)
             .ok_or_else(|| format!("its agent started `{program}` without saying which process it is"))?;
         self.left().insert(argv.to_vec(), pid);
         let mut pause = LOOK;
@@ -97,6 +121,28 @@ impl Agent {
 
     fn left(&self) -> std::sync::MutexGuard<'_, BTreeMap<Vec<String>, i64>> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why there is no answer.
+enum Refusal {
+    /// The agent says so.
+    Agent(String),
+    /// It said nothing that could be understood.
+    Lost(String),
+}
+
+impl From<String> for Refusal {
+    fn from(why: String) -> Self {
+        Self::Lost(why)
+    }
+}
+
+impl From<Refusal> for String {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Agent(why) | Refusal::Lost(why) => why,
+        }
     }
 }
 
@@ -173,7 +219,7 @@ impl Talk {
         }
     }
 
-    async fn ask(&mut self, what: &str, arguments: &Value) -> Result<Value, String> {
+    async fn ask(&mut self, what: &str, arguments: &Value) -> Result<Value, Refusal> {
         let mut question = json!({ "execute": what });
         if !arguments.is_null() {
             question["arguments"] = arguments.clone();
@@ -186,13 +232,16 @@ impl Talk {
             Some(value) => Ok(value.take()),
             None => {
                 let why = answer["error"]["desc"].as_str().unwrap_or("it does not say why");
-                Err(format!("its agent refuses {what}: {}", short(why)))
+                Err(Refusal::Agent(format!(
+                    "its agent refuses {what}: {}",
+                    short(why)
+                )))
             }
         }
     }
 
     /// How the command ended, if it has.
-    async fn exit(&mut self, pid: i64) -> Result<Option<Ended>, String> {
+    async fn exit(&mut self, pid: i64) -> Result<Option<Ended>, Refusal> {
         let status = self.ask("guest-exec-status", &json!({ "pid": pid })).await?;
         if status["exited"] != true {
             return Ok(None);

@@ -16,6 +16,8 @@ use tokio::task::{JoinHandle, JoinSet};
 pub const BEAT_PORT: u32 = 1024;
 /// Connections of one VM that are kept open.
 const CONNECTIONS_MAX: usize = 16;
+/// Between two connections of a VM, and two pieces of what one of them sends.
+const PACE: Duration = Duration::from_millis(50);
 /// One that says nothing for so long is closed.
 const IDLE: Duration = Duration::from_secs(600);
 
@@ -28,6 +30,8 @@ pub struct Beats {
     inode: (u64, u64),
     /// Since boot, ms; 0: none yet.
     last_ms: Arc<AtomicU64>,
+    /// Beats from before do not count.
+    since_ms: AtomicU64,
     task: JoinHandle<()>,
 }
 
@@ -54,6 +58,7 @@ impl Beats {
             path,
             inode,
             last_ms,
+            since_ms: AtomicU64::new(boot_ms().max(1)),
             task,
         })
     }
@@ -70,19 +75,32 @@ impl Beats {
         }
     }
 
+    /// The VM starts anew: what was heard before does not count, and silence does from now on.
+    pub fn begin(&self) {
+        self.since_ms.store(boot_ms().max(1), Ordering::Release);
+    }
+
+    /// Whether nobody can say yet: no beat since the VM's start, or since this ear is there, and less than so long ago.
+    #[must_use]
+    pub fn is_early(&self, within_ms: u64) -> bool {
+        let since = self.since_ms.load(Ordering::Acquire);
+        self.last_ms.load(Ordering::Acquire) < since && boot_ms().saturating_sub(since) <= within_ms
+    }
+
     /// Whether the application said something within so long.
     ///
     /// # Errors
     /// It did not.
     pub fn within(&self, ms: u64) -> Result<(), String> {
-        match self.last_ms.load(Ordering::Acquire) {
-            0 => Err(format!(
+        let last = self.last_ms.load(Ordering::Acquire);
+        if last < self.since_ms.load(Ordering::Acquire) {
+            return Err(format!(
                 "its application sent no heartbeat yet (vsock, host port {BEAT_PORT})"
-            )),
-            last => match boot_ms().saturating_sub(last) {
-                age if age <= ms => Ok(()),
-                age => Err(format!("its application's last heartbeat was {age} ms ago")),
-            },
+            ));
+        }
+        match boot_ms().saturating_sub(last) {
+            age if age <= ms => Ok(()),
+            age => Err(format!("its application's last heartbeat was {age} ms ago")),
         }
     }
 }
@@ -113,6 +131,8 @@ async fn hear(listener: UnixListener, last_ms: Arc<AtomicU64>) {
                     let last_ms = Arc::clone(&last_ms);
                     open.spawn(async move { read(stream, &last_ms).await });
                 }
+                // A guest that connects in a loop waits for its turn.
+                tokio::time::sleep(PACE).await;
             }
             // No descriptors left, or the like.
             Err(error) => {
@@ -127,6 +147,8 @@ async fn read(mut stream: UnixStream, last_ms: &AtomicU64) {
     let mut some = [0; 256];
     while let Ok(Ok(1..)) = tokio::time::timeout(IDLE, stream.read(&mut some)).await {
         last_ms.store(boot_ms().max(1), Ordering::Release);
+        // As does one that sends without end: its socket is full meanwhile.
+        tokio::time::sleep(PACE).await;
     }
 }
 
@@ -186,12 +208,21 @@ mod tests {
             std::fs::write(folder.path().join("vsock_1024"), "").unwrap();
             let beats = Beats::listen(&vsock).unwrap();
             assert!(beats.within(u64::MAX).unwrap_err().contains("yet"));
+            assert!(beats.is_early(60_000), "it has a minute to begin");
             let path = folder.path().join("vsock_1024");
             let mut stream = UnixStream::connect(&path).await.unwrap();
             beats_within(&beats, 10_000).await;
             silent_for(&beats, 100).await;
             stream.write_all(b"x").await.unwrap();
             beats_within(&beats, 90).await;
+            // A VM that starts anew is not believed for what it said before.
+            beats.begin();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            assert!(beats.is_early(60_000) && !beats.is_early(0));
+            assert!(beats.within(60_000).unwrap_err().contains("yet"));
+            stream.write_all(b"x").await.unwrap();
+            beats_within(&beats, 10_000).await;
+            assert!(!beats.is_early(60_000));
             // Connections that are left open do not keep later ones from being heard.
             let mut many = vec![stream];
             for _ in 0..CONNECTIONS_MAX {

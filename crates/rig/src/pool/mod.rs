@@ -5,12 +5,13 @@
 //! init on s1, join on s2, s3, s4 (witness) ── ten VMs ── the axe ──> ft go on, restart are booted elsewhere, all protected again
 //!        ── the server is powered on ──> used again
 //! ```
-//! Smaller plays: upkeep (each server is emptied for another build of the program and used again), and faults of hosts, one after another,
-//! under an `ft` VM with a disk.
+//! Smaller plays: upkeep (a service fails and is restarted by its agent; each server is emptied for another build of the program and used
+//! again), a hot host that is relieved, and faults of hosts, one after another, under an `ft` VM with a disk.
 //!
 //! Clients hold a TCP session to each `ft` VM all the time: a step lost, done twice or a reset is an error. What does not hold is
 //! an error; what did is in the [`Report`], with its times.
 
+mod balance;
 mod faults;
 mod host;
 mod steps;
@@ -41,6 +42,8 @@ pub enum Act {
     Upgrade,
     /// Faults of hosts, one after another.
     Faults,
+    /// All VMs are on one server and busy, and the pool may move them.
+    Balance,
 }
 
 /// How to play it.
@@ -92,6 +95,20 @@ impl Options {
         }
     }
 
+    /// A hot host is relieved.
+    #[must_use]
+    pub fn balance() -> Self {
+        Options {
+            vms: [0, 0, 0, 3],
+            servers: 2,
+            witness: true,
+            server_mib: 1200,
+            disk: false,
+            watchdog: false,
+            acts: &[Act::Balance],
+        }
+    }
+
     /// Faults that an `ft` VM with a disk survives, most of them where it is. A `restart` VM is beside it.
     #[must_use]
     pub fn faults() -> Self {
@@ -128,6 +145,8 @@ pub struct Report {
     pub protected: Duration,
     /// From power-on until the pool said that all is well.
     pub returned: Duration,
+    /// From the word that VMs may be moved until one had been.
+    pub relieved: Duration,
     /// From `host drain` to an empty host.
     pub drained: Duration,
     /// The longest wait of a session during the drain.

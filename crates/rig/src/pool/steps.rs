@@ -102,6 +102,10 @@ pub(super) fn play(options: &Options, tell: &mut dyn Tell) -> Result<Report> {
 impl Stage<'_, '_> {
     fn play(&mut self, options: &Options, report: &mut Report) -> Result<()> {
         self.form(report)?;
+        let crowded = options.acts.contains(&Act::Balance);
+        if crowded {
+            self.crowd()?;
+        }
         self.place(options, report)?;
         for act in options.acts {
             match act {
@@ -113,6 +117,7 @@ impl Stage<'_, '_> {
                 Act::Resume => self.resume()?,
                 Act::Upgrade => self.upgrade(report)?,
                 Act::Faults => self.faults()?,
+                Act::Balance => self.balance(report)?,
             }
         }
         for guest in &mut self.guests {
@@ -181,10 +186,14 @@ impl Stage<'_, '_> {
                     true => "--agent",
                     false => "",
                 };
+                let busy = match options.acts.contains(&Act::Balance) {
+                    true => "mini.mem=4 mini.mem_rate=0",
+                    false => "",
+                };
                 let create = format!(
                     "vm create --name {name} --class {} --memory 96MiB --cpu {CPU} --rng false --nic br0 {disk} {agent} \
                      --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
-                     --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000 mini.clock_ms=200'",
+                     --cmdline 'console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 {} mini.ip={address}/24 mini.tick_ms=5000 mini.clock_ms=200 {busy}'",
                     CLASSES[class],
                     crate::inside::mini::WORD,
                 );

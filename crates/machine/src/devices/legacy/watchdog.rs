@@ -83,7 +83,8 @@ impl State {
 }
 
 impl Watchdog {
-    /// Lets the time since the last look pass. Whether it has run out, which it says once: it stands still then.
+    /// Lets the time since the last look pass. Whether it has run out, which it says until the guest feeds it, or is reset: also to
+    /// another process that has it then.
     pub fn look(&mut self, now: Instant, guest_runs: bool) -> bool {
         let before = self.looked.replace(now);
         if !self.state.runs || !guest_runs {
@@ -92,8 +93,7 @@ impl Watchdog {
         let passed = before.map_or(Duration::ZERO, |b| now.saturating_duration_since(b));
         let passed = passed.min(LOOK_MAX).as_micros() as u64;
         self.state.left_us = self.state.left_us.saturating_sub(passed);
-        self.state.runs = self.state.left_us > 0;
-        !self.state.runs
+        self.state.left_us == 0
     }
 
     /// Whether the guest uses it.
@@ -121,7 +121,11 @@ impl BusDevice for Watchdog {
                 }
                 self.state.runs = runs;
             }
-            (RELOAD, &[_]) => self.state.reload(),
+            (RELOAD, &[_]) => {
+                self.state.reload();
+                // What passed before is not held against it.
+                self.looked = None;
+            }
             (PERIOD, &[a, b, c, d]) => {
                 self.state.period = u32::from_le_bytes([a, b, c, d]).clamp(TICKS_MIN, TICKS_MAX);
             }
@@ -179,16 +183,19 @@ mod tests {
     }
 
     #[test]
-    fn it_fires_once_when_it_is_not_fed() {
+    fn it_fires_when_it_is_not_fed_and_until_it_is() {
         let mut b = Bench::new(20);
         assert_eq!(b.fires(60_000, true), Some(2000));
-        assert_eq!(b.fires(60_000, true), None, "once");
-        // Started anew it counts from its period.
-        b.now += Duration::from_secs(100);
-        b.device.write(CONTROL, &[1]);
+        b.now += Duration::from_millis(2100);
+        assert!(b.device.look(b.now, true), "it stays so");
+        let mut next = Watchdog::default();
+        next.restore(&b.device.save().unwrap()).unwrap();
+        assert!(next.look(b.now, true), "also in another process");
+        b.device.write(RELOAD, &[1]);
+        b.now += Duration::from_millis(100);
         assert_eq!(b.fires(1000, true), None);
         b.device.write(RELOAD, &[1]);
-        b.now += Duration::from_millis(1000);
+        b.now += Duration::from_millis(1100);
         assert_eq!(b.fires(60_000, true), Some(2000));
         // A guest that never starts it is never reset.
         let mut idle = Bench::new(20);
