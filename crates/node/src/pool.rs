@@ -346,7 +346,6 @@ impl Pool {
                 home: memory.home.clone(),
                 fixed: self.fixed(&vm.stored),
                 load: load.map(|i| i.load).unwrap_or_default(),
-                ..VmState::default()
             },
             spec,
         }

@@ -444,7 +444,7 @@ mod tests {
             lines.read_until(b'\n', &mut line).unwrap();
             let asked: Value = serde_json::from_slice(&line[1..]).unwrap();
             let id = asked["arguments"]["id"].as_i64().unwrap();
-            s.write_all(format!("half\u{fffd}").as_bytes()).unwrap();
+            s.write_all("half\u{fffd}".as_bytes()).unwrap();
             s.write_all(b"\xff").unwrap();
             s.write_all(format!("{{\"return\": {id}}}\n").as_bytes()).unwrap();
             lines.read_until(b'\n', &mut line).unwrap();
