@@ -185,15 +185,15 @@ fn settings_are_checked_shown_and_kept() {
     let before = alone.host.json(&["pool", "set"]);
     assert_eq!(
         (&before["host_failures"], &before["balance"]["enabled"]),
-        (&1.into(), &true.into())
+        (&1.into(), &false.into())
     );
     alone
         .host
-        .run(&["pool", "set", "--host-failures", "0", "--balance", "false"]);
+        .run(&["pool", "set", "--host-failures", "0", "--balance", "true"]);
     let after = alone.host.json(&["pool", "set"]);
     assert_eq!(
         (&after["host_failures"], &after["balance"]["enabled"]),
-        (&0.into(), &false.into())
+        (&0.into(), &true.into())
     );
     assert_eq!(
         after["groups"],
