@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 const BOOT_BOUND: Duration = Duration::from_secs(180);
 const ANSWER_BOUND: Duration = Duration::from_secs(60);
 const COPY_BOUND: Duration = Duration::from_secs(180);
+/// How long the store may take to say who owns the VM.
+const ASK_BOUND: Duration = Duration::from_secs(90);
 const STATUS_BOUND: Duration = Duration::from_secs(60);
 /// How long a disk that differs may be behind.
 const EQUAL_BOUND: Duration = Duration::from_secs(60);
@@ -350,9 +352,11 @@ impl<'a, 'r> Scene<'a, 'r> {
     /// What the store says is what the instances say (I2), and nobody else believes to be the primary.
     fn one_owner(&self) -> Result<()> {
         let primary = self.primary();
-        let record = primary.exec(
-            "ETCDCTL_API=3 etcdctl --endpoints http://127.0.0.1:2379 --command-timeout=20s \
+        // A starved machine's store may take long to answer: that is no wrong answer.
+        let record = primary.exec_within(
+            "ETCDCTL_API=3 etcdctl --endpoints http://127.0.0.1:2379 --dial-timeout=30s --command-timeout=60s \
              get --prefix '' --print-value-only | grep '\"owner\"'",
+            ASK_BOUND,
         )?;
         let record: Value = serde_json::from_str(record.lines().next().unwrap_or_default())
             .map_err(|e| RigError::malformed("the VM's record", format!("{e}: {record}")))?;
