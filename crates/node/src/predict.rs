@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use steadfast_cluster::model::{FailingPart, Prediction};
 
 /// Between two looks.
-pub const LOOK: Duration = Duration::from_secs(10);
+pub const LOOK: Duration = Duration::from_secs(5);
 /// Errors count for so long.
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Corrected memory errors that are a sign of worse to come.
