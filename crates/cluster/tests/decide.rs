@@ -346,6 +346,34 @@ fn vms_of_a_dead_host_are_spread_by_measured_load() {
     assert!(at.values().all(|n| *n == 2), "{at:?}");
 }
 
+/// Who can be booted on one host only is not kept out of it by one that has another.
+#[test]
+fn who_has_one_host_to_choose_is_booted_before_who_has_two() {
+    let mut s = pool(3, 0).unwrap();
+    let dead = h(1);
+    // The one with the choice comes first by its name, and would rather be on the second host.
+    for (name, replicas) in [("a", vec![h(1), h(2), h(3)]), ("b", vec![h(1), h(2)])] {
+        let mut x = vm(name, Protection::Restart).unwrap();
+        x.state.owner = Some(dead.clone());
+        x.state.term = Term(1);
+        x.state.replicas = replicas.into_iter().collect();
+        add(&mut s, x);
+    }
+    s.pool.host_failures = 0;
+    let room = s.vms[&v("a")].spec.demand().memory_bytes * 3 / 2;
+    s.hosts.get_mut(&h(2)).unwrap().record.capacity.memory_bytes = room;
+    s.hosts.get_mut(&h(3)).unwrap().status.load.cpu_milli = 1 << 20;
+    kill(&mut s, &dead, true);
+    let all = decide(&s).actions;
+    let at = |id: &str| {
+        all.iter().find_map(|x| match &x.action {
+            Action::StartVm { vm, host, .. } if *vm == v(id) => Some(host.clone()),
+            _ => None,
+        })
+    };
+    assert_eq!((at("a"), at("b")), (Some(h(3)), Some(h(2))), "{all:?}");
+}
+
 /// `vm stop` and then `vm start`: what is still ending is no reason to refuse; nothing is started beside it.
 #[test]
 fn what_is_left_of_a_stopped_vm_does_not_refuse_its_start() {

@@ -196,6 +196,25 @@ fn a_vm_that_cannot_move_holds_up_a_drain_and_no_upgrade() {
     assert!(upgrade.hosts.values().all(done), "{}", describe(&upgrade));
 }
 
+/// A move that comes to nothing each time does not hold up an upgrade for ever; an operator's drain waits for somebody.
+#[test]
+fn an_upgrade_gives_up_on_a_move_that_never_comes_about() {
+    let moves = |why: DrainWhy, since_ms: u64| {
+        let mut s = small(2, &[("a", Protection::Restart)]);
+        s.now_ms = 10_000_000;
+        let from = s.vms[&v("a")].state.owner.clone().unwrap();
+        let host = s.hosts.get_mut(&from).unwrap();
+        host.record.admin = HostAdmin::Draining(why);
+        host.status.admin_since_ms = Some(since_ms);
+        s.pool.upgrade_to = (why == DrainWhy::Upgrade).then(|| "2".into());
+        let all = decide(&s).actions;
+        all.iter().any(|x| matches!(x.action, Action::Migrate { .. }))
+    };
+    assert!(moves(DrainWhy::Upgrade, 9_990_000), "it has a place");
+    assert!(!moves(DrainWhy::Upgrade, 0), "it was tried for long enough");
+    assert!(moves(DrainWhy::Operator, 0));
+}
+
 #[test]
 fn a_drain_that_waits_for_too_long_has_an_alarm() {
     let mut s = small(3, &[("a", Protection::Ft)]);

@@ -355,7 +355,9 @@ impl Pool {
     #[must_use]
     pub fn one_version(&self) -> bool {
         let own = &crate::binary::own().version;
-        self.reports.values().all(|r| r.status.versions.steadfast == *own)
+        // What a host that was taken out said last does not count.
+        let reports = self.hosts.keys().filter_map(|h| self.reports.get(h));
+        reports.into_iter().all(|r| r.status.versions.steadfast == *own)
     }
 
     /// When a VM last moved from or to a host on purpose: what is measured there since tells of before for a while.

@@ -75,8 +75,10 @@ pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
     // What is in the way elsewhere may be gone in a moment.
     let since = w.hosts[h].host.status.admin_since_ms;
     let waited = since.is_none_or(|at| elapsed(w.now_ms, at) > STAYS_AFTER_MS);
+    // A move that comes to nothing each time must not hold up the upgrade of all hosts for ever: its process outlives the daemon.
+    let gives_up = since.is_some_and(|at| elapsed(w.now_ms, at) > w.pool.limits.drain_alarm_ms);
     let upgrade = match w.hosts[h].host.record.admin {
-        Draining(DrainWhy::Upgrade) => vm.state.fixed.is_some() || waited && !has_place(),
+        Draining(DrainWhy::Upgrade) => vm.state.fixed.is_some() || gives_up || waited && !has_place(),
         // Its daemon is being replaced: nothing begins there.
         Maintenance(DrainWhy::Upgrade) => true,
         _ => false,

@@ -274,18 +274,12 @@ fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::runtime;
     use super::*;
     use std::io::{BufRead, Read, Write};
     use std::os::unix::net::{UnixListener, UnixStream as Blocking};
     use std::process::{Child, Command, Stdio};
     use std::time::Instant;
-
-    fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap()
-    }
 
     fn argv(words: &[&str]) -> Vec<String> {
         words.iter().map(|w| (*w).to_owned()).collect()

@@ -154,6 +154,7 @@ async fn read(mut stream: UnixStream, last_ms: &AtomicU64) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::runtime;
     use super::*;
     use std::time::Instant;
     use tokio::io::AsyncWriteExt;
@@ -176,10 +177,6 @@ mod tests {
 
     #[test]
     fn the_vms_process_can_connect_and_nobody_else() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
         let folder = tempfile::tempdir().unwrap();
         let vsock = folder.path().join("vsock");
         std::fs::write(&vsock, "").unwrap();
@@ -187,7 +184,7 @@ mod tests {
             println!("SKIPPED: only root gives files away");
             return;
         }
-        runtime.block_on(async {
+        runtime().block_on(async {
             let beats = Beats::listen(&vsock).unwrap();
             beats.keep();
             let made = std::fs::metadata(folder.path().join("vsock_1024")).unwrap();
@@ -197,11 +194,7 @@ mod tests {
 
     #[test]
     fn connections_and_what_they_say_are_beats() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        runtime().block_on(async {
             let folder = tempfile::tempdir().unwrap();
             let vsock = folder.path().join("vsock");
             // One that was left by a daemon that was killed is taken over.

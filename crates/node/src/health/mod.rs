@@ -398,3 +398,14 @@ async fn all(checks: &[Check], inside: Inside<'_>) -> Result<bool, String> {
     }
     Ok(any)
 }
+
+#[cfg(test)]
+mod testing {
+    /// What a test's futures run on.
+    pub(super) fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    }
+}
