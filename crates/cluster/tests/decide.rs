@@ -553,7 +553,13 @@ fn a_host_that_predicts_its_failure_is_evacuated() {
             .values()
             .all(|x| !common::copies(&s, x).contains_key(&victim))
     );
-    assert!(s.alarms.contains(&AlarmKey::HostPredictsFailure(victim)));
+    assert!(s.alarms.contains(&AlarmKey::HostPredictsFailure(victim.clone())));
+    // One at a time, whoever expects it too.
+    let other = s.hosts.keys().find(|id| **id != victim).cloned().unwrap();
+    s.hosts.get_mut(&other).unwrap().status.prediction = s.hosts[&victim].status.prediction.clone();
+    run(&mut s, 30, |s| check_all_run(s).unwrap());
+    assert_eq!(s.hosts[&other].record.admin, HostAdmin::InUse);
+    assert!(s.alarms.contains(&AlarmKey::HostPredictsFailure(other)));
 }
 
 #[test]

@@ -207,10 +207,8 @@ fn judge(t: &Timings, age: &Age) -> HostHealth {
 mod tests {
     use super::*;
     use crate::pool::Pool;
-    use crate::records::{HostInfo, HostReport};
+    use crate::pool::testing::two_hosts as pool;
     use std::sync::Arc;
-    use steadfast_cluster::model::{HostRecord, Resources};
-    use steadfast_types::SiteId;
 
     /// Read in no time.
     fn read(pool: Pool, at: Instant) -> Read {
@@ -219,44 +217,6 @@ mod tests {
             began: at,
             ended: at,
         }
-    }
-
-    /// Two hosts with the counters of their reports.
-    fn pool(a: u64, b: u64) -> Pool {
-        let mut pool = Pool::default();
-        for (host, seq) in [("a", a), ("b", b)] {
-            let id = HostId::new(host).unwrap();
-            let record = HostRecord {
-                id: id.clone(),
-                site: SiteId::new("s").unwrap(),
-                rack: None,
-                addresses: BTreeMap::new(),
-                witness: false,
-                capacity: Resources::new(1, 1, 1),
-                reserved: Resources::ZERO,
-                baselines: Default::default(),
-                storages: Default::default(),
-                link_bytes_per_s: 0,
-                admin: Default::default(),
-                health: HostHealth::Up,
-            };
-            let info = HostInfo {
-                record,
-                index: 0,
-                api: ([127, 0, 0, 1], 1).into(),
-                replication: Vec::new(),
-                etcd: None,
-                admin_since_ms: None,
-                fence: None,
-            };
-            pool.hosts.insert(id.clone(), info);
-            let report = HostReport {
-                seq,
-                ..HostReport::default()
-            };
-            pool.reports.insert(id, report);
-        }
-        pool
     }
 
     #[test]

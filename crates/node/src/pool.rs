@@ -414,3 +414,120 @@ impl Pool {
         found.ok_or_else(|| crate::error::NodeError::NotFound(format!("VM {id} in this pool")))
     }
 }
+
+/// Pools for tests.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use steadfast_cluster::model::{HostRecord, Resources};
+    use steadfast_types::SiteId;
+
+    /// Two hosts with the counters of their reports.
+    pub(crate) fn two_hosts(a: u64, b: u64) -> Pool {
+        let mut pool = Pool::default();
+        for (host, seq) in [("a", a), ("b", b)] {
+            let id = HostId::new(host).unwrap();
+            let record = HostRecord {
+                id: id.clone(),
+                site: SiteId::new("s").unwrap(),
+                rack: None,
+                addresses: BTreeMap::new(),
+                witness: false,
+                capacity: Resources::new(1, 1, 1),
+                reserved: Resources::ZERO,
+                baselines: Default::default(),
+                storages: Default::default(),
+                link_bytes_per_s: 0,
+                admin: Default::default(),
+                health: HostHealth::Up,
+            };
+            let info = HostInfo {
+                record,
+                index: 0,
+                api: ([127, 0, 0, 1], 1).into(),
+                replication: Vec::new(),
+                etcd: None,
+                admin_since_ms: None,
+                fence: None,
+            };
+            pool.hosts.insert(id.clone(), info);
+            let report = HostReport {
+                seq,
+                ..HostReport::default()
+            };
+            pool.reports.insert(id, report);
+        }
+        pool
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::two_hosts;
+    use super::*;
+    use steadfast_cluster::model::{FailingPart, Prediction};
+
+    fn host(name: &str) -> HostId {
+        HostId::new(name).unwrap()
+    }
+
+    fn expects(pool: &mut Pool, name: &str) {
+        let report = pool.reports.get_mut(&host(name)).unwrap();
+        report.status.prediction = Some(Prediction {
+            part: FailingPart::Memory,
+            evidence: "errors".into(),
+        });
+    }
+
+    fn expected(pool: &Pool) -> Vec<String> {
+        let hosts = pool.snapshot(None).hosts;
+        let found = hosts.iter().filter(|(_, h)| h.status.prediction.is_some());
+        found.map(|(id, _)| id.to_string()).collect()
+    }
+
+    /// A daemon must not stop a VM because a newer one wrote its record.
+    #[test]
+    fn a_vm_whose_record_cannot_be_read_is_no_deleted_one() {
+        let entry = |key: &str, value: &str| Entry {
+            key: key.into(),
+            value: value.into(),
+            revision: 1,
+        };
+        let pool = Pool::read(vec![
+            entry("vm/new/spec", "{\"of\": \"a version to come\"}"),
+            entry("vm/gone/state", "{}"),
+        ]);
+        assert!(pool.vms.is_empty());
+        assert_eq!(pool.unreadable, BTreeSet::from(["new".to_owned()]));
+    }
+
+    #[test]
+    fn what_a_host_expected_before_it_was_used_again_is_not_believed_nor_what_all_expect() {
+        let mut pool = two_hosts(1, 1);
+        expects(&mut pool, "a");
+        assert_eq!(expected(&pool), ["a"]);
+        // It was used again; its report is from before.
+        pool.hosts.get_mut(&host("a")).unwrap().admin_since_ms = Some(7);
+        assert!(expected(&pool).is_empty());
+        let report = pool.reports.get_mut(&host("a")).unwrap();
+        report.status.admin_since_ms = Some(7);
+        assert_eq!(expected(&pool), ["a"]);
+        expects(&mut pool, "b");
+        assert!(expected(&pool).is_empty(), "nobody is left");
+    }
+
+    #[test]
+    fn one_version_is_that_of_all_hosts_that_are_in_the_pool() {
+        let mut pool = two_hosts(1, 1);
+        let own = crate::binary::own().version.clone();
+        for report in pool.reports.values_mut() {
+            report.status.versions.steadfast.clone_from(&own);
+        }
+        assert!(pool.one_version());
+        let old = pool.reports.get_mut(&host("b")).unwrap();
+        old.status.versions.steadfast = "0.0.1".into();
+        assert!(!pool.one_version());
+        pool.hosts.remove(&host("b"));
+        assert!(pool.one_version(), "it was taken out");
+    }
+}
