@@ -5,6 +5,9 @@
 mod common;
 
 use common::{Pool, possible, wait, wait_for};
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const LEASE_MS: u64 = 6000;
@@ -153,6 +156,76 @@ fn a_vm_that_cannot_be_mirrored_runs_on() {
     assert_eq!(client.seen().boots, 0, "it was booted");
 }
 
+/// The process with the engine waits for its console: a pipe that nobody reads.
+fn block_console(pool: &Pool, host: &str) -> PathBuf {
+    let console = pool.path(host).join("data/vm/r/console");
+    let _ = std::fs::remove_file(&console);
+    let made = Command::new("mkfifo").arg(&console).status().unwrap();
+    assert!(made.success());
+    console
+}
+
+/// Longer than a process that is ready may take, as on a host whose CPUs are all taken: the guest runs meanwhile. It can be stopped
+/// and reset as before.
+#[test]
+fn a_process_that_is_long_in_beginning_keeps_nobody_waiting() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::new(&["a", "b"], LEASE_MS);
+    let client = pool.client("r");
+    pool.create("r", "restart");
+    let begin = || {
+        let on = wait_for("r to run", || host_of(&pool, "r"));
+        client.answer("", Instant::now());
+        let console = block_console(&pool, &on);
+        class(&pool, "r", "ft");
+        let change = pool.path(&on).join("run/r.change");
+        wait("the change to begin", || {
+            change.exists() && processes(&pool, "r") >= 2
+        });
+        (on, console, change)
+    };
+    let (_, console, change) = begin();
+    client.forget_gap();
+    let until = Instant::now() + Duration::from_secs(12);
+    while Instant::now() < until {
+        assert!(change.exists(), "it is not waited for");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    client.answer("", Instant::now());
+    let longest = client.seen().longest;
+    println!("r: the longest gap was {longest:?}");
+    assert!(longest < Duration::from_secs(2), "the guest stood still");
+
+    let stopped = Instant::now();
+    pool.other("").run(&["vm", "stop", "r", "--now"]);
+    wait("r to be off", || pool.other("").vm("r")["state"] == "off");
+    wait("nothing of it to be left", || processes(&pool, "r") == 0);
+    assert!(
+        stopped.elapsed() < Duration::from_secs(60),
+        "it waited for the change"
+    );
+    std::fs::remove_file(console).unwrap();
+    class(&pool, "r", "restart");
+    wait("r to be let on", || {
+        pool.other("").try_run(&["vm", "start", "r"]).status.success()
+    });
+
+    let (on, console, _) = begin();
+    let boots = client.seen().boots;
+    let host = pool.hosts.iter().find(|h| h.name == on).unwrap();
+    host.run(&["vm", "reset", "r"]);
+    wait("the guest to start anew", || client.seen().boots == boots + 1);
+    // Its reader stays; what is written is little.
+    let _console = File::open(console).unwrap();
+    wait("r to be protected", || {
+        protection(&pool, "r") == "protected" && processes(&pool, "r") == 2
+    });
+    client.answer("", Instant::now());
+    assert_eq!(client.seen().boots, boots + 1, "it was booted");
+}
+
 /// The daemon is killed in the middle of the change, again and again: its next run brings it to an end, and the guest runs once.
 #[test]
 fn a_change_that_its_daemon_did_not_survive_is_brought_to_an_end() {
@@ -162,7 +235,7 @@ fn a_change_that_its_daemon_did_not_survive_is_brought_to_an_end() {
     let mut pool = Pool::new(&["a", "b"], LEASE_MS);
     let client = pool.client("r");
     pool.create("r", "none");
-    for delay_ms in [0, 5, 25, 90] {
+    for delay_ms in [0, 25, 90, 150, 300] {
         let on = wait_for("r to run", || host_of(&pool, "r"));
         client.answer("", Instant::now());
         let boots = client.seen().boots;

@@ -1,10 +1,12 @@
 //! The path of a unix socket that a VM's process serves, and that another process of the same VM can take over.
 //!
 //! ```text
-//! bind -> in its place --release()--> set aside --take_back()--> in its place
+//! bind -> in its place --release()--> set aside --take_back(), take()--> in its place
+//! bind_aside ------------------------> set aside
 //! ```
 //! A socket that is set aside keeps its descriptor and its queue, under a path that nobody else knows; only its name is
-//! given up. Invariant: a name that another living process serves is never taken or removed.
+//! given up. Invariant: a name that another living process serves is never removed, and never taken but by [`SocketName::take`], whose
+//! caller knows that this process has left it.
 
 use std::ffi::OsString;
 use std::io;
@@ -57,6 +59,25 @@ impl SocketName {
         Ok((name, socket))
     }
 
+    /// As [`SocketName::bind`], but set aside: another process serves the path, and will leave it to this one.
+    ///
+    /// # Errors
+    /// What `bind` said.
+    pub fn bind_aside<S>(
+        path: &Path,
+        kind: SocketKind,
+        bind: impl Fn(&Path) -> io::Result<S>,
+    ) -> io::Result<(Self, S)> {
+        let (hidden, socket) = Self::bind(&beside(path), kind, bind)?;
+        let name = Self {
+            path: path.to_owned(),
+            kind,
+            aside: Mutex::new(Some(hidden.path.clone())),
+        };
+        std::mem::forget(hidden);
+        Ok((name, socket))
+    }
+
     /// The path.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -70,9 +91,7 @@ impl SocketName {
     pub fn release(&self) -> io::Result<()> {
         let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
         if aside.is_none() {
-            let mut hidden = OsString::from(&self.path);
-            hidden.push(format!(".aside-{}", std::process::id()));
-            let hidden = PathBuf::from(hidden);
+            let hidden = beside(&self.path);
             std::fs::rename(&self.path, &hidden)?;
             *aside = Some(hidden);
         }
@@ -100,6 +119,26 @@ impl SocketName {
         }
         Ok(())
     }
+
+    /// Takes the name from the process that left it to this one, whether it could give it up or not. Doing it twice is no error.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn take(&self) -> io::Result<()> {
+        let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(hidden) = &*aside {
+            std::fs::rename(hidden, &self.path)?;
+            *aside = None;
+        }
+        Ok(())
+    }
+}
+
+/// Where this process keeps a socket whose name is another's.
+fn beside(path: &Path) -> PathBuf {
+    let mut hidden = OsString::from(path);
+    hidden.push(format!(".aside-{}", std::process::id()));
+    PathBuf::from(hidden)
 }
 
 impl Drop for SocketName {
@@ -128,6 +167,30 @@ fn is_stale(path: &Path, kind: SocketKind) -> bool {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_name_is_left_to_a_process_that_is_ready() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listen = |p: &Path| UnixListener::bind(p);
+        let (first, old) = SocketName::bind(&path, SocketKind::Stream, listen).unwrap();
+        let (second, new) = SocketName::bind_aside(&path, SocketKind::Stream, listen).unwrap();
+        new.set_nonblocking(true).unwrap();
+        UnixStream::connect(&path).unwrap();
+        old.accept().unwrap();
+        assert!(new.accept().is_err(), "the name is the first's still");
+        // It may not rename there, so its name is in its place.
+        second.take().unwrap();
+        second.take().unwrap();
+        UnixStream::connect(&path).unwrap();
+        new.accept().unwrap();
+        std::mem::forget(first);
+        drop((second, new));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        // One that was never left to it leaves nothing behind either.
+        drop(SocketName::bind_aside(&path, SocketKind::Stream, listen).unwrap());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 
     #[test]
     fn a_name_is_handed_over_and_taken_back() {

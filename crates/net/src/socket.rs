@@ -65,6 +65,14 @@ impl SocketBackend {
     pub fn bind_kept(own: &Path) -> io::Result<(SocketName, UnixDatagram)> {
         SocketName::bind(own, SocketKind::Datagram, |p| UnixDatagram::bind(p))
     }
+
+    /// As [`SocketBackend::bind_kept`], while another process has the name `own`, which it will leave to this one.
+    ///
+    /// # Errors
+    /// The socket could not be bound beside it.
+    pub fn bind_aside(own: &Path) -> io::Result<(SocketName, UnixDatagram)> {
+        SocketName::bind_aside(own, SocketKind::Datagram, |p| UnixDatagram::bind(p))
+    }
 }
 
 impl NetBackend for SocketBackend {

@@ -340,10 +340,11 @@ impl Agent {
             };
             let about = About::On(id.clone(), node.host());
             match done {
-                Ok(Came::Through) => {
+                Ok(Came::Through(still)) => {
                     let took = began.elapsed().as_millis() as u64;
                     let what = "let it go on in a process that can mirror it";
-                    node.event(about, journal::done(what, took, None), "");
+                    let still = still.map(|s| format!("its guest stood still for {} ms", s.as_millis()));
+                    node.event(about, journal::done(what, took, None), still.unwrap_or_default());
                 }
                 Ok(came) => tracing::warn!(vm = %id, ?came, "a change of process that had begun"),
                 Err(error) if !node.instances.changing(&id) => node.note(

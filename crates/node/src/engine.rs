@@ -2,11 +2,12 @@
 //! in another process of the same host.
 //!
 //! ```text
-//! old process   stands still; lets its disks and sockets go; its state goes to RUN/NAME.state, its memory stays where it is
-//! new process   maps that memory, takes the state, renames it to RUN/NAME.taken: from here on the VM is its own, and it runs
+//! new process   gets ready: maps the memory of the old one, opens disks, links and the store, takes the VM's term
+//! old process   stands still; lets its disks and sockets go; its state goes to RUN/NAME.MS.state, its memory stays where it is
+//! new process   takes the state, renames it to RUN/NAME.MS.taken: from here on the VM is its own, and it runs
 //! old process   ends
 //! ```
-//! Who renames the state first has the VM: the new process, or this daemon (to RUN/NAME.void) when the new one ended or took too long; then
+//! Who renames the state first has the VM: the new process, or this daemon (to `.void`) when the new one ended or took too long; then
 //! the old one goes on. So the guest runs in one of them, never in both, and a daemon that ends anywhere in between finds in
 //! RUN/NAME.change what it had begun, and brings it to an end. Files are named by the run folder, which does not survive the host.
 
@@ -16,12 +17,13 @@ use crate::guard;
 use crate::instances::{How, Instances, LINKS, Meta, PROTECTED_MAX, write_json};
 use crate::pool::{Pool, PoolVm};
 use crate::procs;
-use crate::records::StoredVm;
+use crate::records::{StoredVm, now_ms};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::DiskPlace;
@@ -29,9 +31,11 @@ use steadfast_protect::TakeOver;
 use steadfast_types::{Term, VmId};
 use steadfast_vmm::control::{self, Request, ask};
 
+/// How long the new process may take until it is ready. The guest runs meanwhile.
+const READY_BOUND: Duration = Duration::from_secs(120);
 /// How long the old process may take to stand still: a disk may take that long to come to rest.
 const STILL_BOUND: Duration = Duration::from_secs(15);
-/// How long the new process may take until the VM is its own.
+/// How long the new process, which is ready, may take until the VM is its own.
 const TAKE_BOUND: Duration = Duration::from_secs(10);
 /// How long a process may take to answer, and to end.
 const END_BOUND: Duration = Duration::from_secs(10);
@@ -95,6 +99,9 @@ struct Change {
     state: PathBuf,
     /// Folders that the new process makes: what the old one then writes is not in them.
     journals: Vec<PathBuf>,
+    /// What is to be written down about the instance once it is the new process's.
+    #[serde(default)]
+    after: Option<Meta>,
 }
 
 impl Change {
@@ -105,13 +112,31 @@ impl Change {
     fn void(&self) -> PathBuf {
         self.state.with_extension("void")
     }
+
+    /// The state before it is left to the new process.
+    fn still(&self) -> PathBuf {
+        self.state.with_extension("still")
+    }
+
+    fn memory(&self, said: &serde_json::Value) -> Result<PathBuf> {
+        let Some(fd) = said["ram_fd"].as_i64() else {
+            return refused(format!(
+                "process {} does not say where its memory is: it is of another version; stop the VM and start it again",
+                self.pid
+            ));
+        };
+        Ok(PathBuf::from(format!("/proc/{}/fd/{fd}", self.pid)))
+    }
 }
+
+/// Which file a memory is: device and inode.
+type Memory = [u64; 2];
 
 /// How a change came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Came {
-    /// The VM runs with the engine now.
-    Through,
+    /// The VM runs with the engine now; how long the guest stood still, where that is known.
+    Through(Option<Duration>),
     /// It runs as before.
     Back,
     /// Neither process is left.
@@ -123,9 +148,14 @@ impl Instances {
         self.socket(vm).with_extension("change")
     }
 
-    /// The old process's control socket while the new one has its name.
+    /// The old process's control socket when the new one has its name.
     fn former_socket(&self, vm: &VmId) -> PathBuf {
         self.socket(vm).with_extension("former")
+    }
+
+    /// The new process's control socket while the old one has the name.
+    fn next_socket(&self, vm: &VmId) -> PathBuf {
+        self.socket(vm).with_extension("next")
     }
 
     /// Whether a change of process has begun and not ended.
@@ -175,8 +205,9 @@ impl Instances {
         let Some(started) = procs::started(pid) else {
             return refused(format!("VM {id}: its process {pid} has ended"));
         };
-        let change = Change {
-            state: self.socket(id).with_extension("state"),
+        let mut change = Change {
+            state: self.socket(id).with_extension(format!("{}.state", now_ms())),
+            after: None,
             before,
             pid,
             started,
@@ -186,14 +217,13 @@ impl Instances {
                 .filter(|j| !j.exists())
                 .collect(),
         };
-        for old in [&change.state, &change.taken(), &change.void()] {
-            let _ = fs::remove_file(old);
-        }
         write_json(&self.change_path(id), &change)?;
-        let begun = self.leave(id, entry, pool, &change);
+        let ready = self.make_ready(id, entry, pool, &mut change);
+        let began = Instant::now();
+        let begun = ready.and_then(|memory| self.leave(id, &change, memory));
         let came = self.end_change(id, owned)?;
         match (begun, came) {
-            (_, Came::Through) => Ok(came),
+            (_, Came::Through(_)) => Ok(Came::Through(Some(began.elapsed()))),
             (Err(error), _) => Err(error),
             (Ok(()), Came::Back) => refused(format!(
                 "VM {id}: the process with the engine did not take it over; its log says why: {}",
@@ -235,25 +265,78 @@ impl Instances {
         let folder = self.folder(id);
         let ours = |pid: &u32| guard::is_vmm_in(*pid, &folder);
         // One that has just begun may have no words yet.
-        let noted = self.meta(id).and_then(|now| now.pid);
-        let noted = noted.filter(|pid| ours(pid) || guard::has_no_words(*pid));
+        let noted = self.meta(id).into_iter().flat_map(|now| [now.pid, now.next]);
+        let noted = noted
+            .flatten()
+            .filter(|pid| ours(pid) || guard::has_no_words(*pid));
         let all = procs::all().into_iter().filter(ours);
         let all: BTreeSet<u32> = all.chain(noted).filter(|pid| *pid != change.pid).collect();
         all.into_iter().filter_map(runs).collect()
     }
 
-    fn leave(&self, id: &VmId, entry: &PoolVm, pool: &Pool, change: &Change) -> Result<()> {
-        let (socket, named) = (self.socket(id), || format!("VM {id}"));
-        let answer = control::save_state(&socket, &change.state, STILL_BOUND).what(named)?;
-        let Some(fd) = answer["ram_fd"].as_i64() else {
-            return refused(format!("VM {id}: its process does not say where its memory is"));
-        };
-        fs::rename(&socket, self.former_socket(id)).what(named)?;
+    /// Starts the new process and waits until it could take the VM over at once; which memory it has mapped. The guest runs on.
+    fn make_ready(&self, id: &VmId, entry: &PoolVm, pool: &Pool, change: &mut Change) -> Result<Memory> {
+        // Of a try whose daemon ended.
+        for (pid, started) in self.others(id, change) {
+            kill(pid);
+            ended(id, pid, started)?;
+        }
+        let next = self.next_socket(id);
+        let memory = change.memory(&self.ask(id, &Request::Status, ANSWER_BOUND)?)?;
         let from = TakeOver {
             state: change.state.clone(),
-            memory: PathBuf::from(format!("/proc/{}/fd/{fd}", change.pid)),
+            memory,
+            control: next.clone(),
         };
-        self.begin(id, entry, &How::Primary(entry.term()), pool, Some(from))
+        let after = self.begin(id, entry, &How::Primary(entry.term()), pool, Some(from))?;
+        let pid = after.pid;
+        let both = |now: Meta| Meta {
+            next: pid,
+            leased: now.leased || after.leased,
+            ..now
+        };
+        // The guard is to know of it before it could run anything.
+        self.write_meta(id, &both(self.meta(id).unwrap_or_else(|| change.before.clone())))?;
+        change.after = Some(after);
+        write_json(&self.change_path(id), change)?;
+        let until = Instant::now() + READY_BOUND;
+        loop {
+            // It has no socket at first, and does not answer before it has all that it needs.
+            if let Ok(said) = ask(&next, &Request::Status, ANSWER_BOUND)
+                && let Ok(memory) = serde_json::from_value(said["taking"]["memory"].clone())
+            {
+                return Ok(memory);
+            }
+            if self.others(id, change).is_empty() {
+                return refused(format!(
+                    "VM {id}: the process with the engine ended before it was ready; its log says why: {}",
+                    self.folder(id).join("log").display()
+                ));
+            }
+            if self.meta(id).is_some_and(|now| now.stopping.is_some()) {
+                return refused(format!("VM {id} shall end"));
+            }
+            if Instant::now() > until {
+                return refused(format!(
+                    "VM {id}: the process with the engine was not ready after {} s; is this host short of CPU?",
+                    READY_BOUND.as_secs()
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The old process stands still and leaves the VM.
+    fn leave(&self, id: &VmId, change: &Change, mapped: Memory) -> Result<()> {
+        let (socket, named) = (self.socket(id), || format!("VM {id}"));
+        let answer = control::save_state(&socket, &change.still(), STILL_BOUND).what(named)?;
+        // A guest that has started anew meanwhile has another memory.
+        let memory = fs::metadata(change.memory(&answer)?).what(named)?;
+        if mapped != [memory.dev(), memory.ino()] {
+            return refused(format!("VM {id}: its guest has started anew meanwhile"));
+        }
+        fs::hard_link(&socket, self.former_socket(id)).what(named)?;
+        fs::rename(change.still(), &change.state).what(named)
     }
 
     /// Brings a change that has begun to its end. Blocks for a bounded time. `owned` says under which term the VM is this host's now; none:
@@ -279,16 +362,15 @@ impl Instances {
         let came = if back {
             self.go_back(id, &change, old, owned)?
         } else {
-            if let Some(pid) = old {
-                let _ = ask(&self.former_socket(id), &Request::Stop, ANSWER_BOUND);
-                ended(id, pid, change.started)?;
-            }
-            Came::Through
+            self.go_on(id, &change, old)?;
+            Came::Through(None)
         };
         // First: without what follows the change would look as if it had come to nothing.
         fs::remove_file(&path).what(|| format!("remove {}", path.display()))?;
         for left in [
             &self.former_socket(id),
+            &self.next_socket(id),
+            &change.still(),
             &change.state,
             &change.taken(),
             &change.void(),
@@ -296,6 +378,31 @@ impl Instances {
             let _ = fs::remove_file(left);
         }
         Ok(came)
+    }
+
+    /// The VM is the new process's; the old one ends.
+    fn go_on(&self, id: &VmId, change: &Change, old: Option<u32>) -> Result<()> {
+        if let Some(after) = &change.after {
+            let now = self.meta(id);
+            let meta = Meta {
+                stopping: now.and_then(|now| now.stopping),
+                ..after.clone()
+            };
+            self.write_meta(id, &meta)?;
+        }
+        // The process does that itself; it may be about to.
+        let next = self.next_socket(id);
+        match fs::rename(&next, self.socket(id)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).what(|| format!("rename {}", next.display()));
+            }
+            _ => {}
+        }
+        if let Some(pid) = old {
+            let _ = ask(&self.former_socket(id), &Request::Stop, ANSWER_BOUND);
+            ended(id, pid, change.started)?;
+        }
+        Ok(())
     }
 
     /// The new process ends, and the old one goes on.

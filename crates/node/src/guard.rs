@@ -222,11 +222,12 @@ impl Guarded {
                 continue;
             }
             self.named += 1;
-            if meta.pid.is_some_and(|pid| self.processes.contains_key(&pid)) {
+            let noted = meta.pid.into_iter().chain(meta.next);
+            if meta.pid.is_some() && noted.clone().all(|pid| self.processes.contains_key(&pid)) {
                 continue;
             }
             let served = served_by(&folders.run.join(format!("{vm}.sock"))).ok();
-            for pid in served.into_iter().chain(meta.pid).filter(|pid| is_vmm(*pid, &vm)) {
+            for pid in served.into_iter().chain(noted).filter(|pid| is_vmm(*pid, &vm)) {
                 if let Some(since) = procs::started(pid) {
                     self.processes.insert(pid, (vm.clone(), since));
                 }
@@ -277,6 +278,7 @@ mod tests {
                 pid: Some(process.id()),
                 limits: VmLimits::default(),
                 net_max: None,
+                next: None,
             };
             let path = folders.run.join(format!("{vm}.meta"));
             fs::write(path, serde_json::to_vec(&meta).unwrap()).unwrap();

@@ -73,6 +73,9 @@ pub struct Meta {
     /// What its process was told that its network cards carry at most.
     #[serde(default)]
     pub net_max: Option<String>,
+    /// A process that is about to take it over from that one.
+    #[serde(default)]
+    pub next: Option<u32>,
 }
 
 /// How an instance is begun.
@@ -196,10 +199,11 @@ impl Instances {
                 "VM {id}: its process is being changed"
             )));
         }
-        self.begin(id, entry, how, pool, None)
+        self.begin(id, entry, how, pool, None).map(drop)
     }
 
-    /// Starts an instance, whatever runs here.
+    /// Starts an instance, whatever runs here. One that is to take the VM over from another process is not written down: the VM is the
+    /// other's until then.
     pub(crate) fn begin(
         &self,
         id: &VmId,
@@ -207,7 +211,8 @@ impl Instances {
         how: &How,
         pool: &Pool,
         takes_over: Option<TakeOver>,
-    ) -> Result<()> {
+    ) -> Result<Meta> {
+        let waits = takes_over.is_some();
         let vm = &entry.stored;
         let (hot, start, term) = match how {
             How::Plain(term) => (false, true, *term),
@@ -252,13 +257,16 @@ impl Instances {
             pid: None,
             limits: VmLimits::default(),
             net_max: None,
+            next: None,
         };
-        // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
-        self.write_meta(id, &meta)?;
-        self.ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(id);
+        if !waits {
+            // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
+            self.write_meta(id, &meta)?;
+            self.ended
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(id);
+        }
         let mut child = match crate::precedence::without(|| command.spawn())? {
             Ok(child) => child,
             Err(source) => {
@@ -267,7 +275,9 @@ impl Instances {
             }
         };
         meta.pid = Some(child.id());
-        self.write_meta(id, &meta)?;
+        if !waits {
+            self.write_meta(id, &meta)?;
+        }
         // The others enter a cgroup by themselves, before they give up the right to.
         if hot
             && !config.vmm_args.iter().any(|a| a == "--cgroup=off")
@@ -296,7 +306,7 @@ impl Instances {
         };
         let spawned = std::thread::Builder::new().name("vmm-wait".into()).spawn(waiter);
         spawned
-            .map(|_| ())
+            .map(|_| meta)
             .what(|| "a thread that waits for the instance".into())
     }
 

@@ -19,7 +19,8 @@ pub struct ProtectSpec {
     /// Start the VM here from power-on, unless the store says that another host owns it.
     #[serde(default)]
     pub start: bool,
-    /// The VM is not booted, but taken over from a process of this host that stands still: it was not protected until now.
+    /// The VM is not booted, but taken over from a process of this host which runs it until this one is ready: it was not protected
+    /// until now.
     #[serde(default)]
     pub takes_over: Option<TakeOver>,
     /// Outputs wait for their epoch's commit (`ft`); false: they leave at once (`checkpoint`).
@@ -111,15 +112,19 @@ impl ProtectSpec {
     }
 }
 
-/// A VM that another process of this host leaves to this one.
+/// A VM that another process of this host leaves to this one, once this one is ready ([`crate::taking`]).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TakeOver {
-    /// State of its vCPUs and devices. Renamed to [`TakeOver::taken`] at the moment from which on the VM is this process's: who renames
-    /// it first, this process or whoever wants the VM back, has the VM.
+    /// State of its vCPUs and devices: when it is there, that process stands still and has let go of disks and sockets. Renamed to
+    /// [`TakeOver::taken`] at the moment from which on the VM is this process's: who renames it first, this process or whoever wants
+    /// the VM back, has the VM.
     pub state: PathBuf,
     /// Its memory: a descriptor of that process, below /proc.
     pub memory: PathBuf,
+    /// This process's control socket until the VM is its own; from then on it has the other's name.
+    #[serde(default)]
+    pub control: PathBuf,
 }
 
 impl TakeOver {

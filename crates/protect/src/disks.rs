@@ -205,6 +205,8 @@ impl Disks {
             let options = ImageOptions {
                 format: format.map_err(|e| format!("disk {path}: {e}"))?,
                 direct: disk.direct,
+                // The process that runs the VM has it until it is taken over.
+                lock: protect.takes_over.is_none(),
                 ..ImageOptions::default()
             };
             let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
@@ -288,6 +290,19 @@ impl Disks {
             copy_failed: false,
             reported: Epoch::ZERO,
             commit: None,
+        })
+    }
+
+    /// Takes the images of a process that has let go of them.
+    ///
+    /// # Errors
+    /// The one that somebody has.
+    pub fn lock_images(&self) -> Result<(), String> {
+        let mut images = self.list.iter();
+        images.try_for_each(|d| {
+            d.image
+                .reacquire()
+                .map_err(|e| format!("disk {}: {e}", d.path.display()))
         })
     }
 

@@ -20,6 +20,7 @@ use crate::pace::Pace;
 use crate::peer::{Peer, Record};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
+use crate::taking::{self, TakeControl, Taking};
 use crate::throttle::Throttle;
 use crate::timeline::Timeline;
 use std::collections::{BTreeMap, VecDeque};
@@ -111,6 +112,8 @@ pub struct Parts {
     pub inputs: Inputs,
     /// A guest that panicked, and does not start itself anew, is reset.
     pub reset_panicked: bool,
+    /// Of a VM that is taken over from another process.
+    pub take_control: Option<TakeControl>,
 }
 
 /// See the module.
@@ -173,6 +176,9 @@ pub struct Engine {
     pub(crate) net_rate: NetRate,
     /// Nothing may leave for want of a standby, whatever the class.
     pub(crate) silent: bool,
+    /// The guest still runs in another process.
+    pub(crate) taking: Option<Taking>,
+    pub(crate) take_control: Option<TakeControl>,
 }
 
 /// When cuts are made.
@@ -274,6 +280,8 @@ impl Engine {
             copy_out: None,
             net_rate: NetRate::default(),
             silent: false,
+            taking: None,
+            take_control: parts.take_control,
         })
     }
 
@@ -294,6 +302,9 @@ impl Engine {
             let mut wait = Duration::from_micros(self.replica.deadline().saturating_sub(now)).min(every);
             if let Some(turn) = self.turn() {
                 wait = wait.min(turn);
+            }
+            if self.taking.is_some() {
+                wait = wait.min(taking::LOOK);
             }
             if self.has_work() {
                 wait = Duration::ZERO;
@@ -319,6 +330,7 @@ impl Engine {
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(Ended::Stopped),
             }
+            self.take_if_left()?;
             self.work()?;
             self.took("a piece of what is large");
             if self.now() >= self.replica.deadline() {

@@ -38,6 +38,7 @@ mod samples;
 mod scrubber;
 mod standby;
 pub mod store;
+pub mod taking;
 mod throttle;
 mod timeline;
 

@@ -1,6 +1,5 @@
 //! What a primary does at the protocol's word: cut, copy, release.
 
-use crate::config::TakeOver;
 use crate::engine::Engine;
 use crate::outgoing::{Job, copy_record};
 use crate::peer::{Join, Record};
@@ -11,13 +10,10 @@ use steadfast_capture::Beside;
 use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
 use steadfast_epoch::{Primary, Status};
-use steadfast_machine::devices::virtio::net::NetHandle;
 use steadfast_machine::machine::MachineError;
-use steadfast_machine::state::SaveReader;
 use steadfast_net::HoldMode;
 use steadfast_types::{Epoch, Gfn, HostId, Term};
 use steadfast_vmm::process::ProcessError;
-use steadfast_vmm::spec::VmSpec;
 use steadfast_wire::{Frame, RecordId};
 
 /// Times that a full copy looks again for what was dirtied meanwhile, before its base epoch takes the rest.
@@ -346,33 +342,7 @@ impl Engine {
             self.vm.boot()?;
             return self.go_live();
         };
-        self.take_over(&from)?;
-        self.go_live()?;
-        // It is at another TAP now.
-        self.vm.nics.iter().for_each(NetHandle::announce);
-        Ok(())
-    }
-
-    /// The machine becomes that of a process which stands still, whose memory this one has mapped already.
-    fn take_over(&mut self, from: &TakeOver) -> Result<(), ProcessError> {
-        let mut saved = SaveReader::open(&from.state)?;
-        let spec: VmSpec = serde_json::from_slice(&saved.spec).map_err(ProcessError::Spec)?;
-        if (spec.vcpus, spec.memory_bytes) != (self.vm.spec.vcpus, self.vm.spec.memory_bytes) {
-            return Err(disk_failed(format!(
-                "the VM that is taken over has {} vCPUs and {} bytes of memory, this one {} and {}",
-                spec.vcpus, spec.memory_bytes, self.vm.spec.vcpus, self.vm.spec.memory_bytes
-            )));
-        }
-        let state = std::mem::take(&mut saved.state);
-        self.vm.machine.restore(state).map_err(machine_failed)?;
-        // From here on it is ours; before, it can be had back.
-        std::fs::rename(&from.state, TakeOver::taken(&from.state)).map_err(|e| {
-            disk_failed(format!(
-                "the VM is not left to this process: {}: {e}",
-                from.state.display()
-            ))
-        })?;
-        self.note("taken over from a process of this host".into());
+        self.wait_for_state(from);
         Ok(())
     }
 
@@ -401,6 +371,9 @@ impl Engine {
 
     /// What becomes of frames while this instance runs the VM.
     pub(crate) fn hold_mode(&self) -> HoldMode {
+        if self.taking.is_some() {
+            return HoldMode::Mute;
+        }
         match self.spec.hold_outputs || self.silent {
             true => HoldMode::Hold,
             false => HoldMode::Pass,

@@ -25,6 +25,9 @@ impl Engine {
                 ended = self.begin_end(Ended::Stopped)?;
                 json!({"ok": true})
             }
+            _ if self.taking.is_some() => {
+                failure(&"the guest still runs in another process of this host; try again")
+            }
             Request::PowerButton => {
                 self.vm
                     .power
@@ -212,6 +215,7 @@ impl Engine {
             "ok": true,
             "name": self.vm.spec.name,
             "protocol": protocol,
+            "taking": self.taking_status(),
             "nics": self.vm.nics.iter().map(|n| json!(n.stats())).collect::<Vec<_>>(),
             "cuts": c.cuts,
             "pages": c.pages,

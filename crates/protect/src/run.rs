@@ -6,6 +6,7 @@ use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
 use crate::life::Remains;
 use crate::store::RecordStore;
+use crate::taking::TakeControl;
 use std::fs::File;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
@@ -59,15 +60,23 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let inputs = Inputs::new(queue);
     let disks = Disks::open(&spec, &protect, &inputs).map_err(setting)?;
     let blocks = disks.blocks();
-    let bound = options.control.as_deref().map(Bound::new).transpose();
-    let bound = bound.map_err(ProcessError::Control)?;
+    let taken = protect.takes_over.as_ref();
+    let at_first = taken.map(|t| t.control.as_path()).or(options.control.as_deref());
+    let bound = at_first.map(Bound::new).transpose();
+    let bound = bound.map_err(ProcessError::Control)?.map(Arc::new);
+    let take_control = match (&bound, &options.control) {
+        (Some(bound), Some(name)) if taken.is_some() => {
+            let (bound, name) = (Arc::clone(bound), name.clone());
+            Some(Box::new(move || bound.rename(&name)) as TakeControl)
+        }
+        _ => None,
+    };
     let answers = bound
         .as_ref()
         .map(|bound| serve_control(bound, &inputs))
         .transpose();
     let answers = answers.map_err(ProcessError::Control)?;
     let holds = Holds::default();
-    let taken = protect.takes_over.as_ref();
     let memory = taken.map(|t| memory_of_another(t, spec.memory_bytes)).transpose();
     let memory = memory.map_err(setting)?;
     let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
@@ -125,6 +134,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         store: Box::new(store),
         inputs,
         reset_panicked: options.reset_panicked,
+        take_control,
     })?;
     let ended = engine.run(&incoming);
     engine.disks.close();

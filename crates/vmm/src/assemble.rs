@@ -1,6 +1,6 @@
 //! From a specification to a machine that stands still, with the handles that reach its devices.
 
-use crate::resources::Resources;
+use crate::resources::{Claim, Resources};
 use crate::spec::{Boot, Dirty, DiskSpec, MemoryKind, NicSpec, VmSpec, made_mac, parse_mac};
 use kvm_bindings::kvm_cpuid_entry2;
 use std::fs::File;
@@ -101,7 +101,8 @@ pub struct Surroundings<E> {
     pub wrap_net: Option<WrapNet>,
     /// Gives the image of a disk (by its index) that [`assemble`] shall not simply open.
     pub give_disk: Option<GiveDisk>,
-    /// Memory that is there already, of the size of the specification: another process's, which stands still.
+    /// Memory that is there already, of the size of the specification: that of another process, which runs the VM until it leaves it to
+    /// this one. Until then its images and the names of its sockets are its own too ([`Claim::Later`]).
     pub give_ram: Option<File>,
 }
 
@@ -120,7 +121,11 @@ pub fn assemble<E: GuestEvents + 'static>(
     around: Surroundings<E>,
 ) -> Result<Vm, AssembleError> {
     let mut spec = spec.clone();
-    let resources = Arc::new(Resources::open(&mut spec, around.give_disk.as_ref())?);
+    let claim = match &around.give_ram {
+        Some(_) => Claim::Later,
+        None => Claim::Now,
+    };
+    let resources = Arc::new(Resources::open(&mut spec, around.give_disk.as_ref(), claim)?);
     assemble_from(spec, resources, around)
 }
 

@@ -239,7 +239,7 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 /// A bound control socket, and its name as long as it is this one's: another process may have taken it.
 pub struct Bound {
     listener: UnixListener,
-    name: Leftover,
+    name: Mutex<Leftover>,
 }
 
 impl Bound {
@@ -250,8 +250,25 @@ impl Bound {
     pub fn new(path: &Path) -> io::Result<Self> {
         Ok(Self {
             listener: bind(path)?,
-            name: Leftover::of(path)?,
+            name: Mutex::new(Leftover::of(path)?),
         })
+    }
+
+    /// Gives the socket another name, that of a process which left its VM to this one.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn rename(&self, to: &Path) -> io::Result<()> {
+        let mut name = self.name.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = lock_folder(to);
+        let renamed = std::fs::rename(name.path(), to);
+        let there = Leftover::of(to)?;
+        // Somebody may have done it in our place.
+        if !there.same(&name) {
+            return renamed.and(Err(io::ErrorKind::AlreadyExists.into()));
+        }
+        *name = there;
+        Ok(())
     }
 
     /// One more handle on the socket, for [`serve`].
@@ -264,7 +281,8 @@ impl Bound {
 
     /// Takes it out of service.
     pub fn leave(&self) {
-        self.name.remove();
+        let name = self.name.lock().unwrap_or_else(PoisonError::into_inner);
+        name.remove();
         // Where the name is not ours to remove any more, nobody may take it for a running VM.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }

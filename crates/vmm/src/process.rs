@@ -12,7 +12,7 @@ use crate::guest_care::GuestCare;
 use crate::happened::{End, Happened};
 use crate::isolation::{Confined, Isolation, IsolationError};
 use crate::last_words;
-use crate::resources::Resources;
+use crate::resources::{Claim, Resources};
 use crate::spec::VmSpec;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -194,7 +194,7 @@ fn prepare(
     let group = isolation
         .as_ref()
         .and_then(|i| i.enter_cgroup(&spec.name, spec.memory_bytes));
-    let resources = Arc::new(Resources::open(spec, None)?);
+    let resources = Arc::new(Resources::open(spec, None, Claim::Now)?);
     let confined = match isolation {
         Some(isolation) => {
             let sockets: Vec<&Path> = options
@@ -621,6 +621,7 @@ impl Process<'_> {
             "guest_resets": self.resets,
             "uptime_ms": self.started.elapsed().as_millis() as u64,
             "last_pause_us": self.last_pause_us,
+            "ram_fd": self.vm.machine.ram().file().as_raw_fd(),
             "net_rate": self.net_rate,
             "balloon_bytes": self.vm.balloon.as_ref().map(|b| u64::from(b.actual()) * PAGE_SIZE),
             "disks": disks,

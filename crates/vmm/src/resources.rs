@@ -23,6 +23,15 @@ use steadfast_net::{NetBackend, SocketBackend, SocketName, Tap, TapBackend, TapO
 /// Largest kernel, initrd or flat guest that is read into memory.
 const BOOT_FILE_BYTES_MAX: u64 = 4 << 30;
 
+/// Whose a VM's images and the names of its sockets are when its process begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// This process's from the start.
+    Now,
+    /// Another process's, which runs the VM still: see [`Resources::take_images`] and [`Resources::take_names`].
+    Later,
+}
+
 enum Card {
     Tap(Tap),
     Socket { socket: UnixDatagram, peer: PathBuf },
@@ -56,7 +65,7 @@ impl Resources {
     ///
     /// # Errors
     /// [`AssembleError`] names what cannot be opened, and the way out.
-    pub fn open(spec: &mut VmSpec, give: Option<&GiveDisk>) -> Result<Self, AssembleError> {
+    pub fn open(spec: &mut VmSpec, give: Option<&GiveDisk>, claim: Claim) -> Result<Self, AssembleError> {
         let mut this = Self {
             names: Vec::new(),
             hypervisor: Hypervisor::open()?,
@@ -70,7 +79,7 @@ impl Resources {
         for (i, disk) in spec.disks.iter_mut().enumerate() {
             this.images.push(match give.and_then(|give| give(i)) {
                 Some(image) => image,
-                None => open_disk(disk)?,
+                None => open_disk(disk, claim)?,
             });
         }
         if let Some(user_data) = &spec.cloud_init {
@@ -95,20 +104,24 @@ impl Resources {
             this.virtio_console = Some(file.map_err(file_error(path))?);
         }
         for nic in &spec.nics {
-            let card = this.card(&nic.to, nic.mtu)?;
+            let card = this.card(&nic.to, nic.mtu, claim)?;
             this.cards.push(card);
         }
         if let Some(vsock) = &spec.vsock {
             // A dead process's janitor may be about to remove the name.
             let _lock = lock_folder(&vsock.path);
-            let (name, listener) = Vsock::listen(&vsock.path).map_err(file_error(&vsock.path))?;
+            let listens = match claim {
+                Claim::Now => Vsock::listen(&vsock.path),
+                Claim::Later => Vsock::listen_aside(&vsock.path),
+            };
+            let (name, listener) = listens.map_err(file_error(&vsock.path))?;
             this.names.push(name);
             this.vsock = Some(listener);
         }
         Ok(this)
     }
 
-    fn card(&mut self, to: &NicTarget, mtu: Option<u16>) -> Result<Card, AssembleError> {
+    fn card(&mut self, to: &NicTarget, mtu: Option<u16>, claim: Claim) -> Result<Card, AssembleError> {
         let options = |name: &str, bridge: Option<&String>| TapOptions {
             name: name.to_owned(),
             bridge: bridge.cloned(),
@@ -119,7 +132,11 @@ impl Resources {
             NicTarget::Tap(name) => Card::Tap(Tap::open(&options(name, None))?),
             NicTarget::Socket { own, peer } => {
                 let _lock = lock_folder(own);
-                let (name, socket) = SocketBackend::bind_kept(own).map_err(file_error(own))?;
+                let bound = match claim {
+                    Claim::Now => SocketBackend::bind_kept(own),
+                    Claim::Later => SocketBackend::bind_aside(own),
+                };
+                let (name, socket) = bound.map_err(file_error(own))?;
                 self.names.push(name);
                 Card::Socket {
                     socket,
@@ -207,6 +224,25 @@ impl Resources {
         }
     }
 
+    /// Takes the images of a process that has let go of them: of [`Claim::Later`].
+    ///
+    /// # Errors
+    /// [`AssembleError`] while it has one.
+    pub fn take_images(&self) -> Result<(), AssembleError> {
+        self.images.iter().try_for_each(|i| i.reacquire())?;
+        Ok(())
+    }
+
+    /// Takes the sockets' names of a process that stands still for good, whether it could give them up or not.
+    ///
+    /// # Errors
+    /// [`AssembleError`]: a name is not to be had.
+    pub fn take_names(&self) -> Result<(), AssembleError> {
+        self.names
+            .iter()
+            .try_for_each(|name| name.take().map_err(file_error(name.path())))
+    }
+
     /// Takes back what [`Resources::release`] gave up.
     ///
     /// # Errors
@@ -224,7 +260,7 @@ impl Resources {
     }
 }
 
-fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
+fn open_disk(disk: &mut DiskSpec, claim: Claim) -> Result<Arc<dyn BlockIo>, AssembleError> {
     let format = disk
         .format
         .as_deref()
@@ -234,7 +270,7 @@ fn open_disk(disk: &mut DiskSpec) -> Result<Arc<dyn BlockIo>, AssembleError> {
         format,
         read_only: disk.read_only,
         direct: disk.direct,
-        lock: true,
+        lock: claim == Claim::Now,
     };
     let image = image::open(&disk.path, &options)?;
     // The format is fixed at first sight: a guest that writes a qcow2 header into a raw disk changes nothing.

@@ -42,10 +42,22 @@ impl Leftover {
         })
     }
 
+    /// Whether it is the same file, whatever its name.
+    #[must_use]
+    pub fn same(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
+    /// Where it was.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Removes the file unless another has taken its name. Whoever makes such names holds [`lock_folder`] meanwhile.
     pub fn remove(&self) {
         let _lock = lock_folder(&self.path);
-        if Self::of(&self.path).is_ok_and(|now| (now.device, now.inode) == (self.device, self.inode)) {
+        if Self::of(&self.path).is_ok_and(|now| now.same(self)) {
             let _ = std::fs::remove_file(&self.path);
         }
     }

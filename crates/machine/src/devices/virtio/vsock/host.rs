@@ -29,6 +29,11 @@ pub(super) fn listen(path: &Path) -> io::Result<(SocketName, UnixListener)> {
     SocketName::bind(path, SocketKind::Stream, |p| UnixListener::bind(p))
 }
 
+/// As [`listen`], while another process has `path`, which it will leave to this one.
+pub(super) fn listen_aside(path: &Path) -> io::Result<(SocketName, UnixListener)> {
+    SocketName::bind_aside(path, SocketKind::Stream, |p| UnixListener::bind(p))
+}
+
 impl Host {
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
         let (name, listener) = listen(path)?;

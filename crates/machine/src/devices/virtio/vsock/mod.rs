@@ -111,6 +111,14 @@ impl Vsock {
         host::listen(path)
     }
 
+    /// As [`Vsock::listen`], while another process has `path`, which it will leave to this one.
+    ///
+    /// # Errors
+    /// The socket could not be bound beside it.
+    pub fn listen_aside(path: &Path) -> std::io::Result<(SocketName, UnixListener)> {
+        host::listen_aside(path)
+    }
+
     /// As [`Vsock::new`], with a socket that listens on `path` already and stays the caller's: a machine built after
     /// a reset listens on the same.
     ///
