@@ -32,7 +32,6 @@ fn long_rig_pool_upkeep() {
 
 /// Busy VMs on one server, and another one that is idle: one of them is moved there, by measured loads, and nothing goes back and forth.
 #[test]
-#[ignore = "the move is decided, but on a server whose one CPU is taken the VM's other process is not there in time (docs/known-problems.md)"]
 fn long_rig_pool_balance() {
     if !can_run("long_rig_pool_balance") {
         return;
