@@ -180,6 +180,7 @@ impl Agent {
             leads_store: node.leads_store.load(Ordering::Relaxed),
             store_vote: node.store_vote.load(Ordering::Relaxed),
             watchdog: guard::watchdog_words(&node.folders),
+            lost_paths: Some(node.paths.lost()),
             status,
             instances,
         };

@@ -70,6 +70,7 @@ pub async fn run(folders: Folders, program: PathBuf) -> Result<Ended> {
         () = replaced(&node) => Ok(Ended::Replaced),
         () = Agent::new(Arc::clone(&node)).run() => refused("the agent ended"),
         () = decider => refused("the decider ended"),
+        () = crate::paths::run(Arc::clone(&node)) => refused("the heartbeats ended"),
         done = serve::unix(Arc::clone(&node)) => done.map(|()| Ended::Told),
         done = serve::tls(Arc::clone(&node)) => done.map(|()| Ended::Told),
     };

@@ -270,12 +270,17 @@ impl Decider {
         Ok(won)
     }
 
-    /// Asks every host that is late with its report whether it is there; answers count when they come.
+    /// Asks every host that is late with its report whether it is there; answers count when they come, as do those on the replication
+    /// paths.
     fn ping(&self, pool: &Pool, late: &BTreeSet<HostId>) {
         for (id, info) in pool.hosts.iter().filter(|(id, _)| late.contains(id)) {
             let Ok(target) = self.node.target(id, info) else {
                 continue;
             };
+            if let Some(heard) = self.node.paths.heard(id) {
+                let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
+                observer.answered(id, heard);
+            }
             let (id, observer) = (id.clone(), Arc::clone(&self.observer));
             tokio::spawn(async move {
                 let answer: Result<serde_json::Value> =

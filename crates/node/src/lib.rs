@@ -42,6 +42,7 @@ mod measure;
 mod migrate;
 mod node;
 mod observe;
+pub mod paths;
 pub mod pki;
 mod pool;
 mod precedence;

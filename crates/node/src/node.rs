@@ -5,6 +5,7 @@ use crate::error::{NodeError, Result};
 use crate::http::Target;
 use crate::instances::Instances;
 use crate::journal::{self, About, Told};
+use crate::paths::Paths;
 use crate::pool::{Pool, Read};
 use crate::records::{HostInfo, now_ms};
 use crate::relocate::ReadOnly;
@@ -43,6 +44,8 @@ pub struct Node {
     pub drill_here: Mutex<()>,
     /// The pool as it was read last.
     latest: Mutex<Option<Read>>,
+    /// Heartbeats over the replication paths.
+    pub paths: Paths,
     /// This host's member of the store leads, as it said last.
     pub leads_store: AtomicBool,
     /// It has a vote, as the others said last.
@@ -88,6 +91,7 @@ impl Node {
             drilling: tokio::sync::Mutex::new(()),
             drill_here: Mutex::new(()),
             latest: Mutex::default(),
+            paths: Paths::default(),
             leads_store: AtomicBool::new(false),
             store_vote: AtomicBool::new(false),
             kv: RwLock::new(kv),

@@ -64,7 +64,7 @@ impl Observer {
     /// A host answered a question.
     pub fn answered(&mut self, host: &HostId, now: Instant) {
         if let Some(seen) = self.hosts.get_mut(host) {
-            seen.answered = now;
+            seen.answered = seen.answered.max(now);
         }
     }
 

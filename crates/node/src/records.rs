@@ -18,6 +18,7 @@
 use crate::error::{NodeError, Result};
 use crate::fence::FenceAgent;
 use crate::limits::VmLimits;
+use crate::paths::LostPath;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -184,6 +185,9 @@ pub struct HostReport {
     /// What its guard says about its watchdog device; empty: nothing.
     #[serde(default)]
     pub watchdog: String,
+    /// Replication paths on which other hosts do not answer; none: it does not look.
+    #[serde(default)]
+    pub lost_paths: Option<Vec<LostPath>>,
     /// Measured.
     pub status: HostStatus,
     /// What runs there.

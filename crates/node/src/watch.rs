@@ -7,9 +7,10 @@ use crate::api::types::vm_status;
 use crate::error::Result;
 use crate::journal::{self, About};
 use crate::node::Node;
+use crate::paths;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{Takeover, WATCHED, json, now_ms};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use steadfast_cluster::detector::FailureClass;
 use steadfast_cluster::events::{Service, What};
 use steadfast_cluster::model::{HostHealth, Phase, Power};
@@ -31,6 +32,8 @@ pub struct Watch {
     services: Option<HashMap<VmId, Service>>,
     takeovers: HashMap<VmId, u64>,
     health: BTreeMap<HostId, HostHealth>,
+    /// What was told of replication paths.
+    paths: BTreeMap<HostId, BTreeSet<String>>,
     failed: HashSet<(VmId, HostId)>,
     /// What was told of each guest's mishaps.
     mishaps: HashMap<(VmId, HostId), Mishaps>,
@@ -51,6 +54,7 @@ impl Watch {
     ) -> Result<()> {
         self.begin(node, pool)?;
         self.hosts(node, observed, silent_ms);
+        self.paths(node, pool);
         self.instances(node, pool);
         let services = self.services.get_or_insert_default();
         services.retain(|id, _| pool.vms.contains_key(id));
@@ -164,6 +168,23 @@ impl Watch {
             }
         }
         self.health.retain(|host, _| observed.contains_key(host));
+    }
+
+    fn paths(&mut self, node: &Node, pool: &Pool) {
+        let mut now: BTreeMap<HostId, BTreeSet<String>> = BTreeMap::new();
+        for (host, text) in paths::told(pool) {
+            now.entry(host).or_default().insert(text);
+        }
+        for (host, texts) in &now {
+            let before = self.paths.get(host);
+            for text in texts.iter().filter(|t| before.is_none_or(|b| !b.contains(*t))) {
+                node.note(host, text.as_str());
+            }
+        }
+        for host in self.paths.keys().filter(|h| !now.contains_key(*h)) {
+            node.note(host, "its replication paths work again");
+        }
+        self.paths = now;
     }
 
     fn instances(&mut self, node: &Node, pool: &Pool) {

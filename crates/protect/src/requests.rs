@@ -138,7 +138,15 @@ impl Engine {
             )));
         };
         let pages = ram_regions(self.ram_bytes);
-        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
+        match Peer::open(
+            &self.name,
+            &self.spec,
+            peer,
+            slot,
+            pages,
+            &self.inputs,
+            &self.movers,
+        ) {
             Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
             Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
         }

@@ -1,6 +1,7 @@
 //! What the API takes and gives.
 
 use crate::config::{NodeConfig, StoreChoice};
+use crate::paths::told;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
 use crate::watchdog;
@@ -238,6 +239,11 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         .collect();
     let watchdogs = hosts.iter().filter(|h| h.watchdog.starts_with(watchdog::FAILED));
     problems.extend(watchdogs.map(|h| format!("host {} {}", h.host, h.watchdog)));
+    problems.extend(
+        told(pool)
+            .into_iter()
+            .map(|(host, text)| format!("host {host}: {text}")),
+    );
     problems.extend(pool.reports.iter().filter_map(|(host, report)| {
         let found = report.status.prediction.as_ref()?;
         Some(format!("host {host} is expected to fail: {}", found.evidence))

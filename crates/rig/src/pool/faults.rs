@@ -208,8 +208,20 @@ fn unplugged<'r>(stage: &Stage<'_, 'r>, host: &PoolHost<'r>, nic: &str) -> Resul
         .iter()
         .filter(|g| g.session.is_some())
         .try_for_each(|g| stage.goes_on_for(&g.name, HOLD));
+    // The management's goes with the first: then this host cannot say so, and is not asked.
+    let told = match nic {
+        "repl1" => stage.wait("the pool to tell which path is lost", |status| {
+            let problems = status["problems"].as_array()?;
+            let told = |p: &Value| {
+                let text = p.as_str().unwrap_or_default();
+                text.starts_with(&format!("host {}: replication path 2 is down", host.name()))
+            };
+            problems.iter().any(told).then_some(())
+        }),
+        _ => Ok(()),
+    };
     stage.rig.plug(host.name(), nic)?;
-    went_on
+    went_on.and(told)
 }
 
 /// Nobody can reach the VM there; who sends again is answered when the cable is back.
