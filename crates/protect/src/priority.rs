@@ -59,8 +59,9 @@ fn set(thread: Option<Pid>, rank: Rank, who: &str) {
         Rank::Low => NICE_BACKGROUND,
     };
     let done = match rank {
+        // A thread that it starts later has the nice value, and not this.
         Rank::High if cpus > 1 && schedule(thread, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1).is_ok() => {
-            return;
+            rustix::process::setpriority_process(thread, 0)
         }
         Rank::High => rustix::process::setpriority_process(thread, nice),
         Rank::Even | Rank::Low => match schedule(thread, libc::SCHED_OTHER, 0) {
