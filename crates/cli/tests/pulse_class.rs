@@ -32,6 +32,11 @@ fn processes(pool: &Pool, vm: &str) -> usize {
         .count()
 }
 
+fn kill(process: u32) {
+    let process = rustix::process::Pid::from_raw(process as i32).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+}
+
 fn class(pool: &Pool, vm: &str, class: &str) {
     pool.other("").run(&["protect", vm, "--class", class]);
 }
@@ -56,6 +61,9 @@ fn the_class_of_a_running_vm_is_changed() {
         (rate["in_bytes_per_s"] == 2 << 20 && rate["out_bytes_per_s"] == 1 << 20).then_some(())
     };
     wait_for("its cards to be limited", limited);
+    // What a daemon leaves that is killed at the end of a change.
+    let former = pool.path(&first).join("run/r.former");
+    drop(std::os::unix::net::UnixListener::bind(former).unwrap());
     for protected in ["ft", "checkpoint", "ft"] {
         class(&pool, "r", protected);
         wait(&format!("r to be protected as {protected}"), || {
@@ -208,6 +216,38 @@ fn a_process_that_is_long_in_beginning_keeps_nobody_waiting() {
     );
     std::fs::remove_file(console).unwrap();
     class(&pool, "r", "restart");
+    wait("r to be let on", || {
+        pool.other("").try_run(&["vm", "start", "r"]).status.success()
+    });
+
+    // Nobody but the change's own daemon would see this death.
+    let (on, console, change) = begin();
+    let boots = client.seen().boots;
+    std::fs::remove_file(&console).unwrap();
+    let host = pool.hosts.iter().find(|h| h.name == on).unwrap();
+    let runs = host
+        .processes()
+        .into_iter()
+        .find(|(_, line)| line.contains(" vmm ") && line.contains("/vm/r/") && !line.contains("--protect"));
+    let died = Instant::now();
+    kill(runs.unwrap().0);
+    wait("r to be booted again", || client.seen().boots > boots);
+    println!(
+        "r: booted again {:?} after its process was killed",
+        died.elapsed()
+    );
+    assert!(
+        died.elapsed() < Duration::from_secs(60),
+        "it waited for the change"
+    );
+    wait("the change to have ended", || !change.exists());
+    class(&pool, "r", "restart");
+    wait("r to run without", || {
+        protection(&pool, "r") == "restart elsewhere" && processes(&pool, "r") == 1
+    });
+    // It may have been started with the engine: then it is no use for what follows.
+    pool.other("").run(&["vm", "stop", "r", "--now"]);
+    wait("r to be off", || pool.other("").vm("r")["state"] == "off");
     wait("r to be let on", || {
         pool.other("").try_run(&["vm", "start", "r"]).status.success()
     });

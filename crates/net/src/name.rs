@@ -78,6 +78,14 @@ impl SocketName {
         Ok((name, socket))
     }
 
+    /// Where a process keeps a socket whose name, `path`, is another's: what is left of it when it is killed.
+    #[must_use]
+    pub fn aside_of(path: &Path, process: u32) -> PathBuf {
+        let mut hidden = OsString::from(path);
+        hidden.push(format!(".aside-{process}"));
+        PathBuf::from(hidden)
+    }
+
     /// The path.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -136,9 +144,7 @@ impl SocketName {
 
 /// Where this process keeps a socket whose name is another's.
 fn beside(path: &Path) -> PathBuf {
-    let mut hidden = OsString::from(path);
-    hidden.push(format!(".aside-{}", std::process::id()));
-    PathBuf::from(hidden)
+    SocketName::aside_of(path, std::process::id())
 }
 
 impl Drop for SocketName {

@@ -246,6 +246,11 @@ impl Agent {
         let node = Arc::clone(&self.node);
         let instances = &node.instances;
         if instances.changing(id) {
+            // The class may have changed since, and the process does so in a moment.
+            let leased = |vm: &PoolVm| vm.leased(me, false) || vm.leased(me, true);
+            if pool.vms.get(id).is_some_and(leased) {
+                instances.set_leased(id, true)?;
+            }
             self.change(id, pool);
             return Ok(());
         }
@@ -264,6 +269,10 @@ impl Agent {
         if instances.pid(id).is_some() {
             // First: what follows may fail, and a host that is cut off then must not run what is booted elsewhere.
             instances.set_leased(id, vm.leased(me, meta.hot))?;
+            if !meta.hot && meta.start && vm.owner() == Some(me) && meta.term != vm.term() {
+                // A process that was to take it over has taken a term for it, and did not get it.
+                instances.edit_meta(id, |meta| meta.term = vm.term())?;
+            }
             if meta.hot && vm.copies().contains(me) {
                 instances.keep_protection(id, vm, pool)?;
             }
@@ -334,20 +343,24 @@ impl Agent {
             };
             let carried_on = node.instances.changing(&id);
             let done = match carried_on {
-                true => node.instances.end_change(&id, owned),
+                true => node
+                    .instances
+                    .end_change(&id, owned)
+                    .map(|(came, _)| (came, None)),
                 false => pool
                     .vm_entry(&id)
-                    .and_then(|entry| node.instances.give_engine(&id, entry, &pool, owned)),
+                    .and_then(|entry| node.instances.give_engine(&id, entry, &pool, owned))
+                    .map(|(came, still)| (came, Some(still))),
             };
             let about = About::On(id.clone(), node.host());
             match done {
-                Ok(Came::Through(still)) => {
+                Ok((Came::Through, still)) => {
                     let took = began.elapsed().as_millis() as u64;
                     let what = "let it go on in a process that can mirror it";
                     let still = still.map(|s| format!("its guest stood still for {} ms", s.as_millis()));
                     node.event(about, journal::done(what, took, None), still.unwrap_or_default());
                 }
-                Ok(came) => tracing::warn!(vm = %id, ?came, "a change of process that had begun"),
+                Ok((came, _)) => tracing::warn!(vm = %id, ?came, "a change of process that had begun"),
                 Err(error) if !node.instances.changing(&id) => node.note(
                     about,
                     format!("it cannot be mirrored, and runs as before: {error}"),
@@ -355,7 +368,7 @@ impl Agent {
                 // Once; each round tries again.
                 Err(error) if !carried_on => node.note(
                     about,
-                    format!("it stands still: the change of its process does not come to an end: {error}"),
+                    format!("the change of its process does not come to an end: {error}"),
                 ),
                 Err(error) => {
                     tracing::error!(vm = %id, %error, "a change of process does not come to an end")

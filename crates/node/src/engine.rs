@@ -23,13 +23,15 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::DiskPlace;
-use steadfast_protect::TakeOver;
+use steadfast_net::SocketName;
+use steadfast_protect::{Mapped, TakeOver, is_laid_out};
 use steadfast_types::{Term, VmId};
 use steadfast_vmm::control::{self, Request, ask};
+use steadfast_vmm::spec::NicTarget;
 
 /// How long the new process may take until it is ready. The guest runs meanwhile.
 const READY_BOUND: Duration = Duration::from_secs(120);
@@ -102,6 +104,9 @@ struct Change {
     /// What is to be written down about the instance once it is the new process's.
     #[serde(default)]
     after: Option<Meta>,
+    /// Names of its sockets.
+    #[serde(default)]
+    sockets: Vec<PathBuf>,
 }
 
 impl Change {
@@ -129,14 +134,11 @@ impl Change {
     }
 }
 
-/// Which file a memory is: device and inode.
-type Memory = [u64; 2];
-
 /// How a change came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Came {
-    /// The VM runs with the engine now; how long the guest stood still, where that is known.
-    Through(Option<Duration>),
+    /// The VM runs with the engine now.
+    Through,
     /// It runs as before.
     Back,
     /// Neither process is left.
@@ -167,9 +169,7 @@ impl Instances {
     /// Whether part of what its disks hold is in journals here, which only the engine reads.
     #[must_use]
     pub fn has_journals(&self, vm: &StoredVm) -> bool {
-        self.journals(vm)
-            .iter()
-            .any(|folder| folder.join("journal").exists())
+        self.journals(vm).iter().any(|folder| is_laid_out(folder))
     }
 
     /// Where the journals of its disks would be.
@@ -186,7 +186,8 @@ impl Instances {
         writable.map(beside).collect()
     }
 
-    /// Lets a VM that runs here without the engine go on in a process that has it. Blocks for a bounded time.
+    /// Lets a VM that runs here without the engine go on in a process that has it; for how long its guest stood still. Blocks for a
+    /// bounded time.
     ///
     /// # Errors
     /// Why not; the VM goes on as before, or [`Instances::end_change`] is to be asked again.
@@ -196,7 +197,7 @@ impl Instances {
         entry: &PoolVm,
         pool: &Pool,
         owned: impl Fn() -> Result<Option<Term>>,
-    ) -> Result<Came> {
+    ) -> Result<(Came, Duration)> {
         possible(&self.config(), pool, &entry.stored)?;
         self.ready_disks(id, &entry.stored)?;
         let (Some(before), Some(pid)) = (self.meta(id), self.pid(id)) else {
@@ -205,6 +206,11 @@ impl Instances {
         let Some(started) = procs::started(pid) else {
             return refused(format!("VM {id}: its process {pid} has ended"));
         };
+        let machine = self.machine(&self.config(), &entry.stored)?;
+        let cards = machine.nics.iter().filter_map(|nic| match &nic.to {
+            NicTarget::Socket { own, .. } => Some(own.clone()),
+            NicTarget::Bridge(_) | NicTarget::Tap(_) => None,
+        });
         let mut change = Change {
             state: self.socket(id).with_extension(format!("{}.state", now_ms())),
             after: None,
@@ -216,14 +222,23 @@ impl Instances {
                 .into_iter()
                 .filter(|j| !j.exists())
                 .collect(),
+            sockets: cards.chain(machine.vsock.map(|v| v.path)).collect(),
         };
+        // What a daemon left that ended at the wrong moment.
+        for left in [self.former_socket(id), self.next_socket(id)] {
+            let _ = fs::remove_file(left);
+        }
+        self.given_up
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
         write_json(&self.change_path(id), &change)?;
         let ready = self.make_ready(id, entry, pool, &mut change);
         let began = Instant::now();
-        let begun = ready.and_then(|memory| self.leave(id, &change, memory));
-        let came = self.end_change(id, owned)?;
+        let begun = ready.and_then(|memory| self.leave(id, &change, &memory));
+        let (came, taken) = self.end_change(id, owned)?;
         match (begun, came) {
-            (_, Came::Through(_)) => Ok(Came::Through(Some(began.elapsed()))),
+            (_, Came::Through) => Ok((came, taken.saturating_duration_since(began))),
             (Err(error), _) => Err(error),
             (Ok(()), Came::Back) => refused(format!(
                 "VM {id}: the process with the engine did not take it over; its log says why: {}",
@@ -274,85 +289,122 @@ impl Instances {
         all.into_iter().filter_map(runs).collect()
     }
 
-    /// Starts the new process and waits until it could take the VM over at once; which memory it has mapped. The guest runs on.
-    fn make_ready(&self, id: &VmId, entry: &PoolVm, pool: &Pool, change: &mut Change) -> Result<Memory> {
+    /// Starts the new process and waits until it could take the VM over at once; what it has mapped. The guest runs on.
+    fn make_ready(&self, id: &VmId, entry: &PoolVm, pool: &Pool, change: &mut Change) -> Result<Mapped> {
         // Of a try whose daemon ended.
         for (pid, started) in self.others(id, change) {
             kill(pid);
             ended(id, pid, started)?;
         }
-        let next = self.next_socket(id);
-        let memory = change.memory(&self.ask(id, &Request::Status, ANSWER_BOUND)?)?;
+        let wanted = TakeOver::wanted(&change.state);
+        fs::write(&wanted, b"").what(|| format!("write {}", wanted.display()))?;
         let from = TakeOver {
             state: change.state.clone(),
-            memory,
-            control: next.clone(),
+            memory: change.memory(&self.ask(id, &Request::Status, ANSWER_BOUND)?)?,
+            control: self.next_socket(id),
         };
+        let memory = Mapped::of(&fs::metadata(&from.memory).what(|| format!("VM {id}"))?);
         let after = self.begin(id, entry, &How::Primary(entry.term()), pool, Some(from))?;
-        let pid = after.pid;
-        let both = |now: Meta| Meta {
-            next: pid,
-            leased: now.leased || after.leased,
-            ..now
-        };
+        let (pid, leased) = (after.pid, after.leased);
         // The guard is to know of it before it could run anything.
-        self.write_meta(id, &both(self.meta(id).unwrap_or_else(|| change.before.clone())))?;
+        self.edit_meta(id, |meta| {
+            (meta.next, meta.leased) = (pid, meta.leased || leased);
+        })?;
         change.after = Some(after);
         write_json(&self.change_path(id), change)?;
+        let runs = |pid: Option<u32>| pid.is_some_and(|pid| procs::started(pid).is_some());
         let until = Instant::now() + READY_BOUND;
         loop {
-            // It has no socket at first, and does not answer before it has all that it needs.
-            if let Ok(said) = ask(&next, &Request::Status, ANSWER_BOUND)
-                && let Ok(memory) = serde_json::from_value(said["taking"]["memory"].clone())
-            {
-                return Ok(memory);
+            if let Ok(text) = fs::read(TakeOver::ready(&change.state)) {
+                let mapped: Mapped = serde_json::from_slice(&text).map_err(|e| {
+                    NodeError::Refused(format!("VM {id}: what its new process has mapped: {e}"))
+                })?;
+                return Ok(mapped);
             }
-            if self.others(id, change).is_empty() {
+            if !runs(pid) {
                 return refused(format!(
                     "VM {id}: the process with the engine ended before it was ready; its log says why: {}",
                     self.folder(id).join("log").display()
                 ));
             }
-            if self.meta(id).is_some_and(|now| now.stopping.is_some()) {
-                return refused(format!("VM {id} shall end"));
-            }
+            self.may_change(id, change, &memory)?;
             if Instant::now() > until {
                 return refused(format!(
                     "VM {id}: the process with the engine was not ready after {} s; is this host short of CPU?",
                     READY_BOUND.as_secs()
                 ));
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Whether there is still a reason to wait for the new process.
+    fn may_change(&self, id: &VmId, change: &Change, mapped: &Mapped) -> Result<()> {
+        if !procs::runs(change.pid, change.started) {
+            return refused(format!("VM {id}: its process has ended"));
+        }
+        let given_up = self
+            .given_up
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
+        if given_up || self.meta(id).is_some_and(|now| now.stopping.is_some()) {
+            return refused(format!("VM {id} shall end"));
+        }
+        // One that does not answer now may be asked again.
+        if let Ok(said) = self.ask(id, &Request::Status, ANSWER_BOUND) {
+            return self.same_memory(id, change, &said, mapped);
+        }
+        Ok(())
+    }
+
+    /// A guest that has started anew has another memory than the new process has mapped.
+    fn same_memory(
+        &self,
+        id: &VmId,
+        change: &Change,
+        said: &serde_json::Value,
+        mapped: &Mapped,
+    ) -> Result<()> {
+        let file = fs::metadata(change.memory(said)?).what(|| format!("VM {id}"))?;
+        match Mapped::of(&file) == *mapped {
+            true => Ok(()),
+            false => refused(format!("VM {id}: its guest has started anew meanwhile")),
         }
     }
 
     /// The old process stands still and leaves the VM.
-    fn leave(&self, id: &VmId, change: &Change, mapped: Memory) -> Result<()> {
+    fn leave(&self, id: &VmId, change: &Change, mapped: &Mapped) -> Result<()> {
+        self.may_change(id, change, mapped)?;
         let (socket, named) = (self.socket(id), || format!("VM {id}"));
         let answer = control::save_state(&socket, &change.still(), STILL_BOUND).what(named)?;
-        // A guest that has started anew meanwhile has another memory.
-        let memory = fs::metadata(change.memory(&answer)?).what(named)?;
-        if mapped != [memory.dev(), memory.ino()] {
-            return refused(format!("VM {id}: its guest has started anew meanwhile"));
-        }
+        self.same_memory(id, change, &answer, mapped)?;
         fs::hard_link(&socket, self.former_socket(id)).what(named)?;
+        // Whoever looks for the process of this VM finds either: so does a guard of an older version.
+        self.edit_meta(id, |meta| {
+            if let Some(next) = meta.next.replace(change.pid) {
+                meta.pid = Some(next);
+            }
+        })?;
         fs::rename(change.still(), &change.state).what(named)
     }
 
-    /// Brings a change that has begun to its end. Blocks for a bounded time. `owned` says under which term the VM is this host's now; none:
+    /// Brings a change that has begun to its end, and when the VM changed hands if it did. Blocks for a bounded time. `owned` says under which term the VM is this host's now; none:
     /// it is another's, or nobody's, and must not run here.
     ///
     /// # Errors
     /// A process does not end or does not answer, or the store does not; it is to be tried again.
-    pub fn end_change(&self, id: &VmId, owned: impl Fn() -> Result<Option<Term>>) -> Result<Came> {
+    pub fn end_change(&self, id: &VmId, owned: impl Fn() -> Result<Option<Term>>) -> Result<(Came, Instant)> {
         let path = self.change_path(id);
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
         let change: Change = serde_json::from_slice(&text)
             .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
-        let until = Instant::now() + TAKE_BOUND;
-        while change.state.exists() && Instant::now() < until && !self.others(id, &change).is_empty() {
+        let (until, others) = (Instant::now() + TAKE_BOUND, self.others(id, &change));
+        let run = || others.iter().any(|(pid, started)| procs::runs(*pid, *started));
+        while change.state.exists() && Instant::now() < until && run() {
             std::thread::sleep(Duration::from_millis(5));
         }
+        let taken = Instant::now();
         let back = match fs::rename(&change.state, change.void()) {
             Ok(()) => true,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => !change.taken().exists(),
@@ -363,13 +415,15 @@ impl Instances {
             self.go_back(id, &change, old, owned)?
         } else {
             self.go_on(id, &change, old)?;
-            Came::Through(None)
+            Came::Through
         };
         // First: without what follows the change would look as if it had come to nothing.
         fs::remove_file(&path).what(|| format!("remove {}", path.display()))?;
         for left in [
             &self.former_socket(id),
             &self.next_socket(id),
+            &TakeOver::wanted(&change.state),
+            &TakeOver::ready(&change.state),
             &change.still(),
             &change.state,
             &change.taken(),
@@ -377,18 +431,19 @@ impl Instances {
         ] {
             let _ = fs::remove_file(left);
         }
-        Ok(came)
+        Ok((came, taken))
     }
 
     /// The VM is the new process's; the old one ends.
     fn go_on(&self, id: &VmId, change: &Change, old: Option<u32>) -> Result<()> {
         if let Some(after) = &change.after {
-            let now = self.meta(id);
-            let meta = Meta {
-                stopping: now.and_then(|now| now.stopping),
-                ..after.clone()
-            };
-            self.write_meta(id, &meta)?;
+            self.edit_meta(id, |meta| {
+                *meta = Meta {
+                    stopping: meta.stopping,
+                    leased: meta.leased || after.leased,
+                    ..after.clone()
+                };
+            })?;
         }
         // The process does that itself; it may be about to.
         let next = self.next_socket(id);
@@ -413,26 +468,40 @@ impl Instances {
         old: Option<u32>,
         owned: impl Fn() -> Result<Option<Term>>,
     ) -> Result<Came> {
+        // First: one that is only being started finds that it is not wanted.
+        let wanted = TakeOver::wanted(&change.state);
+        match fs::remove_file(&wanted) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).what(|| format!("remove {}", wanted.display()));
+            }
+            _ => {}
+        }
         for (pid, started) in self.others(id, change) {
             kill(pid);
             ended(id, pid, started)?;
+            for socket in &change.sockets {
+                let _ = fs::remove_file(SocketName::aside_of(socket, pid));
+            }
         }
         for folder in change.journals.iter().filter(|j| j.exists()) {
             fs::remove_dir_all(folder).what(|| format!("remove {}", folder.display()))?;
         }
         let former = self.former_socket(id);
-        if former.exists() {
+        let serves = |path: &PathBuf| control::served_by(path).ok() == Some(change.pid);
+        if !serves(&self.socket(id)) && serves(&former) {
             fs::rename(&former, self.socket(id)).what(|| format!("VM {id}"))?;
         }
         // The new process may have taken a term before it failed.
         let owned = owned()?;
-        let now = self.meta(id);
-        let meta = Meta {
-            stopping: now.and_then(|now| now.stopping).or(change.before.stopping),
-            term: owned.unwrap_or(change.before.term),
-            ..change.before.clone()
-        };
-        self.write_meta(id, &meta)?;
+        self.edit_meta(id, |meta| {
+            *meta = Meta {
+                stopping: meta.stopping.or(change.before.stopping),
+                leased: meta.leased,
+                term: owned.unwrap_or(change.before.term),
+                ..change.before.clone()
+            };
+        })?;
+        self.forget_end(id);
         let Some(pid) = old else {
             return Ok(Came::Lost);
         };

@@ -17,7 +17,7 @@ use crate::words;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -97,6 +97,10 @@ pub struct Instances {
     ended: Arc<Mutex<HashMap<VmId, Ended>>>,
     heard: Heard,
     loads: VmLoads,
+    /// What is written down about an instance is changed by one at a time.
+    edits: Mutex<()>,
+    /// VMs that shall end though their process is being changed.
+    pub(crate) given_up: Mutex<BTreeSet<VmId>>,
 }
 
 struct Ended {
@@ -125,6 +129,8 @@ impl Instances {
             ended: Arc::default(),
             heard: Heard::default(),
             loads: VmLoads::default(),
+            edits: Mutex::default(),
+            given_up: Mutex::default(),
         }
     }
 
@@ -173,7 +179,29 @@ impl Instances {
         read_meta(&self.meta_path(vm))
     }
 
-    pub(crate) fn write_meta(&self, vm: &VmId, meta: &Meta) -> Result<()> {
+    /// Changes what is written down about an instance, if anything is.
+    pub(crate) fn edit_meta(&self, vm: &VmId, edit: impl FnOnce(&mut Meta)) -> Result<()> {
+        let _one = self.edits.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(before) = self.meta(vm) else {
+            return Ok(());
+        };
+        let mut meta = before.clone();
+        edit(&mut meta);
+        match meta == before {
+            true => Ok(()),
+            false => self.write_meta(vm, &meta),
+        }
+    }
+
+    /// No process of this VM that ended is told of any more.
+    pub(crate) fn forget_end(&self, vm: &VmId) {
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(vm);
+    }
+
+    fn write_meta(&self, vm: &VmId, meta: &Meta) -> Result<()> {
         let text = serde_json::to_vec(meta).map_err(|e| NodeError::Refused(e.to_string()))?;
         write_file(&self.meta_path(vm), &text)
     }
@@ -262,10 +290,7 @@ impl Instances {
         if !waits {
             // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
             self.write_meta(id, &meta)?;
-            self.ended
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(id);
+            self.forget_end(id);
         }
         let mut child = match crate::precedence::without(|| command.spawn())? {
             Ok(child) => child,
@@ -544,13 +569,11 @@ impl Instances {
     /// # Errors
     /// The run folder cannot be written.
     pub fn mark_stopping(&self, vm: &VmId, in_order: bool) -> Result<()> {
-        match self.meta(vm) {
-            Some(mut meta) if meta.stopping.is_none_or(|(_, order)| order && !in_order) => {
+        self.edit_meta(vm, |meta| {
+            if meta.stopping.is_none_or(|(_, order)| order && !in_order) {
                 meta.stopping = Some((now_ms(), in_order));
-                self.write_meta(vm, &meta)
             }
-            _ => Ok(()),
-        }
+        })
     }
 
     /// Sets the limits of an instance's process, unless that was tried.
@@ -558,16 +581,14 @@ impl Instances {
     /// # Errors
     /// They cannot be set (they are not tried again until they change, or the process does); or the run folder cannot be written.
     pub fn set_limits(&self, id: &VmId, vm: &StoredVm) -> Result<()> {
-        let (Some(mut meta), Some(pid)) = (self.meta(id), self.pid(id)) else {
+        let (Some(meta), Some(pid)) = (self.meta(id), self.pid(id)) else {
             return Ok(());
         };
         if meta.net_max != vm.limits.net_max {
             // One that does not answer yet is asked again in the next round, which must not be late for it.
             match self.ask(id, &Request::NetRate(vm.limits.net_rate()?), NET_BOUND) {
                 Ok(_) => {
-                    meta = self.meta(id).unwrap_or(meta);
-                    meta.net_max = vm.limits.net_max.clone();
-                    self.write_meta(id, &meta)?;
+                    self.edit_meta(id, |meta| meta.net_max.clone_from(&vm.limits.net_max))?;
                 }
                 Err(error) => tracing::debug!(vm = %id, %error, "its cards are not limited yet"),
             }
@@ -575,8 +596,7 @@ impl Instances {
         if meta.limits == vm.limits {
             return Ok(());
         }
-        meta.limits = vm.limits.clone();
-        self.write_meta(id, &meta)?;
+        self.edit_meta(id, |meta| meta.limits = vm.limits.clone())?;
         limits::set(id, pid, &vm.limits.read(vm.machine.memory_bytes)?)
     }
 
@@ -585,13 +605,7 @@ impl Instances {
     /// # Errors
     /// The run folder cannot be written.
     pub fn set_leased(&self, vm: &VmId, leased: bool) -> Result<()> {
-        match self.meta(vm) {
-            Some(mut meta) if meta.leased != leased => {
-                meta.leased = leased;
-                self.write_meta(vm, &meta)
-            }
-            _ => Ok(()),
-        }
+        self.edit_meta(vm, |meta| meta.leased = leased)
     }
 
     /// Ends an instance's process and waits for it; what was written down about it goes too. Blocks for a bounded time.
@@ -600,8 +614,10 @@ impl Instances {
     /// The process does not end even when killed.
     pub fn end(&self, vm: &VmId) -> Result<()> {
         if self.changing(vm) {
+            let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+            given_up.insert(vm.clone());
             return Err(NodeError::Refused(format!(
-                "VM {vm}: its process is being changed"
+                "VM {vm}: its process is being changed; that is given up"
             )));
         }
         if let Some(pid) = self.pid(vm) {

@@ -7,10 +7,10 @@ use crate::api::types::vm_status;
 use crate::error::Result;
 use crate::journal::{self, About};
 use crate::node::Node;
-use crate::paths;
+use crate::paths::{self, Pairs};
 use crate::pool::{Pool, PoolVm};
 use crate::records::{Takeover, WATCHED, json, now_ms};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use steadfast_cluster::detector::FailureClass;
 use steadfast_cluster::events::{Service, What};
 use steadfast_cluster::model::{HostHealth, Phase, Power};
@@ -32,8 +32,9 @@ pub struct Watch {
     services: Option<HashMap<VmId, Service>>,
     takeovers: HashMap<VmId, u64>,
     health: BTreeMap<HostId, HostHealth>,
-    /// What was told of replication paths.
-    paths: BTreeMap<HostId, BTreeSet<String>>,
+    /// Replication paths that were told to be down; and those that were silent at the last look.
+    lost_paths: Pairs,
+    silent_paths: Pairs,
     failed: HashSet<(VmId, HostId)>,
     /// What was told of each guest's mishaps.
     mishaps: HashMap<(VmId, HostId), Mishaps>,
@@ -170,21 +171,18 @@ impl Watch {
         self.health.retain(|host, _| observed.contains_key(host));
     }
 
+    /// A path is told of when it was found lost twice in a row: reports of a host that has just come back are from before.
     fn paths(&mut self, node: &Node, pool: &Pool) {
-        let mut now: BTreeMap<HostId, BTreeSet<String>> = BTreeMap::new();
-        for (host, text) in paths::told(pool) {
-            now.entry(host).or_default().insert(text);
+        let now = paths::lost(pool);
+        let (new, back) = path_news(pool, &now, &self.silent_paths, &mut self.lost_paths);
+        let told = [(&new, "is down"), (&back, "works again")];
+        for (host, text) in told
+            .into_iter()
+            .flat_map(|(pairs, what)| paths::told(pool, pairs, what))
+        {
+            node.note(&host, text);
         }
-        for (host, texts) in &now {
-            let before = self.paths.get(host);
-            for text in texts.iter().filter(|t| before.is_none_or(|b| !b.contains(*t))) {
-                node.note(host, text.as_str());
-            }
-        }
-        for host in self.paths.keys().filter(|h| !now.contains_key(*h)) {
-            node.note(host, "its replication paths work again");
-        }
-        self.paths = now;
+        self.silent_paths = now;
     }
 
     fn instances(&mut self, node: &Node, pool: &Pool) {
@@ -276,9 +274,67 @@ fn service(pool: &Pool, id: &VmId, vm: &PoolVm) -> Option<(Service, String)> {
     Some((service, format!("{}; {}", status.state, status.protection)))
 }
 
+/// Which paths are to be told of, as down and as well again, after `told`: those that were silent before too, and those between hosts that both
+/// could say so.
+fn path_news(pool: &Pool, now: &Pairs, before: &Pairs, told: &mut Pairs) -> (Pairs, Pairs) {
+    let of = |pairs: &Pairs, path: u8, pair: &(HostId, HostId)| {
+        pairs.get(&path).is_some_and(|all| all.contains(pair))
+    };
+    let (mut new, mut back) = (Pairs::new(), Pairs::new());
+    for (path, pairs) in told.iter_mut() {
+        pairs.retain(|pair| {
+            let known = pool.hosts.contains_key(&pair.0) && pool.hosts.contains_key(&pair.1);
+            let judged = paths::counts(pool, &pair.0) && paths::counts(pool, &pair.1);
+            let works = judged && !of(now, *path, pair);
+            if works {
+                back.entry(*path).or_default().insert(pair.clone());
+            }
+            known && !works
+        });
+    }
+    for (path, pairs) in now {
+        let twice = |pair: &&_| !of(told, *path, pair) && of(before, *path, pair);
+        for pair in pairs.iter().filter(twice) {
+            new.entry(*path).or_default().insert(pair.clone());
+        }
+    }
+    for (path, pairs) in &new {
+        told.entry(*path).or_default().extend(pairs.iter().cloned());
+    }
+    (new, back)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_told_of_once_and_back_when_both_hosts_could_say_so() {
+        let mut pool = crate::pool::testing::two_hosts(1, 1);
+        let (a, b) = (HostId::new("a").unwrap(), HostId::new("b").unwrap());
+        for report in pool.reports.values_mut() {
+            report.lost_paths = Some(Vec::new());
+        }
+        let up = |pool: &mut Pool, health| {
+            let hosts = pool.hosts.values_mut();
+            hosts.for_each(|info| info.record.health = health);
+        };
+        up(&mut pool, HostHealth::Up);
+        let silent = Pairs::from([(1, [(a.clone(), b.clone())].into())]);
+        let (none, mut told) = (Pairs::new(), Pairs::new());
+        let news = path_news(&pool, &silent, &none, &mut told);
+        assert_eq!(news, (none.clone(), none.clone()), "once may be from before");
+        let news = path_news(&pool, &silent, &silent, &mut told);
+        assert_eq!(news, (silent.clone(), none.clone()));
+        let news = path_news(&pool, &silent, &silent, &mut told);
+        assert_eq!(news, (none.clone(), none.clone()), "it was told");
+        up(&mut pool, HostHealth::Suspect);
+        let news = path_news(&pool, &none, &silent, &mut told);
+        assert_eq!(news, (none.clone(), none.clone()), "nobody says that it works");
+        up(&mut pool, HostHealth::Up);
+        let news = path_news(&pool, &none, &none, &mut told);
+        assert_eq!(news, (none, silent));
+    }
 
     #[test]
     fn what_happened_to_a_guest_is_told_once() {

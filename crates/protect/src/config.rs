@@ -128,10 +128,40 @@ pub struct TakeOver {
 }
 
 impl TakeOver {
+    /// While this is there the VM may be taken over; without it whoever waits ends.
+    #[must_use]
+    pub fn wanted(state: &Path) -> PathBuf {
+        state.with_extension("wanted")
+    }
+
+    /// Written by this process when it is ready: a [`Mapped`].
+    #[must_use]
+    pub fn ready(state: &Path) -> PathBuf {
+        state.with_extension("ready")
+    }
+
     /// A state's name once its VM has been taken over.
     #[must_use]
     pub fn taken(state: &Path) -> PathBuf {
         state.with_extension("taken")
+    }
+}
+
+/// What a process has mapped that is ready to take a VM over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapped {
+    /// Device and inode of the memory's file.
+    pub memory: [u64; 2],
+}
+
+impl Mapped {
+    /// Of this file.
+    #[must_use]
+    pub fn of(file: &std::fs::Metadata) -> Self {
+        use std::os::unix::fs::MetadataExt;
+        Self {
+            memory: [file.dev(), file.ino()],
+        }
     }
 }
 

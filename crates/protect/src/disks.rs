@@ -265,7 +265,7 @@ impl Disks {
                 replica: Err("not opened".into()),
                 unreadable: false,
             };
-            if folder.join("journal").exists() {
+            if volume::is_laid_out(&folder) {
                 disk.open();
             } else {
                 disk.format(EpochRef::ZERO)?;

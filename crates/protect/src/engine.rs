@@ -18,7 +18,6 @@ use crate::life::{Ending, Remains, WaitingCut};
 use crate::outgoing::{Job, PIECE};
 use crate::pace::Pace;
 use crate::peer::{Peer, Record};
-use crate::priority::{Movers, Rank};
 use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::taking::{self, TakeControl, Taking};
@@ -33,7 +32,7 @@ use steadfast_epoch::arbiter::Instance;
 use steadfast_epoch::io::{Action, Event, Notice};
 use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
-use steadfast_epoch::{Replica, Settings, StandbyMode, Status};
+use steadfast_epoch::{Replica, Settings};
 use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
@@ -180,10 +179,6 @@ pub struct Engine {
     /// The guest still runs in another process.
     pub(crate) taking: Option<Taking>,
     pub(crate) take_control: Option<TakeControl>,
-    /// Its own thread, and those of its links.
-    pub(crate) movers: Movers,
-    /// It is a standby into which a copy goes.
-    copied_since: Option<Instant>,
 }
 
 /// When cuts are made.
@@ -203,19 +198,11 @@ impl Engine {
     pub fn new(parts: Parts) -> Result<Self, ProcessError> {
         let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
         let vm = (parts.make_vm)(None)?;
-        let (mut peers, movers) = (BTreeMap::new(), Movers::default());
+        let mut peers = BTreeMap::new();
         for (slot, peer) in parts.spec.peers.iter().enumerate() {
             let pages = ram_regions(parts.ram_bytes);
-            let opened = Peer::open(
-                &parts.name,
-                &parts.spec,
-                peer,
-                slot,
-                pages,
-                &parts.inputs,
-                &movers,
-            )
-            .map_err(|e| setting(format!("link to {}: {e}", peer.host)))?;
+            let opened = Peer::open(&parts.name, &parts.spec, peer, slot, pages, &parts.inputs)
+                .map_err(|e| setting(format!("link to {}: {e}", peer.host)))?;
             peers.insert(peer.host.clone(), opened);
         }
         let inputs = parts.inputs.clone();
@@ -295,8 +282,6 @@ impl Engine {
             silent: false,
             taking: None,
             take_control: parts.take_control,
-            movers,
-            copied_since: None,
         })
     }
 
@@ -305,7 +290,7 @@ impl Engine {
     /// # Errors
     /// [`ProcessError`] when the instance cannot go on; its standby then takes over.
     pub fn run(&mut self, queue: &Receiver<Input>) -> Result<Ended, ProcessError> {
-        self.movers.join("the engine");
+        crate::priority::raise("the engine");
         crate::ask::this_is_the_engine();
         if self.start {
             self.step(Event::ColdStart)?;
@@ -318,7 +303,7 @@ impl Engine {
             if let Some(turn) = self.turn() {
                 wait = wait.min(turn);
             }
-            if self.taking.is_some() {
+            if self.takes_over() {
                 wait = wait.min(taking::LOOK);
             }
             if self.has_work() {
@@ -364,27 +349,12 @@ impl Engine {
                 self.look_after_guest()?;
                 looked = Instant::now();
                 self.close_links();
-                self.keep_precedence();
                 if let Some(ended) = self.end_step()? {
                     return Ok(ended);
                 }
                 self.took("looking after disks and console");
             }
         }
-    }
-
-    /// A standby that is being filled gives its precedence up until it protects the VM.
-    fn keep_precedence(&mut self) {
-        let filled = match self.replica.status() {
-            Status::Standby(s) => s.mode != StandbyMode::Joining,
-            Status::Primary(_) => true,
-        };
-        if filled {
-            self.copied_since = None;
-            return self.movers.set(Rank::High);
-        }
-        let since = self.copied_since.get_or_insert_with(Instant::now);
-        self.movers.set(Rank::of_a_copy(since.elapsed()));
     }
 
     fn look_every(&self) -> Duration {
@@ -641,6 +611,13 @@ impl Engine {
             return Ok(());
         };
         peer.link.sender().consumed(&frame);
+        if self.takes_over() {
+            // The memory here is that of a guest that runs: nobody fills it.
+            return Ok(());
+        }
+        let Some(peer) = self.peers.get_mut(host) else {
+            return Ok(());
+        };
         if frame.kind == steadfast_wire::Kind::Control
             && let Some(message) = crate::aside::decode(frame.payload())
         {

@@ -42,7 +42,8 @@ pub mod taking;
 mod throttle;
 mod timeline;
 
-pub use config::{PeerSpec, ProtectSpec, TakeOver, TlsSpec};
+pub use config::{Mapped, PeerSpec, ProtectSpec, TakeOver, TlsSpec};
 pub use run::run;
+pub use steadfast_disk::volume::is_laid_out;
 pub use steadfast_store::{EtcdSpec, StoreSpec};
 pub use steadfast_wire::frame::{VERSION_MAX as WIRE_MAX, VERSION_MIN as WIRE_MIN};

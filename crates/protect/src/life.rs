@@ -85,7 +85,7 @@ impl Engine {
         let runs = self.replica.primary().is_some()
             && self.ending.is_none()
             && !self.frozen
-            && self.taking.is_none()
+            && !self.takes_over()
             && !self.between_machines();
         let fired = self.vm.watchdog_fired(now, runs);
         if runs {

@@ -4,7 +4,6 @@ use crate::config::{PeerSpec, ProtectSpec};
 use crate::disks::NumberedOp;
 use crate::input::{Input, Inputs};
 use crate::outgoing::{Outgoing, PIECE};
-use crate::priority::Movers;
 use std::collections::BTreeMap;
 use steadfast_capture::SealedPages;
 use steadfast_disk::volume::EpochOp;
@@ -162,7 +161,6 @@ impl Peer {
         slot: usize,
         pages: Vec<(u64, u64)>,
         inputs: &Inputs,
-        movers: &Movers,
     ) -> Result<Self, OpenError> {
         let role = if spec.host < peer.host {
             Role::Listen
@@ -194,11 +192,11 @@ impl Peer {
         config.suspect_ms = config.suspect_ms.max(spec.suspect_ms / 3);
         config.path_timeout_ms = config.path_timeout_ms.max(spec.suspect_ms * 2);
         config.backoff_ms = (5, 100);
-        let (host, to, movers) = (peer.host.clone(), inputs.clone(), movers.clone());
+        let (host, to) = (peer.host.clone(), inputs.clone());
         let mut raised = false;
         let link = Link::open(config, move |event| {
             if !std::mem::replace(&mut raised, true) {
-                movers.join("a link");
+                crate::priority::raise("a link");
             }
             to.send(Input::Link(host.clone(), event));
         })?;

@@ -342,8 +342,7 @@ impl Engine {
             self.vm.boot()?;
             return self.go_live();
         };
-        self.wait_for_state(from);
-        Ok(())
+        self.wait_for_state(from)
     }
 
     /// Makes this machine the running one: outputs held, dirty pages tracked.
@@ -371,7 +370,7 @@ impl Engine {
 
     /// What becomes of frames while this instance runs the VM.
     pub(crate) fn hold_mode(&self) -> HoldMode {
-        if self.taking.is_some() {
+        if self.takes_over() {
             return HoldMode::Mute;
         }
         match self.spec.hold_outputs || self.silent {

@@ -25,7 +25,7 @@ impl Engine {
                 ended = self.begin_end(Ended::Stopped)?;
                 json!({"ok": true})
             }
-            _ if self.taking.is_some() => {
+            _ if self.takes_over() => {
                 failure(&"the guest still runs in another process of this host; try again")
             }
             Request::PowerButton => {
@@ -138,15 +138,7 @@ impl Engine {
             )));
         };
         let pages = ram_regions(self.ram_bytes);
-        match Peer::open(
-            &self.name,
-            &self.spec,
-            peer,
-            slot,
-            pages,
-            &self.inputs,
-            &self.movers,
-        ) {
+        match Peer::open(&self.name, &self.spec, peer, slot, pages, &self.inputs) {
             Ok(opened) => drop(self.peers.insert(peer.host.clone(), opened)),
             Err(error) => return Ok(Err(format!("link to {}: {error}", peer.host))),
         }
@@ -223,7 +215,7 @@ impl Engine {
             "ok": true,
             "name": self.vm.spec.name,
             "protocol": protocol,
-            "taking": self.taking_status(),
+            "takes_over": self.takes_over(),
             "nics": self.vm.nics.iter().map(|n| json!(n.stats())).collect::<Vec<_>>(),
             "cuts": c.cuts,
             "pages": c.pages,

@@ -6,7 +6,7 @@ use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
 use crate::life::Remains;
 use crate::store::RecordStore;
-use crate::taking::TakeControl;
+use crate::taking::{TakeControl, still_wanted};
 use std::fs::File;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, PoisonError};
@@ -50,6 +50,9 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         return Err(setting(format!(
             "a copy cannot be slower than {COPY_RATE_MIN} bytes a second (0: as fast as the link)"
         )));
+    }
+    if let Some(from) = &protect.takes_over {
+        still_wanted(from).map_err(setting)?;
     }
     let store =
         RecordStore::open(&protect.store, spec.name.clone()).map_err(|e| setting(format!("store: {e}")))?;

@@ -4,18 +4,17 @@
 //! here                                            there
 //! maps the memory, builds the machine, opens      runs
 //! disks, links and the store, takes the term
-//! says that it is ready (`taking` in the status)  stands still; lets go of disks and sockets; its state appears
+//! says what it has mapped (`.ready`)              stands still; lets go of disks and sockets; its state appears
 //! takes disks, restores the state, renames it     (a rename by whoever wants the VM back ends this)
 //! takes the sockets' names, runs                  ends
 //! ```
 //! What takes time, and what can fail, comes before the guest stands still: on a host whose CPUs are all taken, a process takes many seconds
-//! to begin. Until the state is renamed nothing here writes to the memory or to the images, and no frame leaves.
+//! to begin. Until the state is renamed nothing here writes to the memory or to the images, no frame leaves, and nothing that another host
+//! says is heard.
 
-use crate::config::TakeOver;
+use crate::config::{Mapped, TakeOver};
 use crate::engine::Engine;
 use crate::primary::{disk_failed, machine_failed};
-use serde_json::{Value, json};
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 use steadfast_epoch::io::Event;
 use steadfast_machine::devices::virtio::net::NetHandle;
@@ -28,6 +27,17 @@ const LEFT_BOUND: Duration = Duration::from_secs(300);
 /// The state is looked for so often.
 pub const LOOK: Duration = Duration::from_millis(2);
 
+/// A daemon that ended while it started this process has given the change up, and does not know of it.
+///
+/// # Errors
+/// The VM is not to be taken over any more.
+pub(crate) fn still_wanted(from: &TakeOver) -> Result<(), String> {
+    match TakeOver::wanted(&from.state).exists() {
+        true => Ok(()),
+        false => Err("the VM is not to be taken over any more".into()),
+    }
+}
+
 /// Puts this process's control socket in the place of the other's.
 pub type TakeControl = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
 
@@ -38,38 +48,47 @@ pub struct Taking {
 }
 
 impl Engine {
-    /// All is ready: from here on the VM may be left to this process.
-    pub(crate) fn wait_for_state(&mut self, from: TakeOver) {
+    /// All is ready: from here on the VM may be left to this process. Says what is mapped here, so that whoever leaves it can tell that it
+    /// is the VM's memory still.
+    pub(crate) fn wait_for_state(&mut self, from: TakeOver) -> Result<(), ProcessError> {
+        let failed = |e: &dyn std::fmt::Display| disk_failed(format!("not ready to take the VM over: {e}"));
+        let memory = self.vm.machine.ram().file().metadata().map_err(|e| failed(&e))?;
+        let text = serde_json::to_vec(&Mapped::of(&memory)).map_err(|e| failed(&e))?;
+        let (path, draft) = (TakeOver::ready(&from.state), from.state.with_extension("draft"));
+        let written = std::fs::write(&draft, text).and_then(|()| std::fs::rename(&draft, path));
+        written.map_err(|e| failed(&e))?;
         self.note("ready to take the VM over from a process of this host".into());
         self.taking = Some(Taking {
             from,
             until: Instant::now() + LEFT_BOUND,
         });
+        Ok(())
     }
 
-    /// For the status: what is mapped here, so that whoever leaves the VM to this process can tell that it is the VM's memory still.
-    pub(crate) fn taking_status(&self) -> Value {
-        let ready = self.taking.as_ref();
-        ready.map_or(Value::Null, |_| {
-            let memory = self.vm.machine.ram().file().metadata();
-            json!({"memory": memory.ok().map(|m| [m.dev(), m.ino()])})
-        })
+    /// The guest still runs in another process, or may do so.
+    pub(crate) fn takes_over(&self) -> bool {
+        self.taking.is_some() || self.spec.takes_over.is_some()
     }
 
-    /// Takes the VM if it has been left.
+    /// Takes the VM if it has been left. A process that is not wanted any more ends, ready or not.
     pub(crate) fn take_if_left(&mut self) -> Result<(), ProcessError> {
-        let Some(taking) = self
-            .taking
-            .take_if(|t| t.from.state.exists() || Instant::now() > t.until)
-        else {
+        if let Some(from) = &self.spec.takes_over {
+            return still_wanted(from).map_err(disk_failed);
+        }
+        let Some(taking) = &self.taking else { return Ok(()) };
+        if !taking.from.state.exists() {
+            still_wanted(&taking.from).map_err(disk_failed)?;
+            return match Instant::now() > taking.until {
+                false => Ok(()),
+                true => Err(disk_failed(format!(
+                    "the VM that this process was to take over has not been left to it for {} s",
+                    LEFT_BOUND.as_secs()
+                ))),
+            };
+        }
+        let Some(taking) = self.taking.take() else {
             return Ok(());
         };
-        if !taking.from.state.exists() {
-            return Err(disk_failed(format!(
-                "the VM that this process was to take over has not been left to it for {} s",
-                LEFT_BOUND.as_secs()
-            )));
-        }
         self.take_over(&taking.from)?;
         self.go_live()?;
         // It is at another TAP now.

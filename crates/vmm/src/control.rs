@@ -4,7 +4,7 @@
 //! may send any number of requests. A peer that sends nonsense gets an error and loses its connection; lines are
 //! bounded, and so is the number of connections. Requests are handed to the process's main loop, which owns the VM.
 
-use crate::isolation::janitor::{Leftover, lock_folder};
+use crate::isolation::janitor::{Leftover, NAME_BOUND, lock_folder, lock_folder_within};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -260,7 +260,8 @@ impl Bound {
     /// What the system said.
     pub fn rename(&self, to: &Path) -> io::Result<()> {
         let mut name = self.name.lock().unwrap_or_else(PoisonError::into_inner);
-        let _lock = lock_folder(to);
+        // A guest stands still meanwhile.
+        let _lock = lock_folder_within(to, NAME_BOUND);
         let renamed = std::fs::rename(name.path(), to);
         let there = Leftover::of(to)?;
         // Somebody may have done it in our place.

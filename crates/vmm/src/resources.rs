@@ -6,7 +6,7 @@
 //! anew; replaced by another file of the same name it is found by the VM's next process.
 
 use crate::assemble::{AssembleError, GiveDisk};
-use crate::isolation::janitor::lock_folder;
+use crate::isolation::janitor::{NAME_BOUND, lock_folder, lock_folder_within};
 use crate::spec::{Boot, DiskSpec, MemoryKind, NicTarget, VmSpec};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -233,14 +233,17 @@ impl Resources {
         Ok(())
     }
 
-    /// Takes the sockets' names of a process that stands still for good, whether it could give them up or not.
+    /// Takes the sockets' names of a process that stands still for good, whether it could give them up or not; all that are to be had.
     ///
     /// # Errors
-    /// [`AssembleError`]: a name is not to be had.
+    /// [`AssembleError`]: a name that is not.
     pub fn take_names(&self) -> Result<(), AssembleError> {
-        self.names
-            .iter()
-            .try_for_each(|name| name.take().map_err(file_error(name.path())))
+        let taken = self.names.iter().map(|name| {
+            // The janitor of the process that had the name may be about to remove it.
+            let _lock = lock_folder_within(name.path(), NAME_BOUND);
+            name.take().map_err(file_error(name.path()))
+        });
+        taken.fold(Ok(()), |all, one| all.and(one))
     }
 
     /// Takes back what [`Resources::release`] gave up.

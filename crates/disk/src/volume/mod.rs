@@ -38,7 +38,7 @@ pub use health::Health;
 pub use op::{EpochOp, EpochWrites, Sealed};
 pub use overlay::{Overlay, Piece};
 pub use read::{ReadFault, ReadPlan};
-pub use recover::{format, open};
+pub use recover::{format, is_laid_out, open};
 pub use replica::Replica;
 pub(crate) use replica::read_view;
 pub(crate) use runtime::Shared;

@@ -13,6 +13,9 @@ use crate::journal::ring::Entry;
 use crate::journal::{Header, Kind, Position, RING_MIN, RING_START, Ring, State, Superblock, Terms, scan};
 use crate::resync::DirtyMap;
 use crate::storage::{Storage, StorageFile};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use steadfast_types::{Epoch, Term};
 
@@ -84,6 +87,19 @@ pub fn format(
         terms,
     };
     superblock.write(&*journal)
+}
+
+/// Whether a volume was laid out in this folder, be it damaged since. Not if laying it out was begun only: the superblock comes last.
+#[must_use]
+pub fn is_laid_out(folder: &Path) -> bool {
+    let mut file = match File::open(folder.join(JOURNAL)) {
+        Ok(file) => file,
+        // Who opens it will say why.
+        Err(e) => return e.kind() != std::io::ErrorKind::NotFound,
+    };
+    let mut head = Vec::new();
+    let read = file.by_ref().take(RING_START).read_to_end(&mut head);
+    read.is_err() || head.iter().any(|b| *b != 0)
 }
 
 /// What the journal says, put in order.
@@ -307,5 +323,34 @@ impl Core {
             self.epochs.push_back(Arc::new(e));
         }
         assert!(applied <= self.tip, "I6: applied <= tip after recovery");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::storage::DirStorage;
+
+    #[test]
+    fn a_volume_that_was_begun_only_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sfj");
+        assert!(!is_laid_out(&path), "there is nothing");
+        let storage = DirStorage::new(&path).unwrap();
+        assert!(!is_laid_out(&path));
+        let image = storage.open("image", true).unwrap();
+        image.allocate(1 << 20).unwrap();
+        // The power fails before the superblock is written.
+        let journal = storage.open(JOURNAL, true).unwrap();
+        assert!(!is_laid_out(&path));
+        journal.zero(0, RING_START, false).unwrap();
+        journal.allocate(RING_START + RING_MIN).unwrap();
+        assert!(!is_laid_out(&path));
+        format(&storage, &*image, &Options::new(1), Epoch::ZERO, Term::ZERO).unwrap();
+        assert!(is_laid_out(&path));
+        // Damaged is laid out all the same: what is in it is not thrown away.
+        journal.write_at(0, &[0xff; 4096]).unwrap();
+        assert!(is_laid_out(&path));
     }
 }

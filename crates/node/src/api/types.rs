@@ -1,7 +1,7 @@
 //! What the API takes and gives.
 
 use crate::config::{NodeConfig, StoreChoice};
-use crate::paths::told;
+use crate::paths;
 use crate::pool::{Pool, PoolVm};
 use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
 use crate::watchdog;
@@ -239,8 +239,9 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
         .collect();
     let watchdogs = hosts.iter().filter(|h| h.watchdog.starts_with(watchdog::FAILED));
     problems.extend(watchdogs.map(|h| format!("host {} {}", h.host, h.watchdog)));
+    let silent = paths::told(pool, &paths::lost(pool), "is down");
     problems.extend(
-        told(pool)
+        silent
             .into_iter()
             .map(|(host, text)| format!("host {host}: {text}")),
     );

@@ -10,7 +10,7 @@
 
 mod told;
 
-pub use told::told;
+pub use told::{Pairs, counts, lost, told};
 
 use crate::node::Node;
 use crate::pool::Pool;
@@ -25,7 +25,8 @@ use tokio::net::UdpSocket;
 
 /// Each host is asked so often, on each path.
 const EVERY: Duration = Duration::from_secs(1);
-/// So many questions without an answer, and the path is lost. They are counted, not the time: a host that stood still asked nobody.
+/// So many questions without an answer, and the path is lost. They are counted, not the time: a host that stood still asked nobody. And only
+/// those count between which the other host has reported: one that does not live is silent everywhere, which is told otherwise.
 const LOST: usize = 5;
 /// An address that cannot be used is tried again after so long.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -51,12 +52,20 @@ pub struct LostPath {
 /// What was asked on one path, and heard.
 #[derive(Default)]
 struct Talk {
+    /// The last questions, while they have no answer.
     asked: VecDeque<u64>,
+    missed: usize,
+    /// The other's last report: its daemon's run and counter.
+    report: Option<(u64, u64)>,
     heard: Option<Instant>,
 }
 
 impl Talk {
-    fn ask(&mut self, nonce: u64) {
+    fn ask(&mut self, nonce: u64, report: Option<(u64, u64)>) {
+        if !self.asked.is_empty() && report != self.report {
+            self.missed += 1;
+        }
+        self.report = report;
         if self.asked.len() == LOST {
             self.asked.pop_front();
         }
@@ -66,12 +75,12 @@ impl Talk {
     fn hear(&mut self, nonce: u64, now: Instant) {
         if self.asked.contains(&nonce) {
             self.asked.clear();
-            self.heard = Some(now);
+            (self.missed, self.heard) = (0, Some(now));
         }
     }
 
     fn lost(&self) -> bool {
-        self.asked.len() == LOST
+        self.missed >= LOST
     }
 }
 
@@ -123,7 +132,8 @@ impl Paths {
             if *known != ip {
                 (*known, *talk) = (ip, Talk::default());
             }
-            talk.ask(nonce);
+            let report = pool.reports.get(host).map(|r| (r.daemon, r.seq));
+            talk.ask(nonce, report);
             questions.push((SocketAddr::new(ip, info.api.port()), nonce));
         }
         questions
@@ -247,18 +257,25 @@ mod tests {
         pool
     }
 
+    /// One question to b on a path, after b has reported once more.
+    fn asks(paths: &Paths, pool: &mut Pool, path: u8) -> u64 {
+        pool.reports.get_mut(&host("b")).unwrap().seq += 1;
+        let asked = paths.ask(pool, &host("a"), path);
+        assert_eq!(asked.len(), 1);
+        asked[0].1
+    }
+
     #[test]
     fn a_path_is_lost_when_questions_are_not_answered_and_back_with_any_answer() {
-        let (paths, pool, a) = (Paths::default(), two_paths(), host("a"));
+        let (paths, mut pool) = (Paths::default(), two_paths());
         let (first, second): (IpAddr, IpAddr) = ([10, 0, 0, 2].into(), [10, 0, 1, 2].into());
         let mut late = 0;
-        for n in 0..LOST {
+        for n in 0..=LOST {
             assert!(paths.lost().is_empty(), "after {n}");
-            let asked = paths.ask(&pool, &a, 0);
-            assert_eq!(asked.len(), 1);
-            paths.hear(0, first, asked[0].1);
+            let asked = asks(&paths, &mut pool, 0);
+            paths.hear(0, first, asked);
             // The other is answered by somebody else, and with a number that was not sent.
-            late = paths.ask(&pool, &a, 1)[0].1;
+            late = asks(&paths, &mut pool, 1);
             paths.hear(1, first, late);
             paths.hear(0, second, late);
             paths.hear(1, second, late.wrapping_add(1));
@@ -270,27 +287,37 @@ mod tests {
         };
         assert_eq!(paths.lost(), [lost]);
         assert!(paths.heard(&host("b")).is_some(), "it answers on the first");
-        paths.ask(&pool, &a, 1);
+        asks(&paths, &mut pool, 1);
         paths.hear(1, second, late);
         assert!(paths.lost().is_empty(), "an answer that is late is one");
     }
 
     #[test]
     fn who_left_and_what_has_another_address_begins_anew() {
-        let (paths, mut pool, a) = (Paths::default(), two_paths(), host("a"));
-        for _ in 0..LOST {
-            paths.ask(&pool, &a, 1);
-        }
-        assert_eq!(paths.lost().len(), 1);
+        let (paths, mut pool) = (Paths::default(), two_paths());
+        let lose = |pool: &mut Pool| {
+            for _ in 0..=LOST {
+                asks(&paths, pool, 1);
+            }
+            assert_eq!(paths.lost().len(), 1);
+        };
+        lose(&mut pool);
         pool.hosts.get_mut(&host("b")).unwrap().replication[1] = [10, 0, 1, 9].into();
-        paths.ask(&pool, &a, 1);
+        asks(&paths, &mut pool, 1);
         assert!(paths.lost().is_empty());
-        for _ in 0..LOST {
-            paths.ask(&pool, &a, 1);
-        }
-        assert_eq!(paths.lost().len(), 1);
+        lose(&mut pool);
         pool.hosts.remove(&host("b"));
-        assert!(paths.ask(&pool, &a, 1).is_empty());
+        assert!(paths.ask(&pool, &host("a"), 1).is_empty());
+        assert!(paths.lost().is_empty());
+    }
+
+    #[test]
+    fn a_host_that_died_has_lost_no_path() {
+        let (paths, mut pool) = (Paths::default(), two_paths());
+        asks(&paths, &mut pool, 0);
+        for _ in 0..3 * LOST {
+            paths.ask(&pool, &host("a"), 0);
+        }
         assert!(paths.lost().is_empty());
     }
 

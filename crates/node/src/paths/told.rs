@@ -5,22 +5,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use steadfast_cluster::model::HostHealth;
 use steadfast_types::HostId;
 
-type Pairs = BTreeSet<(HostId, HostId)>;
+/// Pairs of hosts, the smaller name first, for each path.
+pub type Pairs = BTreeMap<u8, BTreeSet<(HostId, HostId)>>;
 
-/// For each host that a line is about: which replication path is silent, and to whom. Hosts that are not up are silent on all paths, which
-/// others tell; one of an older version answers nobody.
+/// Whether what a host says of its paths counts, and what is said of it: it is up, and not of an older version that answers nobody. Who is not
+/// up is silent on all paths, which is told otherwise.
+pub fn counts(pool: &Pool, host: &HostId) -> bool {
+    let info = pool.hosts.get(host);
+    info.is_some_and(|i| i.record.health == HostHealth::Up)
+        && pool.reports.get(host).is_some_and(|r| r.lost_paths.is_some())
+}
+
+/// Which hosts do not hear each other on which path.
 #[must_use]
-pub fn told(pool: &Pool) -> Vec<(HostId, String)> {
-    let knows = |host: &HostId| {
-        let up = pool
-            .hosts
-            .get(host)
-            .is_some_and(|info| info.record.health == HostHealth::Up);
-        up && pool.reports.get(host).is_some_and(|r| r.lost_paths.is_some())
-    };
-    let mut lost: BTreeMap<u8, Pairs> = BTreeMap::new();
-    for (host, report) in pool.reports.iter().filter(|(host, _)| knows(host)) {
-        for path in report.lost_paths.iter().flatten().filter(|p| knows(&p.to)) {
+pub fn lost(pool: &Pool) -> Pairs {
+    let mut lost = Pairs::new();
+    for (host, report) in pool.reports.iter().filter(|(host, _)| counts(pool, host)) {
+        for path in report.lost_paths.iter().flatten().filter(|p| counts(pool, &p.to)) {
             let pair = match *host < path.to {
                 true => (host.clone(), path.to.clone()),
                 false => (path.to.clone(), host.clone()),
@@ -28,27 +29,33 @@ pub fn told(pool: &Pool) -> Vec<(HostId, String)> {
             lost.entry(path.path).or_default().insert(pair);
         }
     }
+    lost
+}
+
+/// In words, each about a host; `what` happened to the paths.
+#[must_use]
+pub fn told(pool: &Pool, pairs: &Pairs, what: &str) -> Vec<(HostId, String)> {
     let on_path = |path: u8| {
         let has = |host: &&HostId| {
             pool.hosts
                 .get(*host)
                 .is_some_and(|i| i.replication.len() > usize::from(path))
         };
-        pool.reports.keys().filter(|h| knows(h)).filter(has).count()
+        let known = pool.reports.keys().filter(|host| counts(pool, host));
+        known.filter(has).count()
     };
-    lost.into_iter()
-        .flat_map(|(path, pairs)| lines(path, pairs, on_path(path)))
-        .collect()
+    let lines = |(path, pairs): (&u8, &BTreeSet<_>)| lines(*path, pairs.clone(), on_path(*path), what);
+    pairs.iter().flat_map(lines).collect()
 }
 
-fn lines(path: u8, mut pairs: Pairs, hosts: usize) -> Vec<(HostId, String)> {
+fn lines(path: u8, mut pairs: BTreeSet<(HostId, HostId)>, hosts: usize, what: &str) -> Vec<(HostId, String)> {
     let mut lines = Vec::new();
     let number = u32::from(path) + 1;
     if pairs.len() == hosts * hosts.saturating_sub(1) / 2
         && hosts > 2
         && let Some((first, _)) = pairs.first()
     {
-        let text = format!("replication path {number} is down between all hosts: is its switch?");
+        let text = format!("replication path {number} {what} between all hosts");
         return vec![(first.clone(), text)];
     }
     // The host that most are about comes first: its cable explains them all.
@@ -70,7 +77,7 @@ fn lines(path: u8, mut pairs: Pairs, hosts: usize) -> Vec<(HostId, String)> {
             }
             true
         });
-        let text = format!("replication path {number} is down from here to {}", to.join(", "));
+        let text = format!("replication path {number} {what} from here to {}", to.join(", "));
         lines.push((host, text));
     }
 }
@@ -85,7 +92,7 @@ mod tests {
 
     fn said(pairs: &[(&str, &str)], hosts: usize) -> Vec<String> {
         let pairs = pairs.iter().map(|(a, b)| (host(a), host(b))).collect();
-        let lines = lines(1, pairs, hosts);
+        let lines = lines(1, pairs, hosts, "is down");
         lines
             .into_iter()
             .map(|(h, text)| format!("{h}: {text}"))
@@ -100,7 +107,7 @@ mod tests {
         );
         assert_eq!(
             said(&[("a", "b"), ("a", "c"), ("b", "c")], 3),
-            ["a: replication path 2 is down between all hosts: is its switch?"]
+            ["a: replication path 2 is down between all hosts"]
         );
         assert_eq!(
             said(&[("a", "b"), ("c", "d")], 4),
@@ -124,16 +131,18 @@ mod tests {
             info.record.health = HostHealth::Up;
             info.replication = vec![[10, 0, 0, n].into()];
         }
-        let lost = crate::paths::LostPath {
+        let silent = crate::paths::LostPath {
             to: b.clone(),
             path: 0,
             address: [10, 0, 0, 2].into(),
         };
-        pool.reports.get_mut(&a).unwrap().lost_paths = Some(vec![lost]);
-        assert!(told(&pool).is_empty(), "b is of an older version");
+        pool.reports.get_mut(&a).unwrap().lost_paths = Some(vec![silent]);
+        assert!(lost(&pool).is_empty(), "b is of an older version");
         pool.reports.get_mut(&b).unwrap().lost_paths = Some(Vec::new());
-        assert_eq!(told(&pool).len(), 1);
+        let one = lost(&pool);
+        assert_eq!(one[&0], BTreeSet::from([(a.clone(), b.clone())]));
+        assert_eq!(told(&pool, &one, "is down").len(), 1);
         pool.hosts.get_mut(&b).unwrap().record.health = HostHealth::Suspect;
-        assert!(told(&pool).is_empty(), "it is silent on all paths");
+        assert!(lost(&pool).is_empty(), "it is silent on all paths");
     }
 }

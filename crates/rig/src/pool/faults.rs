@@ -214,7 +214,7 @@ fn unplugged<'r>(stage: &Stage<'_, 'r>, host: &PoolHost<'r>, nic: &str) -> Resul
             let problems = status["problems"].as_array()?;
             let told = |p: &Value| {
                 let text = p.as_str().unwrap_or_default();
-                text.starts_with(&format!("host {}: replication path 2 is down", host.name()))
+                text.contains("replication path 2 is down") && text.contains(host.name())
             };
             problems.iter().any(told).then_some(())
         }),

@@ -20,6 +20,9 @@ use steadfast_types::VmId;
 /// How long a cgroup may take to be empty after its process ended.
 const EMPTY_BOUND: Duration = Duration::from_secs(5);
 
+/// Somebody who takes a name while a guest stands still waits no longer for others: the lock only narrows a race.
+pub const NAME_BOUND: Duration = Duration::from_millis(100);
+
 /// A file that is removed, if it is still the one that was there.
 #[derive(Clone, Debug)]
 pub struct Leftover {
@@ -70,6 +73,20 @@ pub fn lock_folder(path: &Path) -> Option<File> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty())?;
     let file = File::open(folder).ok()?;
     flock(&file, FlockOperation::LockExclusive).ok()?;
+    Some(file)
+}
+
+/// As [`lock_folder`], for somebody who must not wait for long: none too when others have it for longer than `bound`.
+#[must_use]
+pub fn lock_folder_within(path: &Path, bound: Duration) -> Option<File> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty())?;
+    let (file, until) = (File::open(folder).ok()?, Instant::now() + bound);
+    while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if Instant::now() > until {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Some(file)
 }
 
