@@ -12,7 +12,7 @@ use crate::procs;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use steadfast_cluster::model::{BalanceSettings, HostLoad, HostRecord, VmLoad};
@@ -167,16 +167,34 @@ impl Load {
     }
 }
 
+/// Cards that are no mere software.
+fn real(cards: &Path) -> Vec<PathBuf> {
+    let all = fs::read_dir(cards).into_iter().flatten().flatten();
+    all.map(|e| e.path())
+        .filter(|p| p.join("device").exists())
+        .collect()
+}
+
+/// What all cards whose traffic counts carry together, bytes a second; zero where none says how fast its link is (virtual ones do not).
+pub(crate) fn speed(cards: &Path) -> u64 {
+    const MBIT: u64 = 125_000;
+    let of = |p: &PathBuf| {
+        let text = fs::read_to_string(p.join("speed")).ok()?;
+        // -1: it has no link, or does not know.
+        text.trim().parse::<u64>().ok()
+    };
+    real(cards)
+        .iter()
+        .filter_map(of)
+        .fold(0_u64, |sum, mbit| sum.saturating_add(mbit.saturating_mul(MBIT)))
+}
+
 /// Bytes of all cards that are no mere software, in the busier direction: what goes through a bridge or a TAP goes through one of them
 /// too, or stays here.
 fn traffic(cards: &Path) -> u64 {
-    let all = fs::read_dir(cards).into_iter().flatten().flatten();
-    let real: Vec<_> = all
-        .map(|e| e.path())
-        .filter(|p| p.join("device").exists())
-        .collect();
+    let real = real(cards);
     let way = |file: &str| {
-        let bytes = |p: &std::path::PathBuf| {
+        let bytes = |p: &PathBuf| {
             let text = fs::read_to_string(p.join("statistics").join(file)).ok()?;
             text.trim().parse::<u64>().ok()
         };
@@ -190,6 +208,26 @@ mod tests {
     use super::*;
     use serde_json::json;
     use std::time::Duration;
+
+    #[test]
+    fn a_host_is_as_fast_as_its_real_cards_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let card = |name: &str, device: bool, speed: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir(&path).unwrap();
+            if device {
+                fs::create_dir(path.join("device")).unwrap();
+            }
+            fs::write(path.join("speed"), speed).unwrap();
+        };
+        assert_eq!(speed(folder.path()), 0);
+        card("virtio", true, "-1\n");
+        card("br0", false, "10000\n");
+        assert_eq!(speed(folder.path()), 0);
+        card("eth0", true, "10000\n");
+        card("eth1", true, "1000\n");
+        assert_eq!(speed(folder.path()), 1_375_000_000);
+    }
 
     #[test]
     fn counters_become_rates() {

@@ -87,6 +87,12 @@ pub fn capacity(data: &Path) -> Resources {
     }
 }
 
+/// What its network cards carry, bytes a second; zero: they do not say.
+#[must_use]
+pub fn link_bytes_per_s() -> u64 {
+    crate::loads::speed(Path::new("/sys/class/net"))
+}
+
 /// The CPU baselines that this host can give a guest.
 #[must_use]
 pub fn baselines() -> std::collections::BTreeSet<String> {

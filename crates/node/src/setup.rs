@@ -110,7 +110,7 @@ pub fn init(
             reserved: Resources::ZERO,
             baselines: measure::baselines(),
             storages: BTreeSet::new(),
-            link_bytes_per_s: 0,
+            link_bytes_per_s: measure::link_bytes_per_s(),
             admin: Default::default(),
             health: Default::default(),
         },
@@ -180,6 +180,7 @@ pub async fn join(
         request,
         capacity: measure::capacity(&folders.data),
         baselines: measure::baselines(),
+        link_bytes_per_s: measure::link_bytes_per_s(),
     };
     let answer: JoinAnswer = ask(&target, Method::POST, "/v1/join", Some(&body), JOIN_BOUND).await?;
     let certificate = answer.certificate;

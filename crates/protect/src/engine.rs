@@ -417,6 +417,8 @@ impl Engine {
         let step = match action {
             Action::Send { message, .. } if matches!(message.body, Body::Ack { .. }) => "ack",
             Action::Send { message, .. } if matches!(message.body, Body::Epoch(_)) => "send",
+            Action::Send { message, .. } if matches!(message.body, Body::Handover { .. }) => "handed",
+            Action::StoreCas { record, .. } if record.owner != self.spec.host => "give",
             Action::Stage { .. } => "stage",
             Action::SyncJournal { .. } => "fsync",
             Action::Commit { .. } => "commit",

@@ -4,10 +4,10 @@
 
 use steadfast_epoch::Status;
 
-/// Every step there is, in the order in which an epoch, and then a promotion, goes through them.
-pub const STEPS: [&str; 16] = [
+/// Every step there is, in the order in which an epoch, then a primary that hands over, and then a promotion, goes through them.
+pub const STEPS: [&str; 19] = [
     "pause", "capture", "seal", "send", "receive", "stage", "fsync", "ack", "commit", "release", "apply",
-    "suspect", "grant", "load", "resume", "announce",
+    "freeze", "give", "handed", "suspect", "grant", "load", "resume", "announce",
 ];
 
 /// See the module.

@@ -186,6 +186,9 @@ impl Engine {
         let bytes = record.bytes();
         tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
         self.reached("seal");
+        if freeze {
+            self.reached("freeze");
+        }
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, Arc::new(record)));
         self.events.push_back(Event::Sealed(SealedEpoch {

@@ -7,6 +7,7 @@ mod common;
 
 use common::duo::{Duo, LONG};
 use common::{Random, Site, kvm, wait};
+use steadfast_vmm::control::Request;
 
 #[test]
 #[ignore = "not a test: the process of one instance, started by the tests"]
@@ -107,5 +108,70 @@ fn the_standby_dies_at_every_step_of_its_promotion() {
         for _ in 0..3 {
             duo.one();
         }
+    }
+}
+
+/// The VM is handed over, and its primary dies at every step of that: whoever then has the right goes on, and nothing is lost.
+#[test]
+fn the_primary_dies_at_every_step_of_a_switch() {
+    if !kvm() {
+        return;
+    }
+    let mut random = Random::seeded("the_primary_dies_at_every_step_of_a_switch");
+    for step in ["freeze", "give", "handed"] {
+        println!("a dies at {step} of its switch to b");
+        let mut duo = Duo::new(site(&mut random), [Some(step.into()), None]);
+        for _ in 0..10 {
+            duo.one();
+        }
+        duo.hosts[0].ask(&hand_over());
+        assert_eq!(duo.hosts[0].ended(LONG), None, "killed");
+        for _ in 0..5 {
+            duo.one();
+        }
+        assert_eq!(duo.owner().map(|(owner, _)| owner), Some(1));
+        duo.no_stale_page();
+        duo.again(0, false);
+        duo.protected();
+        for _ in 0..3 {
+            duo.one();
+        }
+    }
+}
+
+/// The VM is handed over, and its target dies once it has the right: it comes up from a disk that has all that was ever answered (I5).
+#[test]
+fn the_target_dies_at_every_step_of_a_switch() {
+    if !kvm() {
+        return;
+    }
+    let mut random = Random::seeded("the_target_dies_at_every_step_of_a_switch");
+    for step in ["grant", "load", "resume", "announce"] {
+        println!("b dies at {step} of the switch from a");
+        let mut duo = Duo::new(site(&mut random), [None, Some(step.into())]);
+        for _ in 0..10 {
+            duo.one();
+        }
+        duo.hosts[0].ask(&hand_over());
+        assert_eq!(duo.hosts[1].ended(LONG), None, "killed");
+        // Its copy is of no use to it any more: it ends (docs/known-problems.md).
+        assert!(duo.hosts[0].ended(LONG).is_some());
+        let first = random.below(2) as usize;
+        for host in [first, 1 - first] {
+            duo.again(host, true);
+        }
+        duo.one_after_boot();
+        wait("one owner, protected", LONG, || {
+            duo.owner().is_some_and(|(_, p)| p)
+        });
+        for _ in 0..3 {
+            duo.one();
+        }
+    }
+}
+
+fn hand_over() -> Request {
+    Request::HandOver {
+        to: steadfast_types::HostId::new("b").unwrap(),
     }
 }

@@ -8,8 +8,8 @@ mod common;
 use common::{Lines, can_run};
 use steadfast_rig::pool::{Options, play};
 
+/// Ten VMs of all classes: a drill, a server is killed, it comes back; nobody types anything.
 #[test]
-#[ignore = "long: a quarter of an hour on a quiet machine (docs/known-problems.md)"]
 fn long_rig_pool_of_ten() {
     if !can_run("long_rig_pool_of_ten") {
         return;

@@ -107,7 +107,7 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
         reserved: Resources::ZERO,
         baselines: request.baselines.clone(),
         storages: BTreeSet::new(),
-        link_bytes_per_s: 0,
+        link_bytes_per_s: request.link_bytes_per_s,
         admin: Default::default(),
         health: Default::default(),
     };

@@ -468,6 +468,9 @@ pub struct JoinRequest {
     pub capacity: steadfast_cluster::model::Resources,
     /// CPU baselines that it can give.
     pub baselines: std::collections::BTreeSet<String>,
+    /// What its network cards carry, bytes a second; zero: they do not say.
+    #[serde(default)]
+    pub link_bytes_per_s: u64,
 }
 
 /// What it gets.
