@@ -238,12 +238,13 @@ impl Resources {
     /// # Errors
     /// [`AssembleError`]: a name that is not.
     pub fn take_names(&self) -> Result<(), AssembleError> {
-        let taken = self.names.iter().map(|name| {
+        let mut all = Ok(());
+        for name in &self.names {
             // The janitor of the process that had the name may be about to remove it.
             let _lock = lock_folder_within(name.path(), NAME_BOUND);
-            name.take().map_err(file_error(name.path()))
-        });
-        taken.fold(Ok(()), |all, one| all.and(one))
+            all = all.and(name.take().map_err(file_error(name.path())));
+        }
+        all
     }
 
     /// Takes back what [`Resources::release`] gave up.
