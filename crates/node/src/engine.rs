@@ -27,10 +27,10 @@ use std::path::PathBuf;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::DiskPlace;
-use steadfast_net::SocketName;
 use steadfast_protect::{Mapped, TakeOver, is_laid_out};
 use steadfast_types::{Term, VmId};
 use steadfast_vmm::control::{self, Request, ask};
+use steadfast_vmm::resources::remove_aside;
 use steadfast_vmm::spec::NicTarget;
 
 /// How long the new process may take until it is ready. The guest runs meanwhile.
@@ -480,7 +480,7 @@ impl Instances {
             kill(pid);
             ended(id, pid, started)?;
             for socket in &change.sockets {
-                let _ = fs::remove_file(SocketName::aside_of(socket, pid));
+                remove_aside(socket, pid);
             }
         }
         for folder in change.journals.iter().filter(|j| j.exists()) {

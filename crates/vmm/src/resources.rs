@@ -32,6 +32,11 @@ pub enum Claim {
     Later,
 }
 
+/// Removes what a process left that was killed before it had the name of this socket.
+pub fn remove_aside(socket: &Path, process: u32) {
+    let _ = std::fs::remove_file(SocketName::aside_of(socket, process));
+}
+
 enum Card {
     Tap(Tap),
     Socket { socket: UnixDatagram, peer: PathBuf },
