@@ -266,6 +266,33 @@ fn a_process_that_is_long_in_beginning_keeps_nobody_waiting() {
     assert_eq!(client.seen().boots, boots + 1, "it was booted");
 }
 
+/// The end of the old process is an end like any other: what turned itself off is not booted again.
+#[test]
+fn a_guest_that_turns_itself_off_meanwhile_stays_off() {
+    if !possible() {
+        return;
+    }
+    let pool = Pool::new(&["a", "b"], LEASE_MS);
+    let client = pool.client("r");
+    pool.create("r", "none");
+    let on = wait_for("r to run", || host_of(&pool, "r"));
+    client.answer("", Instant::now());
+    let console = block_console(&pool, &on);
+    class(&pool, "r", "ft");
+    let change = pool.path(&on).join("run/r.change");
+    wait("the change to begin", || change.exists() && processes(&pool, "r") >= 2);
+    let boots = client.seen().boots;
+    let host = pool.hosts.iter().find(|h| h.name == on).unwrap();
+    host.run(&["vm", "shutdown", "r"]);
+    wait("the change to have ended", || !change.exists());
+    std::fs::remove_file(console).unwrap();
+    wait("r to be off", || pool.other("").vm("r")["state"] == "off");
+    wait("nothing of it to be left", || processes(&pool, "r") == 0);
+    let events = pool.other("").run(&["events", "--subject", "r"]);
+    assert!(events.contains("its guest shut itself down"), "{events}");
+    assert_eq!(client.seen().boots, boots, "it was booted");
+}
+
 /// The daemon is killed in the middle of the change, again and again: its next run brings it to an end, and the guest runs once.
 #[test]
 fn a_change_that_its_daemon_did_not_survive_is_brought_to_an_end() {

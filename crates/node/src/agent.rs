@@ -269,9 +269,9 @@ impl Agent {
         if instances.pid(id).is_some() {
             // First: what follows may fail, and a host that is cut off then must not run what is booted elsewhere.
             instances.set_leased(id, vm.leased(me, meta.hot))?;
-            if !meta.hot && meta.start && vm.owner() == Some(me) && meta.term != vm.term() {
-                // A process that was to take it over has taken a term for it, and did not get it.
-                instances.edit_meta(id, |meta| meta.term = vm.term())?;
+            if !meta.hot && meta.start && vm.owner() == Some(me) {
+                // A process that was to take it over may have taken a term for it, and did not get it.
+                instances.edit_meta(id, |meta| meta.term = meta.term.max(vm.term()))?;
             }
             if meta.hot && vm.copies().contains(me) {
                 instances.keep_protection(id, vm, pool)?;
@@ -327,13 +327,10 @@ impl Agent {
 
     /// Lets a VM go on in a process with the engine, or brings that to its end.
     fn change(&self, id: &VmId, pool: &Arc<Pool>) {
-        let mut under_way = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
-        if !under_way.insert(id.clone()) {
+        let Some(under_way) = UnderWay::begin(&self.stopping, id) else {
             return;
-        }
-        drop(under_way);
+        };
         let (node, id, pool) = (Arc::clone(&self.node), id.clone(), Arc::clone(pool));
-        let stopping = Arc::clone(&self.stopping);
         let work = move || {
             let began = Instant::now();
             let owned = || {
@@ -361,10 +358,13 @@ impl Agent {
                     node.event(about, journal::done(what, took, None), still.unwrap_or_default());
                 }
                 Ok((came, _)) => tracing::warn!(vm = %id, ?came, "a change of process that had begun"),
-                Err(error) if !node.instances.changing(&id) => node.note(
-                    about,
-                    format!("it cannot be mirrored, and runs as before: {error}"),
-                ),
+                Err(error) if !node.instances.changing(&id) => {
+                    let runs = match node.instances.pid(&id) {
+                        Some(_) => ", and runs as before",
+                        None => "",
+                    };
+                    node.note(about, format!("it cannot be mirrored{runs}: {error}"));
+                }
                 // Once; each round tries again.
                 Err(error) if !carried_on => node.note(
                     about,
@@ -374,10 +374,7 @@ impl Agent {
                     tracing::error!(vm = %id, %error, "a change of process does not come to an end")
                 }
             }
-            stopping
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&id);
+            drop(under_way);
             node.wake.notify_one();
         };
         if let Err(error) = std::thread::Builder::new().name("vm-change".into()).spawn(work) {
@@ -386,12 +383,10 @@ impl Agent {
     }
 
     fn carry_on_stopping(&self, id: &VmId, since: u64, in_order: bool, vm: &PoolVm) {
-        let mut under_way = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
-        if !under_way.insert(id.clone()) {
+        let Some(under_way) = UnderWay::begin(&self.stopping, id) else {
             return;
-        }
-        drop(under_way);
-        let (node, id, stopping) = (Arc::clone(&self.node), id.clone(), Arc::clone(&self.stopping));
+        };
+        let (node, id) = (Arc::clone(&self.node), id.clone());
         let (term, ask_guest) = (vm.term(), in_order && !vm.memory.stop_now);
         let work = move || {
             let since = if ask_guest { since } else { 0 };
@@ -399,15 +394,34 @@ impl Agent {
             if let Err(error) = done {
                 node.note(&id, format!("it could not be stopped: {error}"));
             }
-            stopping
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&id);
+            drop(under_way);
             node.wake.notify_one();
         };
         if let Err(error) = std::thread::Builder::new().name("vm-stop".into()).spawn(work) {
             tracing::error!(%error, "no thread to stop a VM with; tried again in the next round");
         }
+    }
+}
+
+/// A VM whose process is being stopped or changed: by one thread at a time, and by none any more when that ends, however it does.
+struct UnderWay(Arc<Mutex<HashSet<VmId>>>, VmId);
+
+impl UnderWay {
+    fn begin(all: &Arc<Mutex<HashSet<VmId>>>, id: &VmId) -> Option<Self> {
+        let new = all
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id.clone());
+        new.then(|| Self(Arc::clone(all), id.clone()))
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.1);
     }
 }
 

@@ -118,6 +118,11 @@ impl Change {
         self.state.with_extension("void")
     }
 
+    /// Removes what a process left that was killed before the VM was its own.
+    fn tidy(&self, pid: u32) {
+        self.sockets.iter().for_each(|socket| remove_aside(socket, pid));
+    }
+
     /// The state before it is left to the new process.
     fn still(&self) -> PathBuf {
         self.state.with_extension("still")
@@ -220,7 +225,7 @@ impl Instances {
             journals: self
                 .journals(&entry.stored)
                 .into_iter()
-                .filter(|j| !j.exists())
+                .filter(|j| !is_laid_out(j))
                 .collect(),
             sockets: cards.chain(machine.vsock.map(|v| v.path)).collect(),
         };
@@ -295,6 +300,7 @@ impl Instances {
         for (pid, started) in self.others(id, change) {
             kill(pid);
             ended(id, pid, started)?;
+            change.tidy(pid);
         }
         let wanted = TakeOver::wanted(&change.state);
         fs::write(&wanted, b"").what(|| format!("write {}", wanted.display()))?;
@@ -444,6 +450,7 @@ impl Instances {
                     ..after.clone()
                 };
             })?;
+            self.forget_ends(id, after.pid);
         }
         // The process does that itself; it may be about to.
         let next = self.next_socket(id);
@@ -479,9 +486,10 @@ impl Instances {
         for (pid, started) in self.others(id, change) {
             kill(pid);
             ended(id, pid, started)?;
-            for socket in &change.sockets {
-                remove_aside(socket, pid);
-            }
+            change.tidy(pid);
+        }
+        if let Some(pid) = change.after.as_ref().and_then(|after| after.pid) {
+            change.tidy(pid);
         }
         for folder in change.journals.iter().filter(|j| j.exists()) {
             fs::remove_dir_all(folder).what(|| format!("remove {}", folder.display()))?;
@@ -492,7 +500,15 @@ impl Instances {
             fs::rename(&former, self.socket(id)).what(|| format!("VM {id}"))?;
         }
         // The new process may have taken a term before it failed.
-        let owned = owned()?;
+        let leased = change.before.leased || self.meta(id).is_some_and(|now| now.leased);
+        let owned = match owned() {
+            // Nobody boots it elsewhere: its guest need not stand still for the store.
+            Err(error) if !leased => {
+                tracing::warn!(vm = %id, %error, "it goes on without the store");
+                Some(change.before.term)
+            }
+            owned => owned?,
+        };
         self.edit_meta(id, |meta| {
             *meta = Meta {
                 stopping: meta.stopping.or(change.before.stopping),
@@ -501,7 +517,7 @@ impl Instances {
                 ..change.before.clone()
             };
         })?;
-        self.forget_end(id);
+        self.forget_ends(id, Some(change.pid));
         let Some(pid) = old else {
             return Ok(Came::Lost);
         };

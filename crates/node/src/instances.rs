@@ -93,8 +93,8 @@ pub struct Instances {
     folders: Folders,
     config: Mutex<NodeConfig>,
     program: PathBuf,
-    /// How processes ended that were this daemon's children.
-    ended: Arc<Mutex<HashMap<VmId, Ended>>>,
+    /// How processes ended that were this daemon's children: of each VM those that matter still.
+    ended: Arc<Mutex<HashMap<VmId, BTreeMap<u32, Ended>>>>,
     heard: Heard,
     loads: VmLoads,
     /// What is written down about an instance is changed by one at a time.
@@ -193,12 +193,12 @@ impl Instances {
         }
     }
 
-    /// No process of this VM that ended is told of any more.
-    pub(crate) fn forget_end(&self, vm: &VmId) {
-        self.ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(vm);
+    /// Nothing is told any more of processes of this VM that ended, but for this one.
+    pub(crate) fn forget_ends(&self, vm: &VmId, but: Option<u32>) {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_vm) = ended.get_mut(vm) {
+            of_vm.retain(|pid, _| Some(*pid) == but);
+        }
     }
 
     fn write_meta(&self, vm: &VmId, meta: &Meta) -> Result<()> {
@@ -290,7 +290,7 @@ impl Instances {
         if !waits {
             // Before the process: whoever finds one knows what it is, and the guard knows whom to end.
             self.write_meta(id, &meta)?;
-            self.forget_end(id);
+            self.forget_ends(id, None);
         }
         let mut child = match crate::precedence::without(|| command.spawn())? {
             Ok(child) => child,
@@ -311,22 +311,20 @@ impl Instances {
             tracing::warn!(%error, "limits of this VM cannot be set");
         }
         let (ended, name, pid) = (Arc::clone(&self.ended), id.clone(), child.id());
-        let meta_path = self.meta_path(id);
+        // Of an earlier process with this number.
+        if let Some(of_vm) = ended.lock().unwrap_or_else(PoisonError::into_inner).get_mut(id) {
+            of_vm.remove(&pid);
+        }
         let waiter = move || {
             if let Ok(status) = child.wait() {
-                // Of a VM that went on in another process nothing has ended.
-                if read_meta(&meta_path).is_some_and(|now| now.pid.is_some_and(|now| now != pid)) {
-                    return;
-                }
                 let exit = match status.success() {
                     true => Exit::Clean,
                     false => Exit::Failed(status.code(), status.signal()),
                 };
-                tracing::info!(vm = %name, ?exit, "an instance ended");
-                ended
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .insert(name, Ended { exit, told: false });
+                tracing::info!(vm = %name, pid, ?exit, "an instance ended");
+                let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+                let of_vm = ended.entry(name).or_default();
+                of_vm.insert(pid, Ended { exit, told: false });
             }
         };
         let spawned = std::thread::Builder::new().name("vmm-wait".into()).spawn(waiter);
@@ -335,21 +333,20 @@ impl Instances {
             .what(|| "a thread that waits for the instance".into())
     }
 
-    /// How an instance that was this daemon's child ended, if it did.
+    /// How an instance that was this daemon's child ended, if it did. Of a VM that went on in another process nothing has ended.
     #[must_use]
     pub fn exit(&self, vm: &VmId) -> Option<Exit> {
-        self.ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(vm)
-            .map(|e| e.exit)
+        let pid = self.meta(vm)?.pid?;
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(ended.get(vm)?.get(&pid)?.exit)
     }
 
     /// How an instance that failed ended, and what it and its guest said last; once.
     #[must_use]
     pub fn last_words(&self, vm: &VmId) -> Option<String> {
+        let pid = self.meta(vm)?.pid?;
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        let end = ended.get_mut(vm)?;
+        let end = ended.get_mut(vm)?.get_mut(&pid)?;
         if std::mem::replace(&mut end.told, true) {
             return None;
         }
@@ -648,6 +645,10 @@ impl Instances {
     /// The run folder cannot be written.
     pub fn forget(&self, vm: &VmId) -> Result<()> {
         limits::tidy(vm);
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(vm);
         match fs::remove_file(self.meta_path(vm)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).what(|| format!("forget VM {vm}")),
             _ => Ok(()),

@@ -44,6 +44,8 @@ pub fn format(
             "an image of {capacity} bytes is no disk: use a multiple of 512"
         )));
     }
+    // First: what an earlier journal holds may be in the image only, and not durable there.
+    image.sync().map_err(VolumeError::io("sync", "image", 0))?;
     let ring = options.journal_bytes.max(RING_MIN).next_multiple_of(4096);
     let open = |name: &str| {
         storage
@@ -66,7 +68,6 @@ pub fn format(
     for slot in 0..PEERS {
         DirtyMap::format(&*open(&map_name(slot))?, options.volume_id, capacity, at)?;
     }
-    image.sync().map_err(VolumeError::io("sync", "image", 0))?;
     journal.sync().map_err(VolumeError::io("sync", "journal", 0))?;
     storage
         .sync_names()
@@ -89,7 +90,8 @@ pub fn format(
     superblock.write(&*journal)
 }
 
-/// Whether a volume was laid out in this folder, be it damaged since. Not if laying it out was begun only: the superblock comes last.
+/// Whether a volume was laid out in this folder, be it damaged since. Not if laying it out was begun only: the superblock comes last, and until
+/// then all is zero.
 #[must_use]
 pub fn is_laid_out(folder: &Path) -> bool {
     let mut file = match File::open(folder.join(JOURNAL)) {
@@ -97,9 +99,15 @@ pub fn is_laid_out(folder: &Path) -> bool {
         // Who opens it will say why.
         Err(e) => return e.kind() != std::io::ErrorKind::NotFound,
     };
-    let mut head = Vec::new();
-    let read = file.by_ref().take(RING_START).read_to_end(&mut head);
-    read.is_err() || head.iter().any(|b| *b != 0)
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut piece) {
+            Ok(0) => return false,
+            Ok(read) if piece[..read].iter().all(|b| *b == 0) => {}
+            // It will be opened, and then this is told.
+            Ok(_) | Err(_) => return true,
+        }
+    }
 }
 
 /// What the journal says, put in order.
@@ -352,5 +360,9 @@ mod tests {
         // Damaged is laid out all the same: what is in it is not thrown away.
         journal.write_at(0, &[0xff; 4096]).unwrap();
         assert!(is_laid_out(&path));
+        journal.zero(0, RING_START, false).unwrap();
+        assert!(!is_laid_out(&path), "nothing is in it");
+        journal.write_at(RING_START + 4096, &[1; 512]).unwrap();
+        assert!(is_laid_out(&path), "its superblock is lost, its records are not");
     }
 }
