@@ -68,13 +68,9 @@ impl SocketName {
         kind: SocketKind,
         bind: impl Fn(&Path) -> io::Result<S>,
     ) -> io::Result<(Self, S)> {
-        let (hidden, socket) = Self::bind(&beside(path), kind, bind)?;
-        let name = Self {
-            path: path.to_owned(),
-            kind,
-            aside: Mutex::new(Some(hidden.path.clone())),
-        };
-        std::mem::forget(hidden);
+        let (mut name, socket) = Self::bind(&beside(path), kind, bind)?;
+        let hidden = std::mem::replace(&mut name.path, path.to_owned());
+        name.aside = Mutex::new(Some(hidden));
         Ok((name, socket))
     }
 

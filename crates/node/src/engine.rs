@@ -395,8 +395,8 @@ impl Instances {
         fs::rename(change.still(), &change.state).what(named)
     }
 
-    /// Brings a change that has begun to its end, and when the VM changed hands if it did. Blocks for a bounded time. `owned` says under which term the VM is this host's now; none:
-    /// it is another's, or nobody's, and must not run here.
+    /// Brings a change that has begun to its end, and when the VM changed hands if it did. Blocks for a bounded time. `owned` says under
+    /// which term the VM is this host's now; none: it is another's, or nobody's, and must not run here.
     ///
     /// # Errors
     /// A process does not end or does not answer, or the store does not; it is to be tried again.
@@ -430,6 +430,7 @@ impl Instances {
             &self.next_socket(id),
             &TakeOver::wanted(&change.state),
             &TakeOver::ready(&change.state),
+            &TakeOver::draft(&change.state),
             &change.still(),
             &change.state,
             &change.taken(),

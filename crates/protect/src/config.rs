@@ -140,6 +140,12 @@ impl TakeOver {
         state.with_extension("ready")
     }
 
+    /// The same while it is being written.
+    #[must_use]
+    pub fn draft(state: &Path) -> PathBuf {
+        state.with_extension("draft")
+    }
+
     /// A state's name once its VM has been taken over.
     #[must_use]
     pub fn taken(state: &Path) -> PathBuf {

@@ -609,17 +609,15 @@ impl Engine {
     /// only when all of it is here and valid.
     fn received(&mut self, host: &HostId, frame: Frame) -> Result<(), ProcessError> {
         self.timeline.heard(host, self.now());
+        // The memory here is that of a guest that runs elsewhere: nobody fills it.
+        let deaf = self.takes_over();
         let Some(peer) = self.peers.get_mut(host) else {
             return Ok(());
         };
         peer.link.sender().consumed(&frame);
-        if self.takes_over() {
-            // The memory here is that of a guest that runs: nobody fills it.
+        if deaf {
             return Ok(());
         }
-        let Some(peer) = self.peers.get_mut(host) else {
-            return Ok(());
-        };
         if frame.kind == steadfast_wire::Kind::Control
             && let Some(message) = crate::aside::decode(frame.payload())
         {

@@ -54,7 +54,7 @@ impl Engine {
         let failed = |e: &dyn std::fmt::Display| disk_failed(format!("not ready to take the VM over: {e}"));
         let memory = self.vm.machine.ram().file().metadata().map_err(|e| failed(&e))?;
         let text = serde_json::to_vec(&Mapped::of(&memory)).map_err(|e| failed(&e))?;
-        let (path, draft) = (TakeOver::ready(&from.state), from.state.with_extension("draft"));
+        let (path, draft) = (TakeOver::ready(&from.state), TakeOver::draft(&from.state));
         let written = std::fs::write(&draft, text).and_then(|()| std::fs::rename(&draft, path));
         written.map_err(|e| failed(&e))?;
         self.note("ready to take the VM over from a process of this host".into());
