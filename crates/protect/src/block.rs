@@ -3,7 +3,7 @@
 //! A standby's machine is assembled long before anybody knows whether it will ever run; its disks get their volume when it
 //! does. Invariants: nothing of the guest reaches a volume while the gate is shut, so that a cut is one instant for all disks;
 //! no error of a disk reaches the guest: its request waits (and is issued again wherever the VM goes on), and the engine
-//! hears for how long and why.
+//! hears for how long and why; nothing of the machine before reaches a volume once its block is closed.
 
 use crate::input::Inputs;
 use std::collections::BTreeMap;
@@ -20,6 +20,9 @@ const OPEN_BYTES_MAX: u64 = 8 << 20;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// What no replica could give is asked for again after this.
 const READ_AGAIN: Duration = Duration::from_millis(100);
+
+/// The blocks of the present machine, by number of the disk.
+pub type Blocks = Arc<Mutex<BTreeMap<usize, Arc<LateBlock>>>>;
 
 /// Requests that are under way, by number: since when, and what stands against them.
 #[derive(Default)]
@@ -125,6 +128,13 @@ impl LateBlock {
         self.room();
     }
 
+    /// The same, and when this returns nothing of that machine reaches the volume any more, however late it comes (I2).
+    pub fn close_for_good(&self) {
+        let shut = self.shut();
+        self.close();
+        drop(shut);
+    }
+
     /// How long the oldest read runs that no replica has answered yet, and why one waits.
     pub fn reads(&self) -> (Duration, Option<String>) {
         Self::oldest(&self.reads)
@@ -162,6 +172,9 @@ impl LateBlock {
         way: Option<&Way<'_>>,
     ) -> Option<Result<(), DiskError>> {
         let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        if self.closed() {
+            return Some(Err(DiskError::Closed));
+        }
         let before = self.open_bytes.load(Ordering::Acquire);
         if before != 0 && before + bytes > OPEN_BYTES_MAX {
             return None;
@@ -171,7 +184,7 @@ impl LateBlock {
                 self.open_bytes.fetch_add(bytes, Ordering::AcqRel);
                 Some(Ok(()))
             }
-            Err(e) if self.closed() || !e.is_back_pressure() => Some(Err(e.into())),
+            Err(e) if !e.is_back_pressure() => Some(Err(e.into())),
             Err(e) => {
                 if let Some(way) = way {
                     way.held_up(&e);
@@ -191,9 +204,6 @@ impl LateBlock {
         loop {
             if let Some(done) = self.try_now(volume, &op, bytes, Some(&way)) {
                 return done;
-            }
-            if self.closed() {
-                return Err(DiskError::Closed);
             }
             // Room comes with a cut and its commit.
             self.inputs.disk_flushed();
@@ -241,7 +251,12 @@ impl BlockIo for LateBlock {
 
     /// Returns at once: the epoch commits, and what the guest says of it leaves, only when it is durable on all hosts.
     fn flush(&self) -> Result<(), DiskError> {
-        self.volume()?.flush()?;
+        let volume = self.volume()?;
+        let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        if self.closed() {
+            return Err(DiskError::Closed);
+        }
+        volume.flush()?;
         self.inputs.disk_flushed();
         Ok(())
     }

@@ -9,9 +9,11 @@
 //!
 //! A standby whose disk fails gives up its state and answers no greeting until the disk works again.
 
+use crate::block::LateBlock;
 use crate::disks::{Disk, Disks, SLOTS};
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_disk::journal::State;
 use steadfast_disk::volume::Volume;
@@ -149,6 +151,31 @@ impl Disks {
     /// Whether an epoch can be sealed now.
     pub fn can_seal(&self) -> bool {
         self.volumes().all(|v| v.can_seal())
+    }
+
+    /// This host's machine stands still for good, after exactly epoch `at`: its volumes are a standby's. The next machine stands on other
+    /// blocks, so that no request of this one reaches a volume that is the primary's again by then.
+    ///
+    /// # Errors
+    /// The disk that does not stand there.
+    pub fn leave(&mut self, at: Epoch) -> Result<(), String> {
+        for d in &mut self.list {
+            d.late.close_for_good();
+            let replica = d.replica()?;
+            replica.discard_after(at).map_err(d.text())?;
+            let tip = replica.progress().tip;
+            if tip != at {
+                return Err(format!(
+                    "disk {} stands at epoch {tip}, not at {at}",
+                    d.path.display()
+                ));
+            }
+            let late = LateBlock::new(d.late.index, d.image.info(), self.inputs.clone());
+            d.late = Arc::new(late);
+            let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            blocks.insert(d.late.index, Arc::clone(&d.late));
+        }
+        Ok(())
     }
 
     /// Nothing of the guest waits for a disk any more: the machine ends.

@@ -116,6 +116,12 @@ impl Care {
         self.due_us = self.due_us.max(now_us + rest.as_micros() as u64);
     }
 
+    /// Nothing that waits is of use any more: this host runs the VM no more.
+    pub fn step_down(&mut self) {
+        self.chunks.clear();
+        (self.cut, self.handed) = (None, None);
+    }
+
     /// Something waits for its time.
     pub fn waits(&self) -> bool {
         !self.chunks.is_empty() || self.cut.is_some()

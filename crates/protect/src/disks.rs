@@ -10,7 +10,7 @@
 //! reported as synced only when all volumes are). The engine never waits here for a disk that works, but at a cold boot.
 
 use crate::ask::{self, Asks, LinkPeer, Question, Shelf};
-use crate::block::LateBlock;
+use crate::block::{Blocks, LateBlock};
 use crate::config::ProtectSpec;
 use crate::disk_care::{Copied, stand_equal};
 use crate::input::{Input, Inputs};
@@ -69,7 +69,7 @@ pub fn wire_op((volume, op): &NumberedOp) -> DiskOp<'_> {
 
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
-    image: Arc<dyn BlockIo>,
+    pub(crate) image: Arc<dyn BlockIo>,
     file: Arc<dyn StorageFile>,
     storage: Box<dyn Storage>,
     options: Options,
@@ -169,7 +169,9 @@ pub struct Disks {
     pub(crate) copied: [Copied; SLOTS],
     pub(crate) hang: Duration,
     pub(crate) reopened: Option<Instant>,
-    inputs: Inputs,
+    pub(crate) inputs: Inputs,
+    /// What the devices of the machine stand on.
+    pub(crate) blocks: Blocks,
     queue: VecDeque<Waiting>,
     /// Number of the copy whose end is under way on a thread.
     finishing: Option<u64>,
@@ -188,7 +190,7 @@ impl Disks {
     /// Which disk cannot be protected, why, and what to do.
     pub fn open(spec: &VmSpec, protect: &ProtectSpec, inputs: &Inputs) -> Result<Self, String> {
         let mut list = Vec::new();
-        let (name, asks) = (&spec.name, Asks::default());
+        let (name, asks, blocks) = (&spec.name, Asks::default(), Blocks::default());
         let faults = protect.disk_faults.clone().map(LiveFaults::new);
         for (index, disk) in spec.disks.iter().enumerate().filter(|(_, d)| !d.read_only) {
             let path = disk.path.display();
@@ -238,14 +240,18 @@ impl Disks {
             let late = Arc::new(LateBlock::new(index, image.info(), inputs.clone()));
             let notify: Notify = {
                 // Weak: the block holds the volume, which holds this.
-                let (inputs, late) = (inputs.clone(), Arc::downgrade(&late));
+                let (inputs, blocks) = (inputs.clone(), Arc::downgrade(&blocks));
                 Arc::new(move |_| {
-                    if let Some(late) = late.upgrade() {
-                        late.room();
+                    if let Some(blocks) = blocks.upgrade() {
+                        let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+                        blocks.get(&index).inspect(|late| late.room());
                     }
                     inputs.disk_moved();
                 })
             };
+            let mut all = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            all.insert(index, Arc::clone(&late));
+            drop(all);
             let options = Options {
                 journal_bytes: image.info().capacity_bytes.clamp(4 << 20, 64 << 20),
                 // The engine never waits: what has no room now is tried again when a cursor has moved.
@@ -285,6 +291,7 @@ impl Disks {
             hang: Duration::from_millis(protect.disk_hang_ms.max(100)),
             reopened: None,
             inputs: inputs.clone(),
+            blocks,
             queue: VecDeque::new(),
             finishing: None,
             copy_failed: false,
@@ -311,12 +318,9 @@ impl Disks {
         self.list.is_empty()
     }
 
-    /// What the devices of the machine stand on, by number of the disk.
-    pub fn blocks(&self) -> Vec<(usize, Arc<LateBlock>)> {
-        self.list
-            .iter()
-            .map(|d| (d.late.index, Arc::clone(&d.late)))
-            .collect()
+    /// What the devices of the present machine stand on.
+    pub fn blocks(&self) -> Blocks {
+        Arc::clone(&self.blocks)
     }
 
     /// Where other threads find volume `number`.

@@ -13,6 +13,7 @@ use crate::copy_out::CopyOut;
 use crate::disk_engine::Care;
 use crate::disks::Disks;
 use crate::failpoint::Failpoint;
+use crate::former::{Built, Frozen};
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
 use crate::outgoing::{Job, PIECE};
@@ -73,6 +74,8 @@ pub struct Counters {
     pub released: u64,
     /// Times that the guest was started anew.
     pub resets: u64,
+    /// Full copies of the VM that began to be taken here, as a standby.
+    pub fills: u64,
     /// How long the last promotion took from grant to running, in microseconds.
     pub promote_us: Option<u64>,
     /// The last pauses.
@@ -157,7 +160,9 @@ pub struct Engine {
     pub(crate) ending: Option<Ending>,
     pub(crate) throttle: Throttle,
     /// Stopped for good by a cut, unless the protocol lets it run on.
-    pub(crate) frozen: bool,
+    pub(crate) frozen: Option<Frozen>,
+    /// The machine of a standby that ran the VM before is being built.
+    pub(crate) next: Option<Receiver<Built>>,
     pub(crate) name: VmId,
     pub(crate) spec: ProtectSpec,
     pub(crate) ram_bytes: u64,
@@ -266,7 +271,8 @@ impl Engine {
             anew: None,
             ending: None,
             throttle: Throttle::new(Instant::now()),
-            frozen: false,
+            frozen: None,
+            next: None,
             spec: parts.spec,
             ram_bytes: parts.ram_bytes,
             store,
@@ -384,7 +390,7 @@ impl Engine {
 
     /// The throttle's turn; not while a frozen cut decides whether the guest runs on at all.
     fn turn(&mut self) -> Option<Duration> {
-        if self.frozen || self.between_machines() || self.replica.primary().is_none() {
+        if self.frozen.is_some() || self.between_machines() || self.replica.primary().is_none() {
             return None;
         }
         self.throttle.turn(&self.vm.machine, Instant::now())
@@ -443,7 +449,7 @@ impl Engine {
             }
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
             Action::ResumeGuest => {
-                self.frozen = false;
+                self.frozen = None;
                 if !self.between_machines() {
                     self.vm.machine.resume();
                 }
@@ -464,7 +470,7 @@ impl Engine {
             Action::Forget { through } => self.forget(through),
             Action::Throttle { percent } => {
                 self.note(format!("the guest is slowed down by {percent} %"));
-                if !self.frozen {
+                if self.frozen.is_none() {
                     self.throttle.set(percent, &self.vm.machine, Instant::now());
                 }
             }
@@ -532,6 +538,10 @@ impl Engine {
             }
             Input::Guest(event) => {
                 self.inputs.heard(event);
+                if self.replica.primary().is_none() {
+                    // It runs elsewhere by now, from before it said this.
+                    return Ok(None);
+                }
                 match event {
                     GuestEvent::Shutdown => return self.begin_end(Ended::Shutdown),
                     GuestEvent::Reset => self.reset_guest()?,
@@ -544,6 +554,7 @@ impl Engine {
             }
             Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
             Input::Remade(remade) => self.go_on_anew(*remade)?,
+            Input::Built => self.built()?,
             Input::Vcpu(fault) => return Err(ProcessError::GuestFault(fault)),
             Input::Control(call) => return self.control(call),
             Input::DiskFlush => {

@@ -30,6 +30,8 @@ pub enum Input {
     DiskMoved,
     /// The machine that follows a guest's reset is built, or cannot be.
     Remade(Box<Remade>),
+    /// The machine of a standby that ran the VM before is built, or cannot be: the engine knows where to find it.
+    Built,
     /// A thread wants a block of another host's replica: number, disk, offset, length.
     DiskAsk {
         /// To be repeated.
@@ -62,6 +64,7 @@ impl Input {
             Input::DiskFlush => "a flush",
             Input::DiskMoved => "a cursor of a disk",
             Input::Remade(_) => "the machine after a reset",
+            Input::Built => "the machine after a handover",
             Input::DiskAsk { .. } | Input::DiskServed(..) => "a block of another host",
             Input::DiskCopied(..) => "the end of a copy of disks",
             Input::CopiedOut(_) => "the copy of a standby",

@@ -25,6 +25,7 @@ mod disk_engine;
 mod disks;
 mod engine;
 pub mod failpoint;
+mod former;
 mod input;
 mod life;
 mod outgoing;

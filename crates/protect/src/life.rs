@@ -11,6 +11,7 @@
 use crate::engine::{Engine, MakeVm};
 use crate::input::Input;
 use crate::primary::disk_failed;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use steadfast_capture::{SealedPages, seal_anew};
@@ -36,7 +37,26 @@ pub struct Remains {
     pub spec: VmSpec,
     /// What is open of the host.
     pub resources: Arc<Resources>,
+    /// The one that follows stands on the same memory, and waits to be given a state ([`crate::former`]); otherwise the guest starts anew.
+    pub stays: bool,
     ram: Ram,
+}
+
+impl Remains {
+    /// Of this machine.
+    pub(crate) fn of(vm: &Vm, stays: bool) -> Self {
+        Self {
+            spec: vm.spec.clone(),
+            resources: Arc::clone(&vm.resources),
+            stays,
+            ram: vm.machine.ram().clone(),
+        }
+    }
+
+    /// The memory that the one that follows stands on, if it is the same.
+    pub(crate) fn memory(&self) -> Option<&File> {
+        self.stays.then(|| self.ram.file())
+    }
 }
 
 /// The machine after a reset.
@@ -61,7 +81,7 @@ impl Engine {
     /// The guest asked for a reset, or its CPU gave up: power-on again, in this process and under this term. The new
     /// machine is built on a thread of its own; this one goes on to speak to its standbys, and a cut waits.
     pub(crate) fn reset_guest(&mut self) -> Result<(), ProcessError> {
-        if self.replica.primary().is_none() || self.ending.is_some() || self.frozen {
+        if self.replica.primary().is_none() || self.ending.is_some() || self.frozen.is_some() {
             return Ok(());
         }
         let Some(make_vm) = self.make_vm.take() else {
@@ -84,7 +104,7 @@ impl Engine {
         let now = Instant::now();
         let runs = self.replica.primary().is_some()
             && self.ending.is_none()
-            && !self.frozen
+            && self.frozen.is_none()
             && !self.takes_over()
             && !self.between_machines();
         let fired = self.vm.watchdog_fired(now, runs);
@@ -125,11 +145,7 @@ impl Engine {
     fn build_next(&mut self, make_vm: MakeVm, mut dirty: Vec<Gfn>) -> Result<(), ProcessError> {
         // What the old machine changed since the last cut.
         self.carry.append(&mut dirty);
-        let remains = Remains {
-            spec: self.vm.spec.clone(),
-            resources: Arc::clone(&self.vm.resources),
-            ram: self.vm.machine.ram().clone(),
-        };
+        let remains = Remains::of(&self.vm, false);
         let (inputs, arena) = (self.inputs.clone(), self.capture.arena().clone());
         let carry = std::mem::take(&mut self.carry);
         let build = move || {
@@ -153,13 +169,7 @@ impl Engine {
     pub(crate) fn go_on_anew(&mut self, remade: Remade) -> Result<(), ProcessError> {
         self.make_vm = Some(remade.make_vm);
         let (vm, pages) = remade.vm?;
-        self.net_rate.set(&vm.nics);
-        let old = std::mem::replace(&mut self.vm, vm);
-        // All its memory goes, and its threads end; its disks came to rest before.
-        let dropped = std::thread::Builder::new()
-            .name("former".into())
-            .spawn(move || drop(old));
-        dropped.map_err(|e| disk_failed(format!("the former machine is not left: {e}")))?;
+        self.follow(vm)?;
         self.counters.resets += 1;
         self.guest.restarted(Instant::now());
         if self.replica.primary().is_none() {
@@ -177,6 +187,18 @@ impl Engine {
         }
         self.run_anew();
         Ok(())
+    }
+
+    /// This is the machine from now on. All that the one before has goes, and its threads end, which takes a while.
+    pub(crate) fn follow(&mut self, vm: Vm) -> Result<(), ProcessError> {
+        self.net_rate.set(&vm.nics);
+        let old = std::mem::replace(&mut self.vm, vm);
+        let dropped = std::thread::Builder::new()
+            .name("former".into())
+            .spawn(move || drop(old));
+        dropped
+            .map(drop)
+            .map_err(|e| disk_failed(format!("the former machine is not left: {e}")))
     }
 
     /// Whether the machine must not be let run: there is none, or its first content was not cut yet.

@@ -231,6 +231,13 @@ impl Peer {
         self.stager.forget();
     }
 
+    /// This host runs the VM no more: it has nothing to send but messages, and what it hears refers to nothing before.
+    pub fn step_down(&mut self) {
+        (self.join, self.fed, self.pending) = (None, false, None);
+        self.out.restart();
+        self.stager.forget();
+    }
+
     /// Offers what waits to the link, for a while. What was given up, and why, is in the log only: who is asked for it again
     /// sends it again.
     pub fn flush(&mut self) {

@@ -1,6 +1,7 @@
 //! What a primary does at the protocol's word: cut, copy, release.
 
 use crate::engine::Engine;
+use crate::former::Frozen;
 use crate::outgoing::{Job, copy_record};
 use crate::peer::{Join, Record};
 use std::collections::BTreeMap;
@@ -137,7 +138,10 @@ impl Engine {
         };
         self.reached("capture");
         self.cut_failures = 0;
-        self.frozen |= freeze;
+        if freeze {
+            let state = sealed.state.clone();
+            self.frozen = Some(Frozen { at: epoch, state });
+        }
         self.throttle.runs();
         let disks = disks.transpose().map_err(disk_failed)?;
         for (host, peer) in &mut self.peers {

@@ -236,6 +236,7 @@ impl Engine {
             "frames_released": c.released,
             "promote_us": c.promote_us,
             "guest_resets": c.resets,
+            "fills": c.fills,
             "mishaps": self.guest.mishaps(),
             "throttle_percent": self.throttle.percent(),
             "throttle_most_percent": self.throttle.most(),

@@ -89,8 +89,11 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
             let blocks = blocks.clone();
             let again =
-                |e: std::io::Error| AssembleError::Setting(format!("the memory that is taken over: {e}"));
-            let memory = memory.as_ref().filter(|_| before.is_none());
+                |e: std::io::Error| AssembleError::Setting(format!("memory that is there already: {e}"));
+            let memory = match before {
+                None => memory.as_ref(),
+                Some(remains) => remains.memory(),
+            };
             let around = Surroundings {
                 events: Arc::new(inputs.clone()),
                 serial: (options.serial)() as Box<dyn OutputSink>,
@@ -110,8 +113,8 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                     Box::new(HoldBackend(hold))
                 })),
                 give_disk: Some(Arc::new(move |index| {
-                    let block = blocks.iter().find(|(i, _)| *i == index);
-                    block.map(|(_, block)| Arc::clone(block) as Arc<dyn BlockIo>)
+                    let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+                    blocks.get(&index).map(|b| Arc::clone(b) as Arc<dyn BlockIo>)
                 })),
                 give_ram: memory.map(File::try_clone).transpose().map_err(again)?,
             };
@@ -120,8 +123,12 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                 Some(r) => assemble_from(r.spec.clone(), Arc::clone(&r.resources), around)?,
             };
             (options.on_serial)(&vm.serial);
-            if before.is_none() && memory.is_none() {
-                // First touch is dear; a standby must not pay for it when it takes over.
+            // First touch is dear; a standby must not pay for it when it takes over.
+            let stands_by = match before {
+                None => memory.is_none(),
+                Some(remains) => remains.stays,
+            };
+            if stands_by {
                 vm.machine.ram().prefault();
             }
             Ok(vm)

@@ -9,9 +9,8 @@ use steadfast_epoch::io::Event;
 use steadfast_epoch::message::EpochRef;
 use steadfast_machine::machine::MachineError;
 use steadfast_machine::memory::Ram;
-use steadfast_machine::quiesce::Quiesced;
 use steadfast_machine::state::{MachineState, StateError};
-use steadfast_net::{HoldMode, announcement};
+use steadfast_net::announcement;
 use steadfast_types::{Epoch, Gfn, Term};
 use steadfast_vmm::process::ProcessError;
 use steadfast_vmm::spec::{made_mac, parse_mac};
@@ -37,6 +36,7 @@ impl Engine {
     pub(crate) fn begin_join(&mut self, join: u64) {
         self.spoil_copy("the standby is filled anew");
         self.note(format!("full copy {join} begins"));
+        self.counters.fills += 1;
         self.staged.clear();
         self.state.clear();
         self.forget_memory();
@@ -116,6 +116,7 @@ impl Engine {
     /// This instance is the primary now: the machine goes on from exactly epoch `at`.
     pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
         let began = Instant::now();
+        self.await_built()?;
         self.spoil_copy("the standby took over");
         let _never = self.staged.split_off(&at.epoch.next());
         let whole = self.apply_memory(at.epoch, None);
@@ -172,16 +173,5 @@ impl Engine {
                 let _ = hold.inject(&announcement(mac));
             }
         }
-    }
-
-    /// This instance has lost the right to run, or has handed it over: its machine stops here and now, and nothing that
-    /// waits gets out. Its process ends; a new one begins as an empty standby.
-    pub(crate) fn stop_guest(&mut self, keep: bool) -> Result<(), ProcessError> {
-        self.set_holds(HoldMode::Mute);
-        self.note(format!("the guest stops here (handed over: {keep})"));
-        if let Err(error) = self.vm.machine.quiesce().map(Quiesced::keep_stopped) {
-            tracing::error!(%error, "the machine does not stop; it ends with its process");
-        }
-        Err(ProcessError::Fenced)
     }
 }

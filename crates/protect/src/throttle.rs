@@ -55,6 +55,11 @@ impl Throttle {
         self.next = now;
     }
 
+    /// This host runs the guest no more.
+    pub fn step_down(&mut self) {
+        (self.percent, self.stopped) = (0, false);
+    }
+
     /// The guest runs, whoever let it (a cut does).
     pub fn runs(&mut self) {
         self.stopped = false;

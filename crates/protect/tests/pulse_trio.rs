@@ -1,4 +1,5 @@
-//! Three hosts: a primary with two standbys that are filled at the same time, which dies as soon as one of them is in sync.
+//! Three hosts: a primary with two standbys that are filled at the same time, which dies as soon as one of them is in sync; and one that
+//! moves among them.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
@@ -64,28 +65,32 @@ impl Drop for Trio {
     }
 }
 
-fn rounds(test: &str, rounds: u32) {
-    if !kvm() {
-        return;
-    }
-    let mut random = Random::seeded(test);
-    let mut site = Site::new(&mut random);
+fn trio(random: &mut Random) -> Trio {
+    let mut site = Site::new(random);
     site.audit = true;
     site.third = Some([
-        [free_port(&mut random), free_port(&mut random)],
-        [free_port(&mut random), free_port(&mut random)],
+        [free_port(random), free_port(random)],
+        [free_port(random), free_port(random)],
     ]);
     let client = switch::client(
         site.path().join("client"),
         HOSTS.iter().map(|h| site.nic(h)).collect(),
     );
     let hosts = HOSTS.iter().map(|h| site.spawn(h, *h == "a")).collect();
-    let mut trio = Trio {
+    Trio {
         site,
         hosts,
         client,
         counter: 0,
-    };
+    }
+}
+
+fn rounds(test: &str, rounds: u32) {
+    if !kvm() {
+        return;
+    }
+    let mut random = Random::seeded(test);
+    let mut trio = trio(&mut random);
     let mut compared = 0;
     for round in 0..rounds {
         wait("a primary", LONG, || trio.primary().is_some());
@@ -125,6 +130,40 @@ fn rounds(test: &str, rounds: u32) {
     }
     println!("{test}: {compared} epochs compared");
     assert!(compared >= u64::from(rounds), "too few were compared");
+}
+
+/// It moves from any host to any other: both others are its standbys at once, and nothing is copied again.
+#[test]
+fn a_move_keeps_both_standbys() {
+    if !kvm() {
+        return;
+    }
+    let mut random = Random::seeded("a_move_keeps_both_standbys");
+    let mut trio = trio(&mut random);
+    wait("protected twice", LONG, || trio.in_sync(0).len() == 2);
+    let mut at = 0;
+    for round in 0..10 {
+        let to = (at + 1 + random.below(2) as usize) % 3;
+        let host = HostId::new(HOSTS[to]).unwrap();
+        assert_eq!(trio.hosts[at].ask(&Request::HandOver { to: host })["ok"], true);
+        for _ in 0..random.below(8) {
+            trio.one();
+        }
+        wait("moved, and protected twice", LONG, || {
+            trio.primary() == Some(to) && trio.in_sync(to).len() == 2
+        });
+        trio.one();
+        let status = |h: usize| trio.hosts[h].status().unwrap();
+        let fills: Vec<_> = (0..3).map(|h| status(h)["fills"].as_u64().unwrap()).collect();
+        assert_eq!(fills, [0, 1, 1], "round {round}");
+        assert!((0..3).all(|h| status(h)["audit_stale_pages"] == 0));
+        at = to;
+    }
+    for _ in 0..2 {
+        trio.hosts[at].kill();
+        trio.one();
+        at = trio.primary().unwrap();
+    }
 }
 
 #[test]

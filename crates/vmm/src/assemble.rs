@@ -101,8 +101,9 @@ pub struct Surroundings<E> {
     pub wrap_net: Option<WrapNet>,
     /// Gives the image of a disk (by its index) that [`assemble`] shall not simply open.
     pub give_disk: Option<GiveDisk>,
-    /// Memory that is there already, of the size of the specification: that of another process, which runs the VM until it leaves it to
-    /// this one. Until then its images and the names of its sockets are its own too ([`Claim::Later`]).
+    /// Memory that is there already, of the size of the specification: that of the machine before. Or, for [`assemble`], that of another
+    /// process, which runs the VM until it leaves it to this one: until then its images and the names of its sockets are its own too
+    /// ([`Claim::Later`]).
     pub give_ram: Option<File>,
 }
 
@@ -139,6 +140,9 @@ pub fn assemble_from<E: GuestEvents + 'static>(
     resources: Arc<Resources>,
     around: Surroundings<E>,
 ) -> Result<Vm, AssembleError> {
+    if let Some(give) = &around.give_disk {
+        resources.give_again(give);
+    }
     let supported = resources.hypervisor.supported_cpuid()?;
     if !matches!(spec.boot, Boot::Flat { .. }) {
         cpuid::can_run_linux_64(&supported).map_err(AssembleError::NoLinux)?;
@@ -191,7 +195,7 @@ pub fn assemble_from<E: GuestEvents + 'static>(
         Arc::new(Mutex::new(legacy::DebugCon::new(around.debugcon))),
     )?;
     let mut disks = Vec::new();
-    for (i, io) in resources.images.iter().enumerate() {
+    for (i, io) in resources.images().iter().enumerate() {
         let settings = spec.disks.get(i);
         disks.push(add_disk(&mut b, i, settings, io, spec.vcpus)?);
     }
@@ -382,7 +386,8 @@ impl Vm {
                 file_system,
                 cmdline_extra,
             } => {
-                let disk = self.resources.images.first().ok_or_else(|| {
+                let images = self.resources.images();
+                let disk = images.first().ok_or_else(|| {
                     AssembleError::Setting(
                         "booting from disk needs a disk: give an image, or --kernel".into(),
                     )

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
 use steadfast_disk::seed;
 use steadfast_machine::devices::virtio::vsock::Vsock;
@@ -51,7 +51,7 @@ pub struct Resources {
     /// `/dev/kvm`.
     pub hypervisor: Hypervisor,
     /// Disks in order; the seed, if any, is last. Locked while the VM lives.
-    pub images: Vec<Arc<dyn BlockIo>>,
+    images: RwLock<Vec<Arc<dyn BlockIo>>>,
     cards: Vec<Card>,
     files: BTreeMap<PathBuf, File>,
     ram: Option<File>,
@@ -74,22 +74,24 @@ impl Resources {
         let mut this = Self {
             names: Vec::new(),
             hypervisor: Hypervisor::open()?,
-            images: Vec::new(),
+            images: RwLock::default(),
             cards: Vec::new(),
             files: BTreeMap::new(),
             ram: None,
             virtio_console: None,
             vsock: None,
         };
+        let mut images = Vec::new();
         for (i, disk) in spec.disks.iter_mut().enumerate() {
-            this.images.push(match give.and_then(|give| give(i)) {
+            images.push(match give.and_then(|give| give(i)) {
                 Some(image) => image,
                 None => open_disk(disk, claim)?,
             });
         }
         if let Some(user_data) = &spec.cloud_init {
-            this.images.push(seed_image(spec, user_data)?);
+            images.push(seed_image(spec, user_data)?);
         }
+        this.images = RwLock::new(images);
         let boot_files: Vec<&PathBuf> = match &spec.boot {
             Boot::Kernel { kernel, initrd, .. } => std::iter::once(kernel).chain(initrd).collect(),
             Boot::Flat { elf, .. } => vec![elf],
@@ -149,6 +151,21 @@ impl Resources {
                 }
             }
         })
+    }
+
+    /// Disks in order; the seed, if any, is last.
+    pub fn images(&self) -> Vec<Arc<dyn BlockIo>> {
+        self.images.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The next machine stands on what `give` has now, for the disks that it has an image of.
+    pub fn give_again(&self, give: &GiveDisk) {
+        let mut images = self.images.write().unwrap_or_else(PoisonError::into_inner);
+        for (i, image) in images.iter_mut().enumerate() {
+            if let Some(now) = give(i) {
+                *image = now;
+            }
+        }
     }
 
     /// A handle on card `index` for the next machine.
@@ -222,7 +239,7 @@ impl Resources {
                 tracing::warn!(path = %name.path().display(), %error, "a socket's path could not be released");
             }
         }
-        for image in &self.images {
+        for image in self.images() {
             if let Err(error) = image.release() {
                 tracing::warn!(%error, "an image could not be released");
             }
@@ -234,7 +251,7 @@ impl Resources {
     /// # Errors
     /// [`AssembleError`] while it has one.
     pub fn take_images(&self) -> Result<(), AssembleError> {
-        self.images.iter().try_for_each(|i| i.reacquire())?;
+        self.images().iter().try_for_each(|i| i.reacquire())?;
         Ok(())
     }
 
@@ -258,7 +275,7 @@ impl Resources {
     /// [`AssembleError`] while another process has a part of it; this one then has none.
     pub fn take_back(&self) -> Result<(), AssembleError> {
         let take = || {
-            self.images.iter().try_for_each(|i| i.reacquire())?;
+            self.images().iter().try_for_each(|i| i.reacquire())?;
             self.names.iter().try_for_each(|name| {
                 // The janitor of a process that had the name may be about to remove it.
                 let _lock = lock_folder(name.path());
