@@ -95,6 +95,17 @@ impl PageArena {
         Ok(sealed)
     }
 
+    /// No page.
+    #[must_use]
+    pub fn nothing(&self) -> SealedPages {
+        SealedPages {
+            gfns: Vec::new(),
+            places: None,
+            slabs: Vec::new(),
+            arena: self.clone(),
+        }
+    }
+
     /// As [`PageArena::seal`], for pages most of which are zero: `copy` is only asked for those that `filled` says yes to, and
     /// only they take room.
     ///

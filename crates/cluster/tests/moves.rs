@@ -151,19 +151,32 @@ fn nobody_goes_home_in_the_middle_of_a_rolling_upgrade() {
     assert_eq!(owner(&during, "a"), home.to_string());
 }
 
+/// A pool of two: the VM leaves the host that is emptied, and its standby stays there, in sync, until the host is turned off.
 #[test]
-fn a_drain_that_cannot_go_on_says_why() {
+fn the_last_standby_stays_on_a_host_that_is_emptied() {
     let mut s = small(2, &[("a", Protection::Ft)]);
     s.hosts.get_mut(&h(1)).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
-    run(&mut s, 10, |_| {});
+    run(&mut s, 10, |s| {
+        assert!(protected(s, &s.vms[&v("a")]) <= 1);
+    });
     assert_eq!(owner(&s, "a"), h(2).to_string());
-    assert_eq!(
-        protected(&s, &s.vms[&v("a")]),
-        1,
-        "the standby stays until there is another place"
-    );
-    assert!(s.alarms.contains(&AlarmKey::DrainStuck(h(1))), "{:?}", s.alarms);
-    assert!(s.alarms.contains(&AlarmKey::VmDegraded(v("a"))));
+    assert_eq!(protected(&s, &s.vms[&v("a")]), 1, "it protects its VM");
+    let admin = s.hosts[&h(1)].record.admin;
+    assert_eq!(admin, HostAdmin::Maintenance(DrainWhy::Operator));
+    assert!(!s.alarms.contains(&AlarmKey::DrainStuck(h(1))), "{:?}", s.alarms);
+    assert!(s.alarms.contains(&AlarmKey::VmDegraded(v("a"))), "people know");
+    fixpoint(&s);
+}
+
+/// A pool of two is upgraded: its VM is never without its standby but while that begins anew.
+#[test]
+fn a_pool_of_two_is_upgraded() {
+    let mut s = small(2, &[("a", Protection::Ft)]);
+    s.pool.upgrade_to = Some("2".into());
+    run(&mut s, 60, |_| {});
+    let done = |x: &Host| x.status.versions.steadfast == "2" && !x.record.leaving();
+    assert!(s.hosts.values().all(done), "{}", describe(&s));
+    assert_eq!(protected(&s, &s.vms[&v("a")]), 1);
     fixpoint(&s);
 }
 

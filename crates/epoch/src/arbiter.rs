@@ -188,6 +188,7 @@ pub(crate) struct StoreClient {
     instance: Instance,
     last_id: u64,
     nonces: u64,
+    joins: u64,
     awaited: Option<(u64, Micros)>,
     tries: u32,
     timeout_us: Micros,
@@ -201,6 +202,7 @@ impl StoreClient {
             instance,
             last_id: 0,
             nonces: 0,
+            joins: 0,
             awaited: None,
             tries: 0,
             timeout_us,
@@ -218,6 +220,13 @@ impl StoreClient {
             instance: self.instance,
             count: self.nonces,
         }
+    }
+
+    /// The number of a full copy that begins. It is never given twice, also when this instance is the primary for a second time: who was
+    /// left half filled the first time must not go on from there.
+    pub(crate) fn join(&mut self) -> u64 {
+        self.joins += 1;
+        self.instance.0.wrapping_add(self.joins)
     }
 
     /// Registers a request; returns its id.

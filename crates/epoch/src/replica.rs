@@ -51,11 +51,13 @@ impl Replica {
         }
     }
 
-    /// Whether outputs wait for their commit, and when cuts are made, from now on. What was let out before stays so.
-    pub fn set_class(&mut self, hold_outputs: bool, policy: &PolicySettings) {
+    /// Whether outputs wait for their commit, when cuts are made, and how long a silent primary is waited for, from now on. What was let out
+    /// before stays so.
+    pub fn set_class(&mut self, hold_outputs: bool, policy: &PolicySettings, suspect_us: Micros) {
         let set = |settings: &mut Settings| {
             settings.hold_outputs = hold_outputs;
             settings.policy = *policy;
+            settings.suspect_us = suspect_us;
         };
         set(&mut self.settings);
         match &mut self.role {

@@ -263,6 +263,9 @@ impl Agent {
             return self.stop(id, false);
         };
         if let Some((since, in_order)) = meta.stopping {
+            if !in_order && vm.runs_on(me) && instances.pid(id).is_some() {
+                return instances.edit_meta(id, |meta| meta.stopping = None);
+            }
             self.carry_on_stopping(id, since, in_order, vm);
             return Ok(());
         }
@@ -465,6 +468,11 @@ pub fn act(node: &Node, action: &Action) -> Result<()> {
     match action {
         Action::StartVm { vm, host, term } if *host == me => start_vm(node, vm, *term, &me),
         Action::StopInstance { vm, host, in_order } if *host == me => {
+            let pool = Pool::load(&*node.kv())?;
+            if !in_order && pool.vms.get(vm).is_some_and(|entry| entry.runs_on(&me)) {
+                // Decided before its new host died, and this one took it back.
+                return refused(format!("VM {vm} runs here, and shall"));
+            }
             node.instances.mark_stopping(vm, *in_order)
         }
         Action::ResetVm { vm, host, .. } if *host == me => {
@@ -487,12 +495,25 @@ fn replace_binary(node: &Node, to: &str) -> Result<()> {
         return Ok(());
     }
     binary::install(&node.folders, to, &node.program)?;
+    renew_standbys(node)?;
     node.note(
         &node.host(),
         format!("its binary is {to} now, {own} is kept; the daemon becomes it"),
     );
     // The permit stays until somebody waits for it.
     node.replaced.notify_one();
+    Ok(())
+}
+
+/// Standbys that have no other place are still here: they begin anew, in the new binary.
+fn renew_standbys(node: &Node) -> Result<()> {
+    let (pool, me) = (Pool::load(&*node.kv())?, node.host());
+    for (id, meta) in node.instances.all() {
+        let standby = |vm: &PoolVm| vm.owner().is_some_and(|o| *o != me);
+        if meta.hot && pool.vms.get(&id).is_some_and(standby) {
+            node.instances.end(&id)?;
+        }
+    }
     Ok(())
 }
 
@@ -527,7 +548,7 @@ fn start_vm(node: &Node, id: &VmId, term: Term, me: &HostId) -> Result<()> {
         node.instances.end(id)?;
     }
     // What is in a journal only the engine reads: a VM that was protected once is run by it also when it is not any more.
-    let how = match spec.protection.hot() || node.instances.has_journals(&vm.stored) {
+    let how = match spec.standbys_wanted() > 0 || node.instances.has_journals(&vm.stored) {
         true => {
             claim_cold(node, id, vm, me)?;
             How::Primary(term)

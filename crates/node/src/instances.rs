@@ -278,7 +278,7 @@ impl Instances {
         let mut meta = Meta {
             term,
             hot,
-            leased: start && entry.boots_anywhere() || vm.record.protection == Protection::Restart,
+            leased: entry.boots_anywhere() && (start || vm.record.protection == Protection::Restart),
             start,
             started_ms: now_ms(),
             stopping: None,
@@ -399,19 +399,21 @@ impl Instances {
             store,
             hold_outputs,
             max_interval_us,
+            memory,
             ..
         } = self.protection(&self.config(), entry, pool)?;
         let path = self.folder(id).join("protect.json");
         let text = fs::read(&path).what(|| format!("read {}", path.display()))?;
         let mut now: ProtectSpec = serde_json::from_slice(&text)
             .map_err(|e| NodeError::Refused(format!("{}: {e}", path.display())))?;
-        if (now.hold_outputs, now.max_interval_us) != (hold_outputs, max_interval_us) {
+        if (now.hold_outputs, now.max_interval_us, now.memory) != (hold_outputs, max_interval_us, memory) {
             let class = Request::Class {
                 hold_outputs,
                 max_interval_us,
+                memory,
             };
             self.ask(id, &class, PEER_BOUND)?;
-            (now.hold_outputs, now.max_interval_us) = (hold_outputs, max_interval_us);
+            (now.hold_outputs, now.max_interval_us, now.memory) = (hold_outputs, max_interval_us, memory);
             write_json(&path, &now)?;
         }
         for peer in &wanted {
@@ -475,6 +477,9 @@ impl Instances {
                 crl: Some(self.folders.crl()).filter(|p| p.is_file()),
             }),
             suspect_ms: pool.timings.vm_suspect_ms,
+            // Of one that is moved as well: its guest shall go on.
+            memory: !vm.record.disks_suffice() || pool.moves(&vm.record.id),
+            boot_after_ms: pool.timings.dead_ms,
             max_interval_us: match vm.record.protection {
                 Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
                 _ => None,

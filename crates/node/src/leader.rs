@@ -304,6 +304,7 @@ impl Decider {
                 let record = &vm.stored.record;
                 vm.owner() == Some(host)
                     && record.protection == Protection::Restart
+                    && !record.has_local_disk()
                     && record.power == Power::On
             });
             let Some(agent) = agent.filter(|_| needed && *health == (HostHealth::Dead { fenced: false }))

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use steadfast_cluster::health;
 use steadfast_cluster::model::{
-    AlarmKey, Host, HostAdmin, HostHealth, HostStatus, Instance, Phase, PoolSettings, Protection, Snapshot,
-    Standby, Vm, VmState,
+    AlarmKey, Host, HostAdmin, HostHealth, HostStatus, Instance, Phase, PoolSettings, Power, Protection,
+    Snapshot, Standby, Task, Vm, VmState,
 };
 use steadfast_epoch::arbiter::VmRecord;
 use steadfast_store::{Commit, Entry, Kv};
@@ -36,8 +36,8 @@ impl PoolVm {
     #[must_use]
     pub fn owner(&self) -> Option<&HostId> {
         // A protected VM's record is made before its engine has taken the first term: its owner is about to start it.
-        let hot = self.stored.record.protection.hot();
-        let record = self.record.as_ref().filter(|r| hot || r.term > Term::ZERO)?;
+        let mirrored = self.stored.record.standbys_wanted() > 0;
+        let record = self.record.as_ref().filter(|r| mirrored || r.term > Term::ZERO)?;
         (self.memory.stopped != Some(record.term)).then_some(&record.owner)
     }
 
@@ -55,7 +55,13 @@ impl PoolVm {
     /// Whether its process must have the engine of protection: it is mirrored, or on its way to another host.
     #[must_use]
     pub fn needs_engine(&self) -> bool {
-        self.stored.record.protection.hot() || !self.memory.standbys.is_empty()
+        self.stored.record.standbys_wanted() > 0 || !self.memory.standbys.is_empty()
+    }
+
+    /// Whether this host has the right to run it, and it shall run.
+    #[must_use]
+    pub fn runs_on(&self, host: &HostId) -> bool {
+        self.owner() == Some(host) && self.stored.record.power == Power::On
     }
 
     /// Whether the pool boots it on another host when its own is dead: once that one's lease is over.
@@ -65,11 +71,13 @@ impl PoolVm {
     }
 
     /// Whether its process on its host must end with the host's lease. Not if the engine runs it and a standby is in sync: then the
-    /// arbiter decides, and outputs are held until it has.
+    /// arbiter decides, and outputs are held until it has. Nor if only copies of its disks let it be booted: nobody boots it from one that is
+    /// not current.
     #[must_use]
     pub fn leased(&self, host: &HostId, engine: bool) -> bool {
         let alone = self.record.as_ref().is_none_or(|r| r.in_sync.is_empty());
-        let restart = self.stored.record.protection == Protection::Restart;
+        let record = &self.stored.record;
+        let restart = record.protection == Protection::Restart && !record.has_local_disk();
         restart || self.boots_anywhere() && self.owner() == Some(host) && (!engine || alone)
     }
 
@@ -130,6 +138,13 @@ fn id_of(key: &str) -> String {
 }
 
 impl Pool {
+    /// Whether this VM is on its way to another host.
+    #[must_use]
+    pub fn moves(&self, id: &VmId) -> bool {
+        let of = |t: &StoredTask| matches!(&t.task, Task::Migrate { vm, .. } if vm == id);
+        self.tasks.iter().any(|t| t.state == TaskState::Running && of(t))
+    }
+
     /// Reads it, all as of one instant.
     ///
     /// # Errors

@@ -230,8 +230,12 @@ fn failed<'a>(pool: &'a Pool, wanted: &str, began_ms: u64) -> Option<(&'a HostId
 fn protected(pool: &Pool) -> bool {
     pool.vms.iter().all(|(id, vm)| {
         let record = &vm.stored.record;
-        !record.protection.hot()
+        let well = match record.disks_suffice() {
+            true => "restart elsewhere",
+            false => "protected",
+        };
+        record.standbys_wanted() == 0
             || record.power == Power::Off
-            || vm_status(pool, id, vm).protection == "protected"
+            || vm_status(pool, id, vm).protection == well
     })
 }

@@ -267,7 +267,9 @@ fn service(pool: &Pool, id: &VmId, vm: &PoolVm) -> Option<(Service, String)> {
         "unknown" if matches!(health, Some(HostHealth::Dead { .. })) => Service::Down,
         "unknown" => return None,
         // It has just become the owner: its next report tells.
-        "starting" if vm.stored.record.protection.hot() && phase == Some(&Phase::Standby) => return None,
+        "starting" if vm.stored.record.standbys_wanted() > 0 && phase == Some(&Phase::Standby) => {
+            return None;
+        }
         _ if off => Service::Off,
         _ => Service::Down,
     };

@@ -49,6 +49,11 @@ impl Audit {
         self.dir.join(format!("{epoch}-{term}"))
     }
 
+    /// What was touched meanwhile is not known: all of RAM is looked at again.
+    pub fn begin_anew(&mut self) {
+        self.known = None;
+    }
+
     /// Leaves the digest of RAM at a cut; `dirty` are the pages that the cut found changed.
     pub fn cut(&mut self, ram: &Ram, epoch: u64, term: u64, dirty: &[Gfn]) {
         let known = self.known.get_or_insert_with(|| touched(ram));

@@ -32,6 +32,13 @@ pub struct ProtectSpec {
     /// Silence after which the primary is suspected, in milliseconds.
     #[serde(default = "suspect_ms")]
     pub suspect_ms: u64,
+    /// All of the VM is mirrored. False: only its disks are, and who takes over boots it from them (class `restart`).
+    #[serde(default = "yes")]
+    pub memory: bool,
+    /// The same silence where only disks are mirrored, if that is longer: a guest that is booted for nothing has lost its work, and a process
+    /// that died is started again where it was.
+    #[serde(default)]
+    pub boot_after_ms: u64,
     /// How many standbys must acknowledge an epoch before it commits (1 to 3); none: all that are in sync.
     #[serde(default)]
     pub acks: Option<u8>,
@@ -78,6 +85,8 @@ impl ProtectSpec {
             hold_outputs: true,
             tls: None,
             suspect_ms: suspect_ms(),
+            memory: true,
+            boot_after_ms: 0,
             acks: None,
             die_at: None,
             disk_hang_ms: disk_hang_ms(),
@@ -89,6 +98,15 @@ impl ProtectSpec {
             audit: None,
             max_interval_us: None,
         }
+    }
+
+    /// Silence after which the primary is suspected, in microseconds.
+    pub fn suspect_us(&self) -> u64 {
+        let ms = match self.memory {
+            true => self.suspect_ms,
+            false => self.suspect_ms.max(self.boot_after_ms),
+        };
+        ms * 1000
     }
 
     /// Interval of signs of life in milliseconds. Whoever waits long before it suspects need not hear often.

@@ -72,6 +72,9 @@ impl Engine {
         if self.replica.primary().is_some() {
             return Err("this host runs the VM; a copy is made of a standby".into());
         }
+        if self.stands_by_with_disks() {
+            return Err("this standby has the VM's disks only: there is no running guest to copy".into());
+        }
         // Of a whole epoch.
         self.apply_piece(None);
         let epoch = self.memory.filter(|_| !self.state.is_empty());

@@ -293,3 +293,65 @@ impl Disks {
         json!({"full": c.full, "planned_bytes": c.planned, "sent_bytes": c.sent, "remaining_bytes": self.remaining(slot)})
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ProtectSpec;
+    use crate::input::Inputs;
+    use std::sync::mpsc::channel;
+    use steadfast_disk::DiskError;
+    use steadfast_disk::image::BlockIo;
+    use steadfast_types::HostId;
+    use steadfast_vmm::spec::VmSpec;
+
+    /// A request that is on its way when the VM is handed over reaches no volume, also not once this host runs the VM again.
+    #[test]
+    fn nothing_of_the_machine_that_ran_comes_late() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image.raw");
+        std::fs::write(&image, vec![0; 12 << 20]).unwrap();
+        let spec = json!({
+            "name": "p", "vcpus": 1, "memory_bytes": 64 << 20, "boot": {"flat": {"elf": "/none", "cmdline": ""}},
+            "disks": [{"path": image, "format": "raw"}],
+        });
+        let spec: VmSpec = serde_json::from_value(spec).unwrap();
+        let store = serde_json::from_value(json!(dir.path().join("store"))).unwrap();
+        let protect = ProtectSpec::new(HostId::new("a").unwrap(), store);
+        let (queue, _heard) = channel();
+        let mut disks = Disks::open(&spec, &protect, &Inputs::new(queue)).unwrap();
+        let block = |disks: &Disks| Arc::clone(&disks.blocks().lock().unwrap()[&0]);
+        let at = |epoch, term| EpochRef {
+            epoch: Epoch(epoch),
+            term: Term(term),
+        };
+        disks.boot(at(0, 0), Term(1)).unwrap();
+        let old = block(&disks);
+        old.write_at(0, &[1; 4096]).unwrap();
+        disks.seal(Epoch(1), Term(1), &[]).unwrap();
+        // After the cut: in the open epoch; and one that waits for room in it.
+        old.write_at(4096, &[2; 4096]).unwrap();
+        let waits = Arc::clone(&old);
+        let waits = std::thread::spawn(move || waits.write_at(0, &vec![3; 8 << 20]));
+        let until = Instant::now() + Duration::from_secs(10);
+        while old.writes().0.is_zero() {
+            assert!(Instant::now() < until, "it was to wait for room");
+            std::thread::yield_now();
+        }
+        disks.leave(Epoch(1)).unwrap();
+        let closed = |r| matches!(r, Err(DiskError::Closed));
+        assert!(closed(waits.join().unwrap()));
+        disks.promote(at(1, 1), Term(2)).unwrap();
+        assert!(closed(old.write_at(8192, &[4; 4096])));
+        assert!(closed(old.flush()));
+        assert!(matches!(old.write_at_once(8192, &[4; 4096]), Some(Err(_))));
+        let new = block(&disks);
+        let mut bytes = [9; 12288];
+        new.read_at(0, &mut bytes).unwrap();
+        assert_eq!((bytes[0], bytes[4096], bytes[8192]), (1, 0, 0));
+        new.write_at(4096, &[5; 4096]).unwrap();
+        new.read_at(0, &mut bytes).unwrap();
+        assert_eq!((bytes[0], bytes[4096], bytes[8192]), (1, 5, 0));
+        assert!(!disks.seal(Epoch(2), Term(2), &[]).unwrap().flush);
+    }
+}

@@ -364,6 +364,11 @@ impl Engine {
                 self.abandoned = true;
                 Err(disk_failed(format!("{why}; {to} goes on")))
             }
+            // Whoever goes on boots the guest in any case.
+            Trouble::Image(why) if !self.whole => {
+                self.abandoned = true;
+                Err(disk_failed(format!("{why}; {to} boots the guest")))
+            }
             Trouble::Image(why) => {
                 if self.care.handed.is_none_or(|at| at.elapsed() >= HAND_OVER_AGAIN) {
                     self.care.handed = Some(Instant::now());

@@ -59,6 +59,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// As often while there is none of that: an idle instance costs its host little.
 const LOOK_IDLE: Duration = Duration::from_millis(100);
 
+/// More cuts than this wait for their commit only when there is no standby; then their times say nothing.
+const CUTS_TIMED_MAX: usize = 1024;
+
 /// Numbers for the status.
 #[derive(Default)]
 pub struct Counters {
@@ -87,6 +90,14 @@ pub struct Counters {
 }
 
 impl Counters {
+    pub(crate) fn cut(&mut self, epoch: Epoch, pages: usize) {
+        self.cuts += 1;
+        self.pages += pages as u64;
+        if self.cut_at.len() < CUTS_TIMED_MAX {
+            self.cut_at.push_back((epoch, Instant::now()));
+        }
+    }
+
     fn committed(&mut self, through: Epoch) {
         while let Some((_, at)) = self.cut_at.front().filter(|(e, _)| *e <= through) {
             self.commits.add(at.elapsed().as_micros() as u64);
@@ -181,6 +192,10 @@ pub struct Engine {
     pub(crate) net_rate: NetRate,
     /// Nothing may leave for want of a standby, whatever the class.
     pub(crate) silent: bool,
+    /// All of the VM is mirrored, not only its disks.
+    pub(crate) whole: bool,
+    /// The same of what a standby takes, once that is known.
+    pub(crate) taken_whole: Option<bool>,
     /// The guest still runs in another process.
     pub(crate) taking: Option<Taking>,
     pub(crate) take_control: Option<TakeControl>,
@@ -220,7 +235,7 @@ impl Engine {
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let settings = Settings {
             policy: policy(parts.spec.max_interval_us),
-            suspect_us: parts.spec.suspect_ms * 1000,
+            suspect_us: parts.spec.suspect_us(),
             standby_lost_us: parts.spec.suspect_ms * 750,
             heartbeat_us: parts.spec.heartbeat_ms() * 1000,
             step_cap_us: parts.spec.step_cap_us(),
@@ -262,6 +277,8 @@ impl Engine {
             timeline: Timeline::default(),
             events: VecDeque::new(),
             start: parts.spec.start,
+            whole: parts.spec.memory,
+            taken_whole: None,
             name: parts.name,
             make_vm: Some(parts.make_vm),
             resting: None,
@@ -353,6 +370,7 @@ impl Engine {
                 self.bound_copy()?;
                 self.rest()?;
                 self.look_after_guest()?;
+                self.keep_extent()?;
                 looked = Instant::now();
                 self.close_links();
                 if let Some(ended) = self.end_step()? {
@@ -530,7 +548,7 @@ impl Engine {
             Input::Link(host, event) => self.link_event(&host, event)?,
             Input::Store(reply) => self.step(Event::Store(reply))?,
             Input::Output => {
-                let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                let holds = self.nics();
                 // Every flag is taken, so that each NIC can wake the engine again.
                 if holds.iter().filter(|h| h.take_pending()).count() > 0 {
                     self.step(Event::Output)?;
@@ -552,6 +570,8 @@ impl Engine {
                     }
                 }
             }
+            // It runs elsewhere by now.
+            Input::Vcpu(_) if self.replica.primary().is_none() => {}
             Input::Vcpu(VcpuEvent::TripleFault(_)) => self.reset_guest()?,
             Input::Remade(remade) => self.go_on_anew(*remade)?,
             Input::Built => self.built()?,
@@ -604,7 +624,8 @@ impl Engine {
                     (peer.dead, peer.fed) = (true, false);
                 }
                 self.note(format!("path {path} to {host} down, {left} left: {why}"));
-                if gone {
+                // Where a guest would be booted, its own host has the first try.
+                if gone && !self.stands_by_with_disks() {
                     self.step(Event::PeerDied(host.clone()))?;
                 }
             }

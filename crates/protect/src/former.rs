@@ -16,15 +16,15 @@ use crate::input::Input;
 use crate::life::Remains;
 use crate::primary::disk_failed;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use steadfast_machine::quiesce::Quiesced;
 use steadfast_net::HoldMode;
 use steadfast_types::Epoch;
 use steadfast_vmm::process::ProcessError;
 use steadfast_vmm::{AssembleError, Vm};
 
-/// A promotion waits for its machine no longer.
-const BUILT_MAX: Duration = Duration::from_secs(10);
+/// A promotion waits for its machine no longer: it has the right to run the VM by then, and nobody else has its memory.
+const BUILT_MAX: Duration = Duration::from_secs(60);
 
 /// What a cut left that stopped the machine for good, unless the protocol lets it run on.
 pub(crate) struct Frozen {
@@ -73,6 +73,7 @@ impl Engine {
         // I3: all three stand there.
         (self.memory, self.state) = (Some(frozen.at), frozen.state);
         self.base = (None, false);
+        self.taken_whole = Some(true);
         self.staged.clear();
         // What a primary remembers.
         self.sealed.clear();
@@ -81,7 +82,10 @@ impl Engine {
         (self.anew, self.waiting_cut, self.silent) = (None, None, false);
         self.care.step_down();
         self.throttle.step_down();
-        self.guest.restarted(Instant::now());
+        self.guest.left();
+        if let Some(audit) = &mut self.audit {
+            audit.begin_anew();
+        }
         for peer in self.peers.values_mut() {
             peer.step_down();
         }
@@ -95,8 +99,13 @@ impl Engine {
         let inputs = self.inputs.clone();
         let build = move || {
             let vm = make_vm(Some(&remains));
+            let ram = vm.as_ref().ok().map(|vm| vm.machine.ram().clone());
             let _ = built.send(Built { vm, make_vm });
             inputs.send(Input::Built);
+            // Nobody waits for this, and the guest would pay for it page by page.
+            if let Some(ram) = ram {
+                ram.prefault();
+            }
         };
         let thread = std::thread::Builder::new()
             .name("next-machine".into())

@@ -24,6 +24,7 @@ mod disk_care;
 mod disk_engine;
 mod disks;
 mod engine;
+mod extent;
 pub mod failpoint;
 mod former;
 mod input;

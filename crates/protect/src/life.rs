@@ -135,7 +135,9 @@ impl Engine {
                 }
                 tracing::warn!(%error, "a device did not come to rest before the reset");
             }
-            still.harvest(&mut dirty).map_err(|e| not_reset(&e))?;
+            if self.whole {
+                still.harvest(&mut dirty).map_err(|e| not_reset(&e))?;
+            }
             still.keep_stopped();
         }
         self.build_next(make_vm, dirty)
@@ -147,10 +149,13 @@ impl Engine {
         self.carry.append(&mut dirty);
         let remains = Remains::of(&self.vm, false);
         let (inputs, arena) = (self.inputs.clone(), self.capture.arena().clone());
-        let carry = std::mem::take(&mut self.carry);
+        let (carry, whole) = (std::mem::take(&mut self.carry), self.whole);
         let build = move || {
             let built = make_vm(Some(&remains)).and_then(|vm| vm.boot().map(|()| vm));
             let vm = built.and_then(|vm| {
+                if !whole {
+                    return Ok((vm, arena.nothing()));
+                }
                 let ram = vm.machine.ram();
                 // RAM in a file is the same file: its comparison does not show what booting wrote.
                 let mut also = carry;
@@ -175,9 +180,13 @@ impl Engine {
         if self.replica.primary().is_none() {
             return Ok(());
         }
-        self.vm.machine.start_dirty_tracking()?;
         self.vm.machine.hurry_stops();
-        self.anew = Some(pages);
+        if self.whole {
+            self.vm.machine.start_dirty_tracking()?;
+            self.anew = Some(pages);
+        } else {
+            self.vm.machine.resume();
+        }
         if let Some((epoch, bases, freeze)) = self.waiting_cut.take() {
             self.cut(epoch, &bases, freeze)?;
             return self.step(Event::Tick);
@@ -222,6 +231,8 @@ impl Engine {
         if self.ending.is_some() {
             return Ok(None);
         }
+        // What ends goes nowhere; a handover that is beyond that is the other host's.
+        self.step(Event::CancelHandOver)?;
         let commit = (how == Ended::Shutdown).then(|| p.progress.sealed().next());
         self.ending = Some(Ending {
             how,

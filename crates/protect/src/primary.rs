@@ -1,5 +1,6 @@
 //! What a primary does at the protocol's word: cut, copy, release.
 
+use crate::disks::Cut;
 use crate::engine::Engine;
 use crate::former::Frozen;
 use crate::outgoing::{Job, copy_record};
@@ -12,7 +13,7 @@ use steadfast_epoch::io::{Event, SealedEpoch};
 use steadfast_epoch::message::{EpochRef, Message};
 use steadfast_epoch::{Primary, Status};
 use steadfast_machine::machine::MachineError;
-use steadfast_net::HoldMode;
+use steadfast_net::{Hold, HoldMode};
 use steadfast_types::{Epoch, Gfn, HostId, Term};
 use steadfast_vmm::process::ProcessError;
 use steadfast_wire::{Frame, RecordId};
@@ -23,8 +24,6 @@ const COPY_ROUNDS: u32 = 4;
 const COPY_ENOUGH_PAGES: usize = 512;
 /// A cut that fails so often in a row ends this instance: its standby is better off.
 const CUT_FAILURES_MAX: u32 = 5;
-/// More cuts than this wait for their commit only when there is no standby; then their times say nothing.
-const CUTS_TIMED_MAX: usize = 1024;
 
 impl Engine {
     /// Whether any host mirrors this VM, is being filled, or may come to be in sync by the epochs that are cut now: from the
@@ -44,7 +43,7 @@ impl Engine {
             self.waiting_cut = Some((epoch, bases.to_vec(), freeze));
             return Ok(());
         }
-        let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let holds = self.nics();
         let boundary = || holds.iter().map(|h| h.emitted()).sum();
         let term = match self.replica.status() {
             Status::Primary(p) => p.term,
@@ -81,6 +80,9 @@ impl Engine {
                 whole: false,
             }));
             return Ok(());
+        }
+        if !self.whole {
+            return self.cut_disks(epoch, term, bases);
         }
         let mut extra: Vec<Gfn> = Vec::new();
         for base in bases {
@@ -154,18 +156,13 @@ impl Engine {
                 None => {}
             }
         }
-        let c = &mut self.counters;
         let pause_us = sealed.times.pause.as_micros() as u64;
-        c.cuts += 1;
-        c.pages += sealed.pages.gfns().len() as u64;
+        self.counters.cut(epoch, sealed.pages.gfns().len());
+        let c = &mut self.counters;
         c.pause_us = (c.pause_us.0 + pause_us, c.pause_us.1.max(pause_us));
         c.last = sealed.times;
         c.pauses.add(pause_us);
         self.slow_pause(sealed.times);
-        let c = &mut self.counters;
-        if c.cut_at.len() < CUTS_TIMED_MAX {
-            c.cut_at.push_back((epoch, Instant::now()));
-        }
         let mut record = Record {
             pages: Some(sealed.pages),
             state: sealed.state,
@@ -174,25 +171,36 @@ impl Engine {
             bases: BTreeMap::new(),
         };
         let flush = disks.as_ref().is_some_and(|d| d.flush);
-        if let Some(disks) = disks {
-            // Now, while the epoch cannot be committed: after that the journal may use the place of its bytes again.
-            match self.disks.writes(&disks) {
-                Ok(ops) => record.disk = Some(ops),
-                Err(error) => self.note(format!("epoch {epoch}: {error}")),
-            }
-            for (n, base) in bases.iter().enumerate() {
-                match self.disks.residue(&disks, n) {
-                    Ok(ops) => drop(record.bases.insert(base.clone(), ops)),
-                    Err(error) => self.note(format!("end of the copy to {base}: {error}")),
-                }
-            }
+        if let Some(disks) = &disks {
+            self.add_disks(&mut record, epoch, disks, bases);
         }
-        let bytes = record.bytes();
-        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
-        self.reached("seal");
+        self.tell_sealed(epoch, record, flush, pause_us);
         if freeze {
             self.reached("freeze");
         }
+        Ok(())
+    }
+
+    /// Adds what the cut sealed on the disks, and what completes the copies of `bases`: now, while the epoch cannot be committed; after that
+    /// the journal may use the place of its bytes again.
+    pub(crate) fn add_disks(&mut self, record: &mut Record, epoch: Epoch, cut: &Cut, bases: &[HostId]) {
+        match self.disks.writes(cut) {
+            Ok(ops) => record.disk = Some(ops),
+            Err(error) => self.note(format!("epoch {epoch}: {error}")),
+        }
+        for (n, base) in bases.iter().enumerate() {
+            match self.disks.residue(cut, n) {
+                Ok(ops) => drop(record.bases.insert(base.clone(), ops)),
+                Err(error) => self.note(format!("end of the copy to {base}: {error}")),
+            }
+        }
+    }
+
+    /// The protocol hears of an epoch that was cut.
+    pub(crate) fn tell_sealed(&mut self, epoch: Epoch, record: Record, flush: bool, pause_us: u64) {
+        let bytes = record.bytes();
+        tracing::debug!(at_us = self.now(), %epoch, bytes, flush, pause_us, "cut");
+        self.reached("seal");
         let whole = record.disk.is_some();
         self.sealed.push_back((epoch, Arc::new(record)));
         self.events.push_back(Event::Sealed(SealedEpoch {
@@ -202,7 +210,6 @@ impl Engine {
             pause_us,
             whole,
         }));
-        Ok(())
     }
 
     /// Sends one chunk of a full copy, read while the guest runs: what it writes meanwhile is dirty and comes again.
@@ -225,13 +232,11 @@ impl Engine {
             Status::Standby(_) => return Ok(()),
         };
         // Not while a reset is under way: looking lets the guest run on.
-        let may_look = !mirrored_by_others && !self.between_machines();
-        let regions: Vec<_> = self
-            .vm
-            .machine
-            .ram()
-            .regions()
+        let may_look = self.whole && !mirrored_by_others && !self.between_machines();
+        let regions = self.vm.machine.ram().regions();
+        let regions: Vec<_> = regions
             .iter()
+            .filter(|_| self.whole)
             .map(|r| (r.start, r.len))
             .collect();
         let Some(slot) = self.slot(to) else { return Ok(()) };
@@ -324,9 +329,8 @@ impl Engine {
 
     /// Lets the outputs of committed epochs out.
     pub(crate) fn release(&mut self, through: Epoch) {
-        let holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let before = self.counters.released;
-        for h in holds {
+        for h in self.nics() {
             self.counters.released += h.release(through.0);
         }
         if self.counters.released > before {
@@ -354,24 +358,35 @@ impl Engine {
 
     /// Makes this machine the running one: outputs held, dirty pages tracked.
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
+        if self.whole {
+            self.vm.machine.start_dirty_tracking()?;
+        }
+        self.run_on()
+    }
+
+    /// The same, of one whose dirty pages are tracked already.
+    pub(crate) fn run_on(&mut self) -> Result<(), ProcessError> {
         self.set_holds(self.hold_mode());
-        self.vm.machine.start_dirty_tracking()?;
         self.vm.machine.hurry_stops();
         self.vm.machine.resume();
-        let wanted: Vec<HostId> = self
-            .peers
-            .values()
-            .filter(|p| p.wanted)
-            .map(|p| p.host.clone())
-            .collect();
-        for host in wanted {
-            self.events.push_back(Event::AddStandby(host));
-        }
+        self.add_wanted();
         Ok(())
     }
 
+    /// Mirrors to every host that it shall be mirrored to.
+    pub(crate) fn add_wanted(&mut self) {
+        let wanted = self.peers.values().filter(|p| p.wanted);
+        self.events
+            .extend(wanted.map(|p| Event::AddStandby(p.host.clone())));
+    }
+
+    /// The present NICs' queues.
+    pub(crate) fn nics(&self) -> Vec<Arc<Hold>> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Where volumes keep account of what this host lacks.
-    fn slot(&self, host: &HostId) -> Option<usize> {
+    pub(crate) fn slot(&self, host: &HostId) -> Option<usize> {
         self.peers.get(host).map(|p| p.slot)
     }
 

@@ -47,6 +47,9 @@ impl Engine {
                 let mut serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
                 json!({"ok": true, "taken": serial.enqueue_input(text.as_bytes())})
             }
+            Request::HandOver { .. } if !self.whole => failure(
+                &"only the disks of this VM are mirrored: it cannot go on elsewhere, only be booted there",
+            ),
             Request::HandOver { to } => {
                 let to = to.clone();
                 self.step(Event::HandOver(to))?;
@@ -79,7 +82,8 @@ impl Engine {
             Request::Class {
                 hold_outputs,
                 max_interval_us,
-            } => match self.set_class(*hold_outputs, *max_interval_us) {
+                memory,
+            } => match self.set_class(*hold_outputs, *max_interval_us, *memory) {
                 Ok(()) => json!({"ok": true}),
                 Err(why) => failure(&why),
             },
@@ -98,14 +102,27 @@ impl Engine {
         Ok(ended)
     }
 
-    fn set_class(&mut self, hold_outputs: bool, max_interval_us: Option<u64>) -> Result<(), &'static str> {
+    fn set_class(
+        &mut self,
+        hold_outputs: bool,
+        max_interval_us: Option<u64>,
+        memory: bool,
+    ) -> Result<(), &'static str> {
+        if !memory && self.disks.is_empty() {
+            return Err(
+                "a VM without a writable disk has no disks to mirror: all of it is mirrored, or nothing",
+            );
+        }
         if !hold_outputs && !self.disks.is_empty() {
             return Err(
                 "outputs of a VM with writable disks are held: what the guest has flushed could be lost",
             );
         }
         (self.spec.hold_outputs, self.spec.max_interval_us) = (hold_outputs, max_interval_us);
-        self.replica.set_class(hold_outputs, &policy(max_interval_us));
+        self.spec.memory = memory;
+        let suspect_us = self.spec.suspect_us();
+        self.replica
+            .set_class(hold_outputs, &policy(max_interval_us), suspect_us);
         if self.replica.primary().is_some() {
             self.set_holds(self.hold_mode());
         }
@@ -191,7 +208,7 @@ impl Engine {
                 "role": "primary",
                 "phase": format!("{:?}", p.phase),
                 // I8: protected only while it could survive the loss of this host right now.
-                "protected": p.phase == Phase::Protected,
+                "protected": p.phase == Phase::Protected && self.whole == self.spec.memory,
                 "term": p.term,
                 "sealed": p.progress.sealed(), "sent": p.progress.sent(),
                 "committed": p.progress.committed(), "released": p.progress.released(),
@@ -216,6 +233,10 @@ impl Engine {
             "name": self.vm.spec.name,
             "protocol": protocol,
             "takes_over": self.takes_over(),
+            "whole": match self.replica.primary() {
+                Some(_) => self.whole,
+                None => !self.state.is_empty(),
+            },
             "nics": self.vm.nics.iter().map(|n| json!(n.stats())).collect::<Vec<_>>(),
             "cuts": c.cuts,
             "pages": c.pages,

@@ -41,6 +41,12 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             disk.path.display()
         )));
     }
+    if !protect.memory && spec.disks.iter().all(|d| d.read_only) {
+        return Err(setting(
+            "only disks are to be mirrored, and the VM has none that is writable: mirror all of it (memory)"
+                .into(),
+        ));
+    }
     if protect.peers.len() > SLOTS && spec.disks.iter().any(|d| !d.read_only) {
         return Err(setting(format!(
             "a VM with writable disks has at most {SLOTS} other hosts; name fewer peers"
@@ -82,7 +88,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let holds = Holds::default();
     let memory = taken.map(|t| memory_of_another(t, spec.memory_bytes)).transpose();
     let memory = memory.map_err(setting)?;
-    let (name, ram_bytes) = (spec.name.clone(), spec.memory_bytes);
+    let (name, ram_bytes, in_memory) = (spec.name.clone(), spec.memory_bytes, protect.memory);
     let make_vm = {
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
         move |before: Option<&Remains>| {
@@ -124,11 +130,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
             };
             (options.on_serial)(&vm.serial);
             // First touch is dear; a standby must not pay for it when it takes over.
-            let stands_by = match before {
-                None => memory.is_none(),
-                Some(remains) => remains.stays,
-            };
-            if stands_by {
+            if before.is_none() && memory.is_none() && in_memory {
                 vm.machine.ram().prefault();
             }
             Ok(vm)

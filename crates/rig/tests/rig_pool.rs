@@ -50,3 +50,16 @@ fn long_rig_pool_faults() {
     let report = play(&Options::faults(), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
     assert!(report.steps > 0);
 }
+
+/// An hour of load that comes and goes on slow servers: nobody takes a VM over, and no host counts as dead (I7). `STEADFAST_MINUTES`: another
+/// time.
+#[test]
+fn long_rig_pool_hour() {
+    if !can_run("long_rig_pool_hour") {
+        return;
+    }
+    let minutes = std::env::var("STEADFAST_MINUTES").map_or(60, |m| m.parse().unwrap());
+    let report = play(&Options::hour(minutes), &mut Lines::new()).unwrap_or_else(|e| panic!("{e}"));
+    println!("{report:?}");
+    assert!(report.steps > 0);
+}

@@ -96,6 +96,9 @@ pub enum Request {
         hold_outputs: bool,
         /// Longest interval between epochs in microseconds; none: as the policy has it.
         max_interval_us: Option<u64>,
+        /// All of it is mirrored, not only its disks.
+        #[serde(default = "yes")]
+        memory: bool,
     },
     /// Copies to standbys of a protected VM (memory and disks) go at this rate from now on.
     CopyRate {

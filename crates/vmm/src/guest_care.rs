@@ -117,6 +117,11 @@ impl GuestCare {
         self.last = Some((now, pause));
     }
 
+    /// It goes on elsewhere, with what is wrong with it.
+    pub fn left(&mut self) {
+        self.wrong = None;
+    }
+
     /// What happened so far.
     #[must_use]
     pub const fn mishaps(&self) -> Mishaps {

@@ -86,14 +86,29 @@ pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
     upgrade && !vm.spec.protection.hot()
 }
 
-/// Nothing that runs or protects is there (disks of VMs that are off may be, and what an upgrade leaves).
+/// A standby in sync that has no other place: it stays while its host is emptied, and protects its VM until that host is turned off.
+fn standby_stays(w: &World, v: usize, h: usize) -> bool {
+    let vm = &w.vms[v];
+    let since = w.hosts[h].host.status.admin_since_ms;
+    let waited = since.is_none_or(|at| elapsed(w.now_ms, at) > STAYS_AFTER_MS);
+    vm.on()
+        && vm.owner.is_some_and(|o| o != h)
+        && vm.standbys.contains(&h)
+        && w.in_sync(v, h)
+        && waited
+        && w.best_of(v, Role::Standby, 0..w.hosts.len(), |_| None).is_err()
+}
+
+/// Nothing that runs or protects is there (disks of VMs that are off may be, and what has no other place).
 pub(crate) fn is_empty(w: &World, h: usize) -> bool {
     w.hosts[h].migrations == 0
         && w.hosts[h].copies.iter().all(|&v| {
             let vm = &w.vms[v];
             let here = vm.owner == Some(h) || vm.on() && vm.standbys.contains(&h);
             let process = vm.vm.state.instances.get(w.hosts[h].id());
-            stays(w, v, h) || !here && process.is_none_or(|i| matches!(i.phase, Phase::Failed(_)))
+            stays(w, v, h)
+                || standby_stays(w, v, h)
+                || !here && process.is_none_or(|i| matches!(i.phase, Phase::Failed(_)))
         })
 }
 
@@ -108,7 +123,7 @@ pub(crate) fn drained(w: &mut World) {
             let host = w.host_id(h);
             w.act(
                 Action::MarkAdmin { host, admin },
-                "nothing is on it any more".into(),
+                "nothing is on it any more that has another place".into(),
             );
         }
     }

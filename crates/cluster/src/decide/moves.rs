@@ -73,8 +73,8 @@ pub(crate) fn drain(w: &mut World) {
         // Waiting for a standby to be filled, or for a move that fails each time, has no end of its own: people are told.
         let since = w.hosts[h].host.status.admin_since_ms;
         let long = since.is_some_and(|since| elapsed(w.now_ms, since) > w.pool.limits.drain_alarm_ms);
-        let waits = long && !hosts::is_empty(w, h);
-        if stuck.is_some() || kept || waits {
+        let empty = hosts::is_empty(w, h);
+        if stuck.is_some() || (kept || long) && !empty {
             w.alarms_wanted.insert(AlarmKey::DrainStuck(w.host_id(h)));
         }
     }

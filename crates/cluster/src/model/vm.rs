@@ -198,6 +198,12 @@ impl VmSpecRecord {
         })
     }
 
+    /// Its standbys are copies of its disks, from which it is booted.
+    #[must_use]
+    pub fn disks_suffice(&self) -> bool {
+        self.protection == Protection::Restart && self.has_local_disk()
+    }
+
     /// How many standbys it shall have. For `restart` a standby is a replica of the disks.
     #[must_use]
     pub fn standbys_wanted(&self) -> usize {

@@ -324,8 +324,7 @@ impl Primary {
                 });
             }
             None => {
-                self.joins += 1;
-                let join = self.store.instance().0.wrapping_add(self.joins);
+                let join = self.store.join();
                 let copy = Copy {
                     join,
                     progress_at: now,

@@ -166,6 +166,10 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (Protection::None, _) => "none promised".into(),
         (_, "off") => "off".into(),
         (_, "unknown") => "unknown: its host is not heard of".into(),
+        (Protection::Restart, "running") if spec.has_local_disk() => match in_sync.iter().any(up) {
+            true => "restart elsewhere".into(),
+            false => "unprotected: no other host has a current copy of its disks".into(),
+        },
         (Protection::Restart, "running") => {
             match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
                 0 => "unprotected: there is no other host".into(),

@@ -75,17 +75,12 @@ pub async fn show(State(node): Shared, Path(vm): Path<VmId>) -> Answer<Shown> {
 /// What cannot be kept is refused before anything is written.
 fn check(node: &Node, pool: &Pool, stored: &StoredVm) -> Result<()> {
     let (id, spec) = (&stored.record.id, &stored.record);
-    let writable_local = spec.disks.iter().any(|d| d.place == DiskPlace::Local);
     match spec.protection {
-        Protection::Restart if writable_local => refused(format!(
-            "VM {id}: class `restart` needs its disks on a storage that all hosts reach (--shared NAME); copies of local disks \
-             are kept for class `ft` only as yet"
-        )),
         Protection::Checkpoint { .. } if !spec.disks.is_empty() => refused(format!(
             "VM {id}: class `checkpoint` with writable disks could lose what the guest has flushed; use `ft`, or make the \
              disks read-only (,ro)"
         )),
-        p if p.hot() => engine::possible(&node.config(), pool, stored),
+        _ if spec.standbys_wanted() > 0 => engine::possible(&node.config(), pool, stored),
         _ => Ok(()),
     }
 }

@@ -65,7 +65,7 @@ impl Duo {
         self.last = r.counter;
     }
 
-    /// As [`Duo::one`], of a guest that was powered on again from its disk: what was done and never answered may be there.
+    /// As [`Duo::one`], of a guest that was, or may have been, powered on again from its disk: what was done and never answered may be there.
     pub fn one_after_boot(&mut self) {
         let r = self.ask();
         let more = r.counter.checked_sub(self.last);

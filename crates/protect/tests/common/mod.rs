@@ -172,6 +172,10 @@ pub struct Site {
     pub watchdog: bool,
     /// Silence after which a primary is suspected, in milliseconds.
     pub suspect_ms: u64,
+    /// All of it is mirrored, not only its disk.
+    pub memory: bool,
+    /// The same silence where only its disk is mirrored.
+    pub boot_after_ms: u64,
     /// Where the instance that is started next kills itself.
     pub die_at: Option<String>,
     /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
@@ -208,6 +212,8 @@ impl Site {
             disk: false,
             watchdog: false,
             suspect_ms: 160,
+            memory: true,
+            boot_after_ms: 0,
             die_at: None,
             tls: false,
             third: None,
@@ -272,6 +278,8 @@ impl Site {
             "host": host, "store": self.path().join("store"), "start": start,
             "peers": peers,
             "suspect_ms": self.suspect_ms,
+            "memory": self.memory,
+            "boot_after_ms": self.boot_after_ms,
             "die_at": self.die_at.take(),
             "tls": if self.tls { tls } else { Value::Null },
             "audit": self.audit.then(|| self.path().join("audit")),

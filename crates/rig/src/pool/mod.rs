@@ -6,7 +6,8 @@
 //!        ── the server is powered on ──> used again
 //! ```
 //! Smaller plays: upkeep (a service fails and is restarted by its agent; each server is emptied for another build of the program and used
-//! again), a hot host that is relieved, and faults of hosts, one after another, under an `ft` VM with a disk.
+//! again), a hot host that is relieved; faults of hosts, one after another, under an `ft` VM with a disk;
+//! and an hour of load on servers that are well.
 //!
 //! Clients hold a TCP session to each `ft` VM all the time: a step lost, done twice or a reset is an error. What does not hold is
 //! an error; what did is in the [`Report`], with its times.
@@ -14,6 +15,7 @@
 mod balance;
 mod faults;
 mod host;
+mod hour;
 mod steps;
 mod upkeep;
 
@@ -44,6 +46,8 @@ pub enum Act {
     Faults,
     /// All VMs are on one server and busy, and the pool may move them.
     Balance,
+    /// Load that comes and goes on servers that are well, for so many minutes.
+    Hour(u64),
 }
 
 /// How to play it.
@@ -62,7 +66,7 @@ pub struct Options {
     /// Whether the servers have watchdog devices.
     pub watchdog: bool,
     /// What happens.
-    pub acts: &'static [Act],
+    pub acts: Vec<Act>,
 }
 
 impl Options {
@@ -77,7 +81,7 @@ impl Options {
             server_mib: 2000,
             disk: false,
             watchdog: false,
-            acts: &[Act::Drill, Act::Kill, Act::Return],
+            acts: vec![Act::Drill, Act::Kill, Act::Return],
         }
     }
 
@@ -91,7 +95,7 @@ impl Options {
             server_mib: 1600,
             disk: false,
             watchdog: false,
-            acts: &[Act::Service, Act::Drain, Act::Resume, Act::Upgrade],
+            acts: vec![Act::Service, Act::Drain, Act::Resume, Act::Upgrade],
         }
     }
 
@@ -105,7 +109,21 @@ impl Options {
             server_mib: 1200,
             disk: false,
             watchdog: false,
-            acts: &[Act::Balance],
+            acts: vec![Act::Balance],
+        }
+    }
+
+    /// Load on servers that are well, for so many minutes.
+    #[must_use]
+    pub fn hour(minutes: u64) -> Self {
+        Options {
+            vms: [2, 0, 0, 0],
+            servers: 3,
+            witness: false,
+            server_mib: 1400,
+            disk: false,
+            watchdog: false,
+            acts: vec![Act::Hour(minutes)],
         }
     }
 
@@ -119,7 +137,7 @@ impl Options {
             server_mib: 1400,
             disk: true,
             watchdog: true,
-            acts: &[Act::Faults],
+            acts: vec![Act::Faults],
         }
     }
 }
@@ -159,6 +177,12 @@ pub struct Report {
     pub upgrade_longest: Duration,
     /// The longest that an `ft` VM had no standby during the upgrade.
     pub upgrade_degraded: Duration,
+    /// How long there was load on servers that are well.
+    pub hour: Duration,
+    /// The longest wait of a session meanwhile.
+    pub hour_longest: Duration,
+    /// The longest that an `ft` VM had no standby meanwhile.
+    pub hour_degraded: Duration,
     /// Steps of all sessions.
     pub steps: u64,
 }

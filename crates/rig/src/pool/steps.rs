@@ -19,7 +19,7 @@ const LEASE: Duration = Duration::from_secs(20);
 /// Each step is two epochs on two servers, which have one emulated CPU each.
 const STEP_EVERY: Duration = Duration::from_millis(400);
 /// As do their VMs' instances.
-const SUSPECT: Duration = Duration::from_secs(4);
+pub(super) const SUSPECT: Duration = Duration::from_secs(4);
 /// Asking is a program that runs on a server, which has other things to do.
 pub(super) const ASK_EVERY: Duration = Duration::from_secs(1);
 /// The disk of an `ft` VM, on every host.
@@ -107,7 +107,7 @@ impl Stage<'_, '_> {
             self.crowd()?;
         }
         self.place(options, report)?;
-        for act in options.acts {
+        for act in &options.acts {
             match act {
                 Act::Service => self.service(report)?,
                 Act::Drill => self.drill(report)?,
@@ -118,6 +118,7 @@ impl Stage<'_, '_> {
                 Act::Upgrade => self.upgrade(report)?,
                 Act::Faults => self.faults()?,
                 Act::Balance => self.balance(report)?,
+                Act::Hour(minutes) => self.hour(Duration::from_secs(minutes * 60), report)?,
             }
         }
         for guest in &mut self.guests {

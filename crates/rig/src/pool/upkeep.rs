@@ -13,9 +13,8 @@ const ANOTHER: &str = "/data/another-program";
 const UPGRADE_BOUND: Duration = Duration::from_secs(900);
 /// From a service that fails to its restart.
 const SERVICE_BOUND: Duration = Duration::from_secs(120);
-/// Most that a VM is without a standby. A switch takes less by far, but a slow host's standby may be given up in it (docs/known-problems.md),
-/// and is filled anew then.
-const WITHOUT_STANDBY: Duration = Duration::from_secs(45);
+/// Most that a VM is without a standby: the host that it leaves stays one, in sync, until another one is.
+const WITHOUT_STANDBY: Duration = Duration::from_secs(5);
 
 impl Stage<'_, '_> {
     /// The service in an ft VM fails by what its agent says; the agent restarts it, and nobody else notices.
@@ -188,14 +187,14 @@ impl Stage<'_, '_> {
         Ok(())
     }
 
-    fn longest_degraded(&self, before: &[Duration]) -> Result<Duration> {
+    pub(super) fn longest_degraded(&self, before: &[Duration]) -> Result<Duration> {
         let now = self.degraded()?;
         let since = now.iter().zip(before).map(|(a, b)| a.saturating_sub(*b));
         Ok(since.max().unwrap_or_default())
     }
 
     /// How long each ft VM was without a standby so far.
-    fn degraded(&self) -> Result<Vec<Duration>> {
+    pub(super) fn degraded(&self) -> Result<Vec<Duration>> {
         let of = |guest: &Guest| {
             let found = self.asker()?.json(&format!("availability {}", guest.name))?;
             let value = found.unwrap_or_default();

@@ -1,0 +1,104 @@
+//! How much of a VM is mirrored: all of it, or its disks only (class `restart`: it is booted where a copy of its disks is).
+//!
+//! ```text
+//! whole       record = pages, machine state, disks     promotion: the guest goes on
+//! disks only  record = disks                           promotion: the guest is booted from them, as of the epoch
+//! ```
+//! Everything else is the same: outputs are held until what they may speak of is safe on the standby, so that nothing that the guest has
+//! flushed and then told the world is lost (I1, I5), and the arbiter decides who runs it (I2). A cut of disks stops nothing: no vCPU, no
+//! device.
+//!
+//! What a standby has tells what it is: with machine state it is whole. A primary goes over from one to the other while nobody mirrors it:
+//! all its standbys leave, and begin again with a copy by the other measure (I3).
+
+use crate::engine::Engine;
+use crate::peer::Record;
+use crate::primary::disk_failed;
+use std::collections::BTreeMap;
+use steadfast_epoch::Status;
+use steadfast_epoch::io::Event;
+use steadfast_types::{Epoch, HostId, Term};
+use steadfast_vmm::process::ProcessError;
+
+impl Engine {
+    /// Seals epoch `epoch` of a VM of which the disks are mirrored. The guest runs on.
+    pub(crate) fn cut_disks(
+        &mut self,
+        epoch: Epoch,
+        term: Term,
+        bases: &[HostId],
+    ) -> Result<(), ProcessError> {
+        let holds = self.nics();
+        // Outputs first: what left with this epoch may speak of writes and flushes before it, not after.
+        for h in &holds {
+            h.cut(epoch.0);
+        }
+        let boundary = holds.iter().map(|h| h.emitted()).sum();
+        let slots: Vec<usize> = bases.iter().filter_map(|b| self.slot(b)).collect();
+        let cut = self.disks.seal(epoch, term, &slots).map_err(disk_failed)?;
+        for (host, peer) in &mut self.peers {
+            if bases.contains(host) && peer.join.take().is_some() {
+                peer.fed = true;
+            }
+        }
+        let mut record = Record {
+            pages: Some(self.capture.arena().nothing()),
+            state: Vec::new(),
+            boundary,
+            disk: None,
+            bases: BTreeMap::new(),
+        };
+        self.add_disks(&mut record, epoch, &cut, bases);
+        self.counters.cut(epoch, 0);
+        // The guest has not stood still: there is no pause.
+        self.tell_sealed(epoch, record, cut.flush, 0);
+        Ok(())
+    }
+
+    /// Whether this is a standby that has, and shall have, the disks only.
+    pub(crate) fn stands_by_with_disks(&self) -> bool {
+        self.replica.primary().is_none() && !self.spec.memory && self.state.is_empty()
+    }
+
+    /// Goes over to what is wanted, once nobody mirrors this VM any more; see to it that this comes about. Call it now and then.
+    pub(crate) fn keep_extent(&mut self) -> Result<(), ProcessError> {
+        let Status::Primary(p) = self.replica.status() else {
+            return Ok(());
+        };
+        let rests =
+            self.ending.is_none() && self.frozen.is_none() && !self.takes_over() && !self.between_machines();
+        if self.whole == self.spec.memory || !rests {
+            return Ok(());
+        }
+        if !p.members.is_empty() {
+            let leave = p.members.into_iter().map(|m| Event::RemoveStandby(m.host));
+            self.events.extend(leave);
+            return self.step(Event::Tick);
+        }
+        // The throttle has nothing to hold back.
+        self.throttle.runs();
+        let still = self
+            .vm
+            .machine
+            .quiesce()
+            .map_err(|e| disk_failed(e.to_string()))?;
+        still.keep_stopped();
+        let tracked = match self.spec.memory {
+            true => self.vm.machine.start_dirty_tracking(),
+            false => self.vm.machine.stop_dirty_tracking(),
+        };
+        self.vm.machine.resume();
+        tracked?;
+        self.whole = self.spec.memory;
+        self.carry.clear();
+        self.note(match self.whole {
+            true => "all of the VM is mirrored from now on".into(),
+            false => "only the disks of the VM are mirrored from now on".into(),
+        });
+        for peer in self.peers.values_mut() {
+            (peer.join, peer.fed) = (None, false);
+        }
+        self.add_wanted();
+        self.step(Event::Tick)
+    }
+}
