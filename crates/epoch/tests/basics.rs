@@ -165,6 +165,34 @@ fn handover_moves_the_vm_and_keeps_it_protected() {
     assert!(w.is_primary("a"));
 }
 
+/// Who was left half filled in the first life of a primary must not go on from there in its second.
+#[test]
+fn a_copy_has_a_number_of_its_own_in_each_life_of_a_primary() {
+    let mut w = World::new(Settings::default(), &["a", "b", "c"]);
+    w.record_frames = true;
+    w.protected();
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        w.give(from, Event::HandOver(host(to)));
+        w.run(300);
+        assert!(w.is_primary(to));
+    }
+    w.kill("c");
+    w.run(300);
+    w.start("c");
+    w.give("a", Event::AddStandby(host("c")));
+    w.run(400);
+    assert_eq!(w.record.in_sync, vec![host("b"), host("c")]);
+    let mut joins = std::collections::BTreeSet::new();
+    for (from, to, m) in &w.recorded {
+        if let Body::Join { join, .. } = m.body
+            && (from, to) == (&host("a"), &host("c"))
+        {
+            joins.insert(join);
+        }
+    }
+    assert_eq!(joins.len(), 2, "{joins:?}");
+}
+
 #[test]
 fn flush_epochs_wait_for_both_fsyncs() {
     let mut w = World::new(Settings::default(), &["a", "b"]);
