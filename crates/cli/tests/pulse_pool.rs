@@ -6,9 +6,12 @@ mod common;
 
 use common::{Pool, possible, wait, wait_for};
 use std::time::{Duration, Instant};
+use steadfast_vmm::control::{Request as ControlRequest, ask};
 
 /// Short, so that tests are; longer than any pause of a busy machine.
 const LEASE_MS: u64 = 6000;
+/// An answer of a monitor takes no longer.
+const ANSWER: Duration = Duration::from_secs(5);
 
 fn protected(pool: &Pool, vm: &str) -> bool {
     pool.other("").vm(vm)["protection"] == "protected"
@@ -89,6 +92,78 @@ fn a_host_dies() {
         "{r}"
     );
     assert_eq!((ft.seen().boots, restart.seen().boots), (0, 1));
+}
+
+/// Class `restart` with a disk of each host's own: a copy of the disk follows, and the guest is booted from it; with all that a client was told.
+#[test]
+fn a_guest_is_booted_from_a_copy_of_its_disk() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    for host in ["a", "b", "c"] {
+        std::fs::write(pool.path(&format!("d-{host}.raw")), vec![0; 12 << 20]).unwrap();
+    }
+    let disk = format!("{},format=raw", pool.path("d-{host}.raw").display());
+    let client = pool.disk_client("d");
+    pool.create_with("d", "restart", "disk=1", &["--disk", &disk]);
+    let safe = |pool: &Pool| pool.other("").vm("d")["protection"] == "restart elsewhere";
+    wait("a copy of its disk to be there", || safe(&pool));
+    let only_disks = |pool: &Pool| {
+        let host = host_of(pool, "d")?;
+        let host = pool.hosts.iter().find(|h| h.name == host)?;
+        let status = ask(&host.run_folder().join("d.sock"), &ControlRequest::Status, ANSWER).ok()?;
+        (status["whole"] == false && status["protocol"]["protected"] == true).then_some(())
+    };
+    assert_eq!(only_disks(&pool), Some(()));
+    let at_first = host_of(&pool, "d").unwrap();
+    client.answer("", Instant::now());
+    // It moves without a boot.
+    let to = pool.other(&at_first).name.clone();
+    pool.other("").run(&["migrate", "d", "--to", &to]);
+    wait("d to be moved, and a copy of its disk to be there", || {
+        host_of(&pool, "d").as_ref() == Some(&to) && safe(&pool)
+    });
+    client.answer(&at_first, Instant::now());
+    assert_eq!(client.seen().boots, 0, "a move is no boot");
+    // All of it was mirrored for that, so it could do without a boot for a while longer.
+    wait("its disk to be enough again", || {
+        host_of(&pool, "d").as_ref() == Some(&to) && safe(&pool) && only_disks(&pool).is_some()
+    });
+    // Its process dies: it is booted where it was.
+    let monitors = pool.host(&to).processes();
+    let (pid, _) = monitors.iter().find(|(_, line)| line.contains(" vmm ")).unwrap();
+    let killed = Instant::now();
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    wait("a boot", || client.seen().boots == 1);
+    let (host, gap) = client.answer("", killed);
+    assert_eq!(host, to, "where it was");
+    println!("d: answers {gap:?} after the death of its process");
+    wait("a copy of its disk to be there again", || safe(&pool));
+    // Its host dies: it is booted where the copy is.
+    let killed = pool.host(&to).power_off();
+    let (host, gap) = client.answer(&to, killed);
+    println!("d: answers from {host} {gap:?} after the death of {to}");
+    assert_eq!(client.seen().boots, 2);
+    wait("a copy of its disk on the third host", || {
+        safe(&pool) && host_of(&pool, "d") == Some(host.clone())
+    });
+    assert_eq!(client.seen().boots, 2, "once");
+    // Off is off.
+    pool.other(&to).run(&["vm", "stop", "d", "--now"]);
+    wait("d to be off", || pool.other(&to).vm("d")["state"] == "off");
+    pool.host(&to).start_daemon();
+    wait("all to be well again", || {
+        pool.other(&to).try_run(&["status"]).status.success()
+    });
+    assert_eq!(pool.other(&to).vm("d")["state"], "off");
+    let seen = client.seen();
+    assert_eq!(seen.boots, 2);
+    assert!(
+        seen.counter >= seen.replies,
+        "nothing that was answered is lost: {seen:?}"
+    );
 }
 
 /// The daemons of all hosts are restarted, one after the other; no VM notices.

@@ -55,9 +55,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether this is a standby that has, and shall have, the disks only.
+    /// Whether this is a standby that has the disks only.
     pub(crate) fn stands_by_with_disks(&self) -> bool {
-        self.replica.primary().is_none() && !self.spec.memory && self.state.is_empty()
+        self.replica.primary().is_none() && self.taken_whole == Some(false)
     }
 
     /// Goes over to what is wanted, once nobody mirrors this VM any more; see to it that this comes about. Call it now and then.

@@ -1,7 +1,8 @@
 //! A client of a pulse guest that adds one to its counter, again and again, and says from which host each answer came.
 //!
 //! A request is repeated with its nonce until it is answered; the guest does it once. So the counter grows by exactly one with
-//! each answer, over every failover; after a boot it begins anew, which is counted.
+//! each answer, over every failover; after a boot it begins anew, which is counted. A guest that keeps its counter on a disk goes on from
+//! there after a boot: what was done and not answered may be there, what was answered must be.
 
 use pulse::frames::{self, Ends, Packet};
 use pulse::shared::COUNTER_PORT;
@@ -25,8 +26,10 @@ const PORT: u16 = 19_000;
 pub struct Seen {
     pub replies: u64,
     pub counter: u64,
-    /// Times that the counter began anew.
+    /// Times that the counter began anew, or was taken from the disk.
     pub boots: u64,
+    /// Where it was taken up at the last boot, of a guest that keeps it on a disk.
+    taken_up: Option<u64>,
     pub last: Option<(Instant, String)>,
     /// Longest time between two replies.
     pub longest: Duration,
@@ -41,11 +44,20 @@ pub struct Client {
 
 impl Client {
     pub fn start(own: &Path, nics: Vec<(String, PathBuf)>) -> Self {
+        Self::asking(own, nics, kind::INC)
+    }
+
+    /// Of a guest that keeps its counter on a disk.
+    pub fn of_disk(own: &Path, nics: Vec<(String, PathBuf)>) -> Self {
+        Self::asking(own, nics, kind::FLUSH_INC)
+    }
+
+    fn asking(own: &Path, nics: Vec<(String, PathBuf)>, kind: u32) -> Self {
         let socket = UnixDatagram::bind(own).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
         let (seen, stop) = (Arc::<Mutex<Seen>>::default(), Arc::<AtomicBool>::default());
         let (to, end) = (Arc::clone(&seen), Arc::clone(&stop));
-        let thread = std::thread::spawn(move || work(&socket, &nics, &to, &end));
+        let thread = std::thread::spawn(move || work(&socket, &nics, kind, &to, &end));
         Self {
             seen,
             stop,
@@ -83,15 +95,12 @@ impl Drop for Client {
     }
 }
 
-fn work(socket: &UnixDatagram, nics: &[(String, PathBuf)], seen: &Mutex<Seen>, stop: &AtomicBool) {
+fn work(socket: &UnixDatagram, nics: &[(String, PathBuf)], kind: u32, seen: &Mutex<Seen>, stop: &AtomicBool) {
     let (mut buf, mut nonce, mut sent) = (vec![0; 65_536], 1, None::<Instant>);
     let ends = Ends { src: ME, dst: GUEST };
     while !stop.load(Ordering::Relaxed) {
         if sent.is_none_or(|at| at.elapsed() >= AGAIN) {
-            let request = Request {
-                kind: kind::INC,
-                nonce,
-            };
+            let request = Request { kind, nonce };
             send(
                 socket,
                 nics,
@@ -115,7 +124,7 @@ fn work(socket: &UnixDatagram, nics: &[(String, PathBuf)], seen: &Mutex<Seen>, s
                     continue;
                 };
                 let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-                if seen.take(&reply, nonce, name) {
+                if seen.take(&reply, kind, nonce, name) {
                     (nonce, sent) = (nonce + 1, None);
                 }
             }
@@ -137,14 +146,22 @@ fn send(socket: &UnixDatagram, nics: &[(String, PathBuf)], frame: &[u8]) {
 }
 
 impl Seen {
-    fn take(&mut self, r: &Reply, nonce: u64, from: String) -> bool {
+    fn take(&mut self, r: &Reply, kind: u32, nonce: u64, from: String) -> bool {
         if !r.is_valid() || r.errors != 0 {
             self.wrong.push(format!("a bad reply from {from}: {r:?}"));
         }
         if r.nonce != nonce {
             return false;
         }
-        if r.counter == 1 && self.counter > 0 {
+        let on_disk = kind == kind::FLUSH_INC;
+        let booted = on_disk
+            && self
+                .taken_up
+                .replace(r.boot_counter)
+                .is_some_and(|b| b != r.boot_counter);
+        if booted && (1..=2).contains(&r.counter.wrapping_sub(self.counter)) {
+            self.boots += 1;
+        } else if !on_disk && r.counter == 1 && self.counter > 0 {
             self.boots += 1;
         } else if r.counter != self.counter + 1 {
             self.wrong.push(format!(

@@ -402,6 +402,11 @@ impl Pool {
         client::Client::start(&self.path(&format!("client-{vm}")), self.nics(vm))
     }
 
+    /// As [`Pool::client`], of a guest that keeps its counter on a disk.
+    pub fn disk_client(&self, vm: &str) -> client::Client {
+        client::Client::of_disk(&self.path(&format!("client-{vm}")), self.nics(vm))
+    }
+
     fn tell(&self) {
         for host in &self.hosts {
             for file in ["daemon.log", "data/etcd.log"] {
