@@ -9,7 +9,7 @@ mod vm;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
-use steadfast_vmm::process::{FENCED_EXIT, ProcessError};
+use steadfast_vmm::process::{DISK_FAULT_EXIT, FENCED_EXIT, ProcessError};
 
 /// Keeps virtual machines running when the machine under them dies.
 #[derive(Parser)]
@@ -90,6 +90,7 @@ fn main() -> ExitCode {
             eprintln!("steadfast: {error}");
             match error.downcast_ref() {
                 Some(ProcessError::Fenced) => ExitCode::from(FENCED_EXIT),
+                Some(ProcessError::DiskFault(_)) => ExitCode::from(DISK_FAULT_EXIT),
                 _ => ExitCode::FAILURE,
             }
         }

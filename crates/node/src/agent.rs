@@ -507,11 +507,16 @@ fn replace_binary(node: &Node, to: &str) -> Result<()> {
 
 /// Standbys that have no other place are still here: they begin anew, in the new binary.
 fn renew_standbys(node: &Node) -> Result<()> {
-    let (pool, me) = (Pool::load(&*node.kv())?, node.host());
+    let me = node.host();
     for (id, meta) in node.instances.all() {
+        // Each time: it may have taken over meanwhile.
+        let pool = Pool::load(&*node.kv())?;
         let standby = |vm: &PoolVm| vm.owner().is_some_and(|o| *o != me);
-        if meta.hot && pool.vms.get(&id).is_some_and(standby) {
-            node.instances.end(&id)?;
+        if !meta.hot || node.instances.changing(&id) || !pool.vms.get(&id).is_some_and(standby) {
+            continue;
+        }
+        if let Err(error) = node.instances.end(&id) {
+            node.note(&id, format!("its standby here stays in the old binary: {error}"));
         }
     }
     Ok(())

@@ -30,7 +30,7 @@ use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TakeOver, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
 use steadfast_vmm::guest_care::Mishaps;
-use steadfast_vmm::process::FENCED_EXIT;
+use steadfast_vmm::process::{DISK_FAULT_EXIT, FENCED_EXIT};
 use steadfast_vmm::spec::VmSpec;
 
 /// First port of replication links. A link of VM number v to host number h uses `FIRST + v * LINKS + h`.
@@ -548,7 +548,13 @@ impl Instances {
                     report = last;
                 }
             }
-            Err(_) => report.phase = Phase::Failed(FailureClass::ProcessDied),
+            Err(_) => {
+                let disk = Exit::Failed(Some(i32::from(DISK_FAULT_EXIT)), None);
+                report.phase = Phase::Failed(match self.exit(vm) == Some(disk) {
+                    true => FailureClass::DiskFault,
+                    false => FailureClass::ProcessDied,
+                });
+            }
         }
         if !answered
             && self.changing(vm)

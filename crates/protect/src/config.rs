@@ -101,10 +101,10 @@ impl ProtectSpec {
     }
 
     /// Silence after which the primary is suspected, in microseconds.
-    pub fn suspect_us(&self) -> u64 {
-        let ms = match self.memory {
-            true => self.suspect_ms,
-            false => self.suspect_ms.max(self.boot_after_ms),
+    pub fn suspect_us(&self, disks_only: bool) -> u64 {
+        let ms = match disks_only {
+            false => self.suspect_ms,
+            true => self.suspect_ms.max(self.boot_after_ms),
         };
         ms * 1000
     }

@@ -86,6 +86,11 @@ fn all_equal(volumes: impl Iterator<Item = Volume>, which: usize) -> Option<Epoc
 }
 
 impl Disks {
+    /// Why a disk cannot be used, if one cannot.
+    pub fn unusable(&self) -> Option<String> {
+        self.list.iter().find_map(|d| d.replica.as_ref().err().cloned())
+    }
+
     /// The epoch that all disks hold as committed; zero if they do not stand at one, or are not whole.
     pub fn have(&self) -> EpochRef {
         if self.list.iter().any(|d| d.replica.is_err()) {

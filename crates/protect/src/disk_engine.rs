@@ -7,7 +7,6 @@ use crate::crowd::Crowd;
 use crate::disk_care::Trouble;
 use crate::disks::CHUNK_BYTES;
 use crate::engine::Engine;
-use crate::primary::disk_failed;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -362,12 +361,12 @@ impl Engine {
         match trouble {
             Trouble::Journal(why) => {
                 self.abandoned = true;
-                Err(disk_failed(format!("{why}; {to} goes on")))
+                Err(ProcessError::DiskFault(format!("{why}; {to} goes on")))
             }
             // Whoever goes on boots the guest in any case.
             Trouble::Image(why) if !self.whole => {
                 self.abandoned = true;
-                Err(disk_failed(format!("{why}; {to} boots the guest")))
+                Err(ProcessError::DiskFault(format!("{why}; {to} boots the guest")))
             }
             Trouble::Image(why) => {
                 if self.care.handed.is_none_or(|at| at.elapsed() >= HAND_OVER_AGAIN) {

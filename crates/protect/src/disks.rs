@@ -93,7 +93,14 @@ impl Disk {
     fn format(&mut self, at: EpochRef) -> Result<&Replica, String> {
         self.take_down()?;
         self.replica = Err("being laid out".into());
-        volume::format(&*self.storage, &*self.file, &self.options, at.epoch, at.term).map_err(self.text())?;
+        let laid_out = volume::format(&*self.storage, &*self.file, &self.options, at.epoch, at.term);
+        if let Err(error) = laid_out {
+            // No greeting is answered before the disk works: the next copy would fail as this one does.
+            self.unreadable = matches!(error, VolumeError::Io { .. });
+            let why = self.text()(error);
+            self.replica = Err(why.clone());
+            return Err(why);
+        }
         self.open();
         self.replica()
     }

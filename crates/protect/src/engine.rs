@@ -27,6 +27,7 @@ use crate::timeline::Timeline;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use steadfast_capture::{Capture, PageArena, SealedPages};
 use steadfast_epoch::arbiter::Instance;
@@ -194,6 +195,13 @@ pub struct Engine {
     pub(crate) silent: bool,
     /// All of the VM is mirrored, not only its disks.
     pub(crate) whole: bool,
+    /// Dirty pages are tracked; when that may be tried again.
+    pub(crate) tracks: bool,
+    pub(crate) track_again: Option<Instant>,
+    /// Standbys are added once the next epoch is cut.
+    pub(crate) add_after_cut: bool,
+    /// Memory that a standby needs no more is given back.
+    pub(crate) gives_back: Option<JoinHandle<()>>,
     /// The same of what a standby takes, once that is known.
     pub(crate) taken_whole: Option<bool>,
     /// The guest still runs in another process.
@@ -235,7 +243,7 @@ impl Engine {
         let instance = random_u64().map_err(|e| setting(format!("random numbers: {e}")))?;
         let settings = Settings {
             policy: policy(parts.spec.max_interval_us),
-            suspect_us: parts.spec.suspect_us(),
+            suspect_us: parts.spec.suspect_us(!parts.spec.memory),
             standby_lost_us: parts.spec.suspect_ms * 750,
             heartbeat_us: parts.spec.heartbeat_ms() * 1000,
             step_cap_us: parts.spec.step_cap_us(),
@@ -278,6 +286,10 @@ impl Engine {
             events: VecDeque::new(),
             start: parts.spec.start,
             whole: parts.spec.memory,
+            tracks: false,
+            track_again: None,
+            add_after_cut: false,
+            gives_back: None,
             taken_whole: None,
             name: parts.name,
             make_vm: Some(parts.make_vm),
@@ -316,6 +328,10 @@ impl Engine {
         crate::priority::raise("the engine");
         crate::ask::this_is_the_engine();
         if self.start {
+            // Nobody else could go on once this instance had the right.
+            if let Some(why) = self.disks.unusable() {
+                return Err(ProcessError::DiskFault(why));
+            }
             self.step(Event::ColdStart)?;
         }
         let mut looked = Instant::now();

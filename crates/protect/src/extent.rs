@@ -11,14 +11,18 @@
 //! What a standby has tells what it is: with machine state it is whole. A primary goes over from one to the other while nobody mirrors it:
 //! all its standbys leave, and begin again with a copy by the other measure (I3).
 
-use crate::engine::Engine;
+use crate::engine::{Engine, policy};
 use crate::peer::Record;
 use crate::primary::disk_failed;
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 use steadfast_epoch::Status;
 use steadfast_epoch::io::Event;
 use steadfast_types::{Epoch, HostId, Term};
 use steadfast_vmm::process::ProcessError;
+
+/// What could not be tracked for want of memory is tried again after this.
+const TRACK_AGAIN: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// Seals epoch `epoch` of a VM of which the disks are mirrored. The guest runs on.
@@ -60,7 +64,15 @@ impl Engine {
         self.replica.primary().is_none() && self.taken_whole == Some(false)
     }
 
-    /// Goes over to what is wanted, once nobody mirrors this VM any more; see to it that this comes about. Call it now and then.
+    /// How long this standby waits for a silent primary follows what it has, and what it shall have.
+    pub(crate) fn keep_patience(&mut self) {
+        let disks_only = !self.spec.memory || self.taken_whole == Some(false);
+        let (spec, policy) = (&self.spec, policy(self.spec.max_interval_us));
+        let suspect_us = spec.suspect_us(disks_only);
+        self.replica.set_class(spec.hold_outputs, &policy, suspect_us);
+    }
+
+    /// Goes over to what is wanted, once nobody mirrors this VM any more; sees to it that this comes about. Call it now and then.
     pub(crate) fn keep_extent(&mut self) -> Result<(), ProcessError> {
         let Status::Primary(p) = self.replica.status() else {
             return Ok(());
@@ -70,27 +82,22 @@ impl Engine {
         if self.whole == self.spec.memory || !rests {
             return Ok(());
         }
+        if self.spec.memory && !self.track() {
+            return Ok(());
+        }
         if !p.members.is_empty() {
             let leave = p.members.into_iter().map(|m| Event::RemoveStandby(m.host));
             self.events.extend(leave);
             return self.step(Event::Tick);
         }
-        // The throttle has nothing to hold back.
-        self.throttle.runs();
-        let still = self
-            .vm
-            .machine
-            .quiesce()
-            .map_err(|e| disk_failed(e.to_string()))?;
-        still.keep_stopped();
-        let tracked = match self.spec.memory {
-            true => self.vm.machine.start_dirty_tracking(),
-            false => self.vm.machine.stop_dirty_tracking(),
-        };
-        self.vm.machine.resume();
-        tracked?;
         self.whole = self.spec.memory;
+        if !self.whole {
+            self.stop_tracking();
+        }
         self.carry.clear();
+        if let Some(audit) = &mut self.audit {
+            audit.begin_anew();
+        }
         self.note(match self.whole {
             true => "all of the VM is mirrored from now on".into(),
             false => "only the disks of the VM are mirrored from now on".into(),
@@ -98,7 +105,44 @@ impl Engine {
         for peer in self.peers.values_mut() {
             (peer.join, peer.fed) = (None, false);
         }
-        self.add_wanted();
-        self.step(Event::Tick)
+        // Not before a cut: nobody who stands where the last one was may go on from there, by the other measure.
+        self.add_after_cut = true;
+        self.step(Event::Flush)
+    }
+
+    /// Tracks dirty pages while the disks are mirrored still: after that nothing can fail. May fail for want of memory, and is tried again.
+    fn track(&mut self) -> bool {
+        if self.tracks {
+            return true;
+        }
+        if self.track_again.is_some_and(|at| Instant::now() < at) {
+            return false;
+        }
+        let machine = &self.vm.machine;
+        // The throttle has nothing to hold back.
+        self.throttle.runs();
+        let tracked = match machine.quiesce() {
+            Ok(still) => {
+                still.keep_stopped();
+                let tracked = machine.start_dirty_tracking();
+                machine.resume();
+                tracked.map_err(|e| e.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        self.tracks = tracked.is_ok();
+        if let Err(error) = tracked {
+            self.track_again = Some(Instant::now() + TRACK_AGAIN);
+            self.note(format!("not all of the VM can be mirrored now: {error}"));
+        }
+        self.tracks
+    }
+
+    fn stop_tracking(&mut self) {
+        self.tracks = false;
+        // The guest's writes are dearer than they need be if it stays.
+        if let Err(error) = self.vm.machine.stop_dirty_tracking() {
+            self.note(format!("dirty pages are tracked still: {error}"));
+        }
     }
 }

@@ -73,7 +73,7 @@ impl Engine {
         // I3: all three stand there.
         (self.memory, self.state) = (Some(frozen.at), frozen.state);
         self.base = (None, false);
-        self.taken_whole = Some(true);
+        (self.taken_whole, self.tracks, self.add_after_cut) = (Some(true), false, false);
         self.staged.clear();
         // What a primary remembers.
         self.sealed.clear();
@@ -96,14 +96,15 @@ impl Engine {
     fn build_to_stay(&mut self, make_vm: MakeVm) -> Result<(), String> {
         let remains = Remains::of(&self.vm, true);
         let (built, next) = sync_channel(1);
-        let inputs = self.inputs.clone();
+        // One that was only moved is needed for its disks in a moment.
+        let (inputs, stays) = (self.inputs.clone(), self.spec.memory);
         let build = move || {
             let vm = make_vm(Some(&remains));
             let ram = vm.as_ref().ok().map(|vm| vm.machine.ram().clone());
             let _ = built.send(Built { vm, make_vm });
             inputs.send(Input::Built);
             // Nobody waits for this, and the guest would pay for it page by page.
-            if let Some(ram) = ram {
+            if let Some(ram) = ram.filter(|_| stays) {
                 ram.prefault();
             }
         };

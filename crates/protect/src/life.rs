@@ -181,6 +181,7 @@ impl Engine {
             return Ok(());
         }
         self.vm.machine.hurry_stops();
+        self.tracks = self.whole;
         if self.whole {
             self.vm.machine.start_dirty_tracking()?;
             self.anew = Some(pages);

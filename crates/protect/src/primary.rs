@@ -79,6 +79,9 @@ impl Engine {
                 pause_us: 0,
                 whole: false,
             }));
+            if std::mem::take(&mut self.add_after_cut) {
+                self.add_wanted();
+            }
             return Ok(());
         }
         if !self.whole {
@@ -360,6 +363,7 @@ impl Engine {
     pub(crate) fn go_live(&mut self) -> Result<(), ProcessError> {
         if self.whole {
             self.vm.machine.start_dirty_tracking()?;
+            self.tracks = true;
         }
         self.run_on()
     }

@@ -2,7 +2,7 @@
 
 use crate::config::PeerSpec;
 use crate::disks::SLOTS;
-use crate::engine::{Engine, policy};
+use crate::engine::Engine;
 use crate::peer::Peer;
 use crate::store::Ask;
 use serde_json::{Value, json};
@@ -50,6 +50,7 @@ impl Engine {
             Request::HandOver { .. } if !self.whole => failure(
                 &"only the disks of this VM are mirrored: it cannot go on elsewhere, only be booted there",
             ),
+            Request::HandOver { .. } if self.ending.is_some() => failure(&"the VM is about to end"),
             Request::HandOver { to } => {
                 let to = to.clone();
                 self.step(Event::HandOver(to))?;
@@ -84,7 +85,10 @@ impl Engine {
                 max_interval_us,
                 memory,
             } => match self.set_class(*hold_outputs, *max_interval_us, *memory) {
-                Ok(()) => json!({"ok": true}),
+                Ok(()) => {
+                    self.step(Event::Tick)?;
+                    json!({"ok": true})
+                }
                 Err(why) => failure(&why),
             },
             // Answered when it is done.
@@ -120,11 +124,13 @@ impl Engine {
         }
         (self.spec.hold_outputs, self.spec.max_interval_us) = (hold_outputs, max_interval_us);
         self.spec.memory = memory;
-        let suspect_us = self.spec.suspect_us();
-        self.replica
-            .set_class(hold_outputs, &policy(max_interval_us), suspect_us);
+        self.keep_patience();
         if self.replica.primary().is_some() {
             self.set_holds(self.hold_mode());
+            if self.whole == memory {
+                // They may have been told to leave, for another extent that is not wanted any more.
+                self.add_wanted();
+            }
         }
         self.note(format!("outputs are held from now on: {hold_outputs}"));
         Ok(())

@@ -42,7 +42,32 @@ impl Engine {
         self.forget_memory();
         self.base = (None, true);
         self.taken_whole = None;
+        self.keep_patience();
+        self.await_given_back();
         self.disks.begin_copy(join);
+    }
+
+    /// Memory of a standby that has disks only: whatever was there before is gone before a guest is booted on it.
+    fn give_memory_back(&mut self) {
+        self.await_given_back();
+        let ram = self.vm.machine.ram().clone();
+        let work = move || {
+            for r in ram.regions() {
+                ram.give_back(Gfn(r.start / PAGE_SIZE), r.len / PAGE_SIZE);
+            }
+        };
+        let thread = std::thread::Builder::new().name("give-back".into());
+        match thread.spawn(work.clone()) {
+            Ok(handle) => self.gives_back = Some(handle),
+            Err(_) => work(),
+        }
+    }
+
+    /// Nothing may be written there before.
+    fn await_given_back(&mut self) {
+        if let Some(thread) = self.gives_back.take() {
+            let _ = thread.join();
+        }
     }
 
     pub(crate) fn store_chunk(&mut self, join: u64, seq: u64) {
@@ -68,6 +93,10 @@ impl Engine {
         if std::mem::take(&mut self.base.1) {
             self.base.0 = Some(epoch.epoch);
             self.taken_whole = Some(whole);
+            self.keep_patience();
+            if !whole {
+                self.give_memory_back();
+            }
         }
         if self.taken_whole != Some(whole) {
             // I3: what began as a copy of the disks has no memory, and what began as a whole one stays whole. Not acknowledged.
@@ -128,6 +157,7 @@ impl Engine {
     pub(crate) fn promote(&mut self, term: Term, at: EpochRef, released: Epoch) -> Result<(), ProcessError> {
         let began = Instant::now();
         self.await_built()?;
+        self.await_given_back();
         self.spoil_copy("the standby took over");
         let _never = self.staged.split_off(&at.epoch.next());
         let whole = self.apply_memory(at.epoch, None);
@@ -156,15 +186,11 @@ impl Engine {
             Some(state) => {
                 // Requests that were in flight may come to their end at once, into memory that other standbys must hear of.
                 self.vm.machine.start_dirty_tracking()?;
+                self.tracks = true;
                 self.vm.machine.restore(state).map_err(machine_failed)?;
             }
             None => {
                 self.note("only its disks are here: the guest is booted".into());
-                // Whatever was here before.
-                let ram = self.vm.machine.ram();
-                for r in ram.regions() {
-                    ram.give_back(Gfn(r.start / PAGE_SIZE), r.len / PAGE_SIZE);
-                }
                 self.vm.boot()?;
             }
         }

@@ -111,7 +111,9 @@ impl Engine {
         let state = std::mem::take(&mut saved.state);
         self.vm.machine.restore(state).map_err(machine_failed)?;
         // It may fail for want of memory.
-        self.vm.machine.start_dirty_tracking()?;
+        if self.whole {
+            self.vm.machine.start_dirty_tracking()?;
+        }
         // From here on it is ours; before, it can be had back.
         std::fs::rename(&from.state, TakeOver::taken(&from.state)).map_err(|e| {
             disk_failed(format!(

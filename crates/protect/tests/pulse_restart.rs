@@ -112,6 +112,35 @@ fn a_process_that_dies_is_started_again_where_it_was() {
     );
 }
 
+/// The primary's disk fails: its process ends, one that is started there again takes no right that it could not use, and the guest is booted
+/// where the copy is.
+#[test]
+fn a_disk_that_fails_costs_a_boot_and_nothing_else() {
+    if !kvm() {
+        return;
+    }
+    let mut random = Random::seeded("a_disk_that_fails_costs_a_boot_and_nothing_else");
+    for rules in ["journal write eio", "image write eio"] {
+        println!("{rules} on the primary");
+        let mut duo = Duo::new(site(&mut random, 5000), [None, None]);
+        for _ in 0..5 {
+            duo.one();
+        }
+        duo.site.faults("a", rules);
+        duo.poke();
+        wait("its process to end", LONG, || !duo.hosts[0].runs());
+        duo.site.faults("a", "journal any eio");
+        duo.again(0, true);
+        assert_eq!(duo.hosts[0].ended(LONG), Some(common::FAILED));
+        duo.one_after_boot();
+        assert_eq!(duo.owner().map(|(o, _)| o), Some(1));
+        duo.site.faults("a", "");
+        duo.again(0, false);
+        duo.protected();
+        duo.one();
+    }
+}
+
 /// The guest starts itself anew: in place, with its disk, and mirrored all the time.
 #[test]
 fn a_reset_of_a_guest_whose_disk_is_mirrored() {

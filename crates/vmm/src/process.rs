@@ -30,6 +30,8 @@ use steadfast_types::PAGE_SIZE;
 
 /// Exit code of a VM's process that ended with [`ProcessError::Fenced`]: what follows a handover or a takeover, and no failure.
 pub const FENCED_EXIT: u8 = 4;
+/// The same with [`ProcessError::DiskFault`]: the VM is better off on another host.
+pub const DISK_FAULT_EXIT: u8 = 5;
 
 /// A VM's process that ended, or could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +55,8 @@ pub enum ProcessError {
     Restore(#[from] steadfast_machine::machine::MachineError),
     #[error("another host runs this VM now, this instance has stopped; start it again to mirror the VM here")]
     Fenced,
+    #[error("{0}")]
+    DiskFault(String),
     #[error("the guest ended with a fault: {0:?}")]
     GuestFault(VcpuEvent),
 }

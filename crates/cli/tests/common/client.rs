@@ -159,9 +159,9 @@ impl Seen {
                 .taken_up
                 .replace(r.boot_counter)
                 .is_some_and(|b| b != r.boot_counter);
-        if booted && (1..=2).contains(&r.counter.wrapping_sub(self.counter)) {
-            self.boots += 1;
-        } else if !on_disk && r.counter == 1 && self.counter > 0 {
+        let goes_on = booted && (1..=2).contains(&r.counter.wrapping_sub(self.counter));
+        let begins_anew = !on_disk && r.counter == 1 && self.counter > 0;
+        if goes_on || begins_anew {
             self.boots += 1;
         } else if r.counter != self.counter + 1 {
             self.wrong.push(format!(

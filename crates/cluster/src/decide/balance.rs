@@ -219,7 +219,9 @@ fn offer(
         if standby && !w.in_sync(v, to) {
             return None;
         }
-        let bytes = transfer(spec, l, standby, link)?;
+        // Its standby has the disks only.
+        let follows = standby && !spec.disks_suffice();
+        let bytes = transfer(spec, l, follows, link)?;
         o.bytes = o.bytes.saturating_add(bytes);
         shift(&mut o, spec, l, vm.standbys.len() as i64, standby);
     }

@@ -78,7 +78,9 @@ impl Primary {
         if h.step == HandoverStep::Draining && ready {
             h.step = HandoverStep::Granting;
         }
-        let gone = target.is_none_or(|m| m.lost);
+        // Or it has lost what it had: it says so in a new session.
+        let gone =
+            target.is_none_or(|m| m.lost || !matches!(m.talk, Talk::Streaming | Talk::Greeting { .. }));
         if now >= h.until || gone {
             self.cancel_hand_over(out);
         }

@@ -57,6 +57,11 @@ const AGAIN: Duration = Duration::from_millis(200);
 pub async fn drill(node: &Arc<Node>, vm: &VmId) -> Result<DrillReport> {
     let pool = node.blocking(|n| Pool::load(&*n.kv())).await?;
     let entry = pool.vm_entry(vm)?;
+    if entry.stored.record.disks_suffice() {
+        return refused(format!(
+            "VM {vm}: its standby has its disks only; there is no running guest to try. Class `ft` has one"
+        ));
+    }
     let host = entry
         .memory
         .standbys
@@ -101,7 +106,9 @@ pub fn due(node: &Arc<Node>, pool: &Pool) {
         let last = entry.drill.as_ref().map_or(0, |d| d.at_ms);
         let every = entry.stored.drill_every_ms;
         let ready = entry.copies().iter().any(|h| pool.can_take_over(vm, entry, h));
-        ready && every.is_some_and(|every| now_ms() > last.saturating_add(every))
+        ready
+            && !entry.stored.record.disks_suffice()
+            && every.is_some_and(|every| now_ms() > last.saturating_add(every))
     });
     let Some(vm) = due.map(|(vm, _)| vm.clone()) else {
         return;

@@ -31,7 +31,7 @@ use std::time::Duration;
 use steadfast_cluster::events::What;
 use steadfast_cluster::health::{Health, Means, Tried};
 use steadfast_cluster::model::{Check, HealthPolicy, MoveCause, Phase, Power, Remedy, Task};
-use steadfast_types::{HostId, Term, VmId};
+use steadfast_types::{HostId, VmId};
 use steadfast_vmm::control::Request;
 use tokio::runtime::Handle;
 
@@ -79,7 +79,8 @@ impl Ways {
 /// A VM that is looked after.
 struct Watched {
     policy: HealthPolicy,
-    term: Term,
+    /// As [`Services::look`] has it.
+    life: u64,
     machine: Arc<Mutex<Health>>,
     why: Arc<Mutex<String>>,
     busy: Arc<AtomicBool>,
@@ -115,20 +116,24 @@ impl Services {
                 // It starts, or its process was slow to answer: what was tried so far is not forgotten for that.
                 continue;
             }
-            let term = vm.term();
+            // What changes when its guest is booted again. The term of a VM that is mirrored changes for smaller reasons too.
+            let life = match (spec.standbys_wanted(), spec.disks_suffice()) {
+                (0, _) => vm.term().0,
+                (_, true) => node.instances.meta(id).map_or(0, |meta| meta.started_ms),
+                (_, false) => 0,
+            };
             let known = self.vms.get(id).is_some_and(|w| w.policy == *policy);
             if !known {
                 let tried = vm.memory.tried.as_ref().filter(|t| t.policy == name_of(policy));
                 let vsock = node.instances.vsock(&vm.stored);
                 let ways = Ways::of(policy, vsock.as_deref());
                 self.vms
-                    .insert(id.clone(), Watched::new(policy, term, now, tried, ways));
+                    .insert(id.clone(), Watched::new(policy, life, now, tried, ways));
             }
             let Some(watched) = self.vms.get_mut(id) else {
                 continue;
             };
-            if std::mem::replace(&mut watched.term, term) != term && !spec.protection.hot() {
-                // Booted again; the term of a protected VM changes for smaller reasons too.
+            if std::mem::replace(&mut watched.life, life) != life {
                 watched.restarted(now);
             }
             let resets = report.map_or(0, |i| i.mishaps.panic_resets + i.mishaps.watchdog_resets);
@@ -203,14 +208,14 @@ impl Watched {
         }
     }
 
-    fn new(policy: &HealthPolicy, term: Term, now: u64, tried: Option<&StoredTried>, ways: Ways) -> Self {
+    fn new(policy: &HealthPolicy, life: u64, now: u64, tried: Option<&StoredTried>, ways: Ways) -> Self {
         let machine = match tried {
             Some(t) => Health::resumed(policy.clone(), &t.tried, now, now_ms()),
             None => Health::new(policy.clone(), now),
         };
         Self {
             policy: policy.clone(),
-            term,
+            life,
             machine: Arc::new(Mutex::new(machine)),
             why: Arc::default(),
             busy: Arc::default(),

@@ -54,6 +54,11 @@ impl Duo {
         r
     }
 
+    /// Asks for one more and does not wait for the answer.
+    pub fn poke(&mut self) {
+        self.client.tell(kind::FLUSH_INC).unwrap();
+    }
+
     /// Adds one to the guest's counter, in memory and, if it has one, on disk: the answer is one more than the last.
     pub fn one(&mut self) {
         let r = self.ask();

@@ -282,6 +282,7 @@ impl Site {
             "boot_after_ms": self.boot_after_ms,
             "die_at": self.die_at.take(),
             "tls": if self.tls { tls } else { Value::Null },
+            "disk_faults": self.path().join(format!("faults-{host}")),
             "audit": self.audit.then(|| self.path().join("audit")),
         });
         std::fs::write(dir.join("spec.json"), spec.to_string()).unwrap();
@@ -311,6 +312,14 @@ impl Site {
             }
         }
         all
+    }
+
+    /// How a host's disk fails from now on (`steadfast_disk::testing::LiveFaults`).
+    pub fn faults(&self, host: &str, rules: &str) {
+        let path = self.path().join(format!("faults-{host}"));
+        let draft = path.with_extension("new");
+        std::fs::write(&draft, rules).unwrap();
+        std::fs::rename(draft, path).unwrap();
     }
 
     /// The socket of a host's NIC.

@@ -1,5 +1,5 @@
-//! Our side: a pool of three, one VM of class `restart` and one of class `ft`; the host that runs the one is killed, then the host that
-//! runs the other.
+//! Our side: a pool of three, two VMs of class `restart`, one of them with a disk of each host's own that is mirrored, and one of class `ft`;
+//! the host that runs the one is killed, then the host that runs the next.
 
 use super::{BOUND, MEMORY_MIB, kill, servers, until_answer};
 use anyhow::{Context, Result, bail};
@@ -14,13 +14,20 @@ pub const LEASE: Duration = Duration::from_secs(3);
 pub const SUSPECT: Duration = Duration::from_millis(1500);
 /// Of the store; an election takes ten to twenty.
 const HEARTBEAT: Duration = Duration::from_millis(300);
-const VMS: [(&str, Ipv4Addr); 2] = [
-    ("restart", Ipv4Addr::new(10, 90, 0, 121)),
-    ("ft", Ipv4Addr::new(10, 90, 0, 122)),
+/// The disk of a VM, on every host.
+const IMAGE: &str = "/data/bench.raw";
+
+/// A VM: name, class, address, whether it has a disk.
+struct Vm(&'static str, &'static str, Ipv4Addr, bool);
+
+const VMS: [Vm; 3] = [
+    Vm("restart", "restart", Ipv4Addr::new(10, 90, 0, 121), false),
+    Vm("restart-disk", "restart", Ipv4Addr::new(10, 90, 0, 123), true),
+    Vm("ft", "ft", Ipv4Addr::new(10, 90, 0, 122), false),
 ];
 
-/// Seconds from kill to answer: class `restart`, class `ft`.
-pub fn measure(rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
+/// Seconds from kill to answer: class `restart`, the same with a disk, class `ft`.
+pub fn measure(rounds: usize) -> Result<[Vec<f64>; 3]> {
     let rig = servers(Rig::builder())?;
     let host = |server| PoolHost::new(server).heartbeat(HEARTBEAT);
     let hosts: Vec<PoolHost<'_>> = rig.servers().iter().map(host).collect();
@@ -40,7 +47,7 @@ struct Pool<'r> {
 }
 
 impl Pool<'_> {
-    fn measure(&self, rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
+    fn measure(&self, rounds: usize) -> Result<[Vec<f64>; 3]> {
         let (first, others) = self.hosts.split_first().context("no servers")?;
         eprintln!("three servers are up; they become a pool");
         first.init(LEASE, SUSPECT)?;
@@ -52,42 +59,45 @@ impl Pool<'_> {
             hosts.is_some_and(|h| h.len() == 3 && h.iter().all(|h| h["health"] == "up"))
                 && s["leader"].is_string()
         })?;
-        for (class, address) in VMS {
+        for Vm(name, class, address, disk) in VMS {
+            let disk = match disk {
+                true => format!("--disk {IMAGE},format=raw"),
+                false => String::new(),
+            };
+            for host in self.hosts.iter().filter(|_| !disk.is_empty()) {
+                host.server.exec(&format!("truncate -s 16M {IMAGE}"))?;
+            }
             first.run(&format!(
-                "vm create --name {class} --class {class} --memory {MEMORY_MIB}MiB --cpu {CPU} --rng false --nic br0 \
+                "vm create --name {name} --class {class} {disk} --memory {MEMORY_MIB}MiB --cpu {CPU} --rng false --nic br0 \
                  --kernel /guests/mini/bzImage --initrd /guests/mini/initrd \
                  --cmdline \"$(cat /guests/mini/cmdline) mini.ip={address}/24 mini.tick_ms=0 mini.clock_ms=200\""
             ))?;
             let began = Instant::now();
             self.wait("the VM to run", |s| {
-                vm(s, class).is_some_and(|v| v["state"] == "running")
+                vm(s, name).is_some_and(|v| v["state"] == "running")
             })?;
             until_answer(self.rig.client()?, address, began)?;
-            eprintln!("{class}: booted in {:.2} s", began.elapsed().as_secs_f64());
+            eprintln!("{name}: booted in {:.2} s", began.elapsed().as_secs_f64());
         }
-        let mut found = (Vec::new(), Vec::new());
+        let mut found = [const { Vec::new() }; 3];
         for round in 0..rounds {
-            for (class, address) in VMS {
+            for (Vm(name, _, address, _), found) in VMS.into_iter().zip(&mut found) {
                 self.wait("the pool to be well", |s| s["healthy"] == true)?;
                 let status = self.status()?;
-                let on = vm(&status, class)
+                let on = vm(&status, name)
                     .and_then(|v| v["host"].as_str())
                     .unwrap_or_default()
                     .to_string();
                 let Some(host) = self.hosts.iter().find(|h| h.name() == on) else {
-                    bail!("{class} runs nowhere: {status}");
+                    bail!("{name} runs nowhere: {status}");
                 };
-                let took =
-                    kill(self.rig, host.server, address).with_context(|| format!("{class} on {on}"))?;
+                let took = kill(self.rig, host.server, address).with_context(|| format!("{name} on {on}"))?;
                 eprintln!(
-                    "round {} of {rounds}: {on} was killed, {class}: {took:.2} s",
+                    "round {} of {rounds}: {on} was killed, {name}: {took:.2} s",
                     round + 1
                 );
                 eprintln!("{}", self.story(12));
-                match class {
-                    "ft" => found.1.push(took),
-                    _ => found.0.push(took),
-                }
+                found.push(took);
                 host.server.start()?;
                 host.start_daemon()?;
             }
