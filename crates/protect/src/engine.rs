@@ -193,8 +193,9 @@ pub struct Engine {
     pub(crate) net_rate: NetRate,
     /// Nothing may leave for want of a standby, whatever the class.
     pub(crate) silent: bool,
-    /// All of the VM is mirrored, not only its disks.
+    /// All of the VM is mirrored, not only its disks ([`crate::extent`]); the same of what a standby takes, once that is known.
     pub(crate) whole: bool,
+    pub(crate) taken_whole: Option<bool>,
     /// Dirty pages are tracked; when that may be tried again.
     pub(crate) tracks: bool,
     pub(crate) track_again: Option<Instant>,
@@ -202,8 +203,6 @@ pub struct Engine {
     pub(crate) add_after_cut: bool,
     /// Memory that a standby needs no more is given back.
     pub(crate) gives_back: Option<JoinHandle<()>>,
-    /// The same of what a standby takes, once that is known.
-    pub(crate) taken_whole: Option<bool>,
     /// The guest still runs in another process.
     pub(crate) taking: Option<Taking>,
     pub(crate) take_control: Option<TakeControl>,
