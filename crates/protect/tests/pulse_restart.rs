@@ -206,6 +206,11 @@ fn all_of_it_is_mirrored_for_a_move() {
         }
         wait("its disk to be mirrored", LONG, || is(&duo, to, false));
         assert!(status(&duo.hosts[to])["pause_p50_us"].as_u64() > Some(0));
+        // Nobody went on from where it stood by the other measure, not even for a moment.
+        for host in &duo.hosts {
+            let log = status(host)["log"].to_string();
+            assert!(!log.contains("another extent"), "{log}");
+        }
     }
     for _ in 0..5 {
         duo.one();
