@@ -168,6 +168,24 @@ fn the_last_standby_stays_on_a_host_that_is_emptied() {
     fixpoint(&s);
 }
 
+/// Where there is another place, a host is not empty before the standby there is in sync.
+#[test]
+fn a_standby_with_another_place_keeps_its_host_until_that_is_filled() {
+    for why in [DrainWhy::Upgrade, DrainWhy::Operator] {
+        let mut s = small(3, &[("a", Protection::Ft)]);
+        let state = &mut s.vms.get_mut(&v("a")).unwrap().state;
+        let standby = state.standbys.keys().next().unwrap().clone();
+        let third = s
+            .hosts
+            .keys()
+            .find(|id| Some(*id) != state.owner.as_ref() && **id != standby);
+        state.standbys.insert(third.unwrap().clone(), Default::default());
+        s.hosts.get_mut(&standby).unwrap().record.admin = HostAdmin::Draining(why);
+        let said = decide(&s).to_string();
+        assert!(!said.contains("nothing is on it any more"), "{said}");
+    }
+}
+
 /// A pool of two is upgraded: its VM is never without its standby but while that begins anew.
 #[test]
 fn a_pool_of_two_is_upgraded() {

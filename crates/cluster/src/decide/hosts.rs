@@ -86,7 +86,8 @@ pub(crate) fn stays(w: &World, v: usize, h: usize) -> bool {
     upgrade && !vm.spec.protection.hot()
 }
 
-/// A standby in sync that has no other place: it stays while its host is emptied, and protects its VM until that host is turned off.
+/// A standby in sync that has no other place, and whose successor is not being filled: it stays while its host is emptied, and protects its VM
+/// until that host is turned off.
 fn standby_stays(w: &World, v: usize, h: usize) -> bool {
     let vm = &w.vms[v];
     let since = w.hosts[h].host.status.admin_since_ms;
@@ -95,6 +96,10 @@ fn standby_stays(w: &World, v: usize, h: usize) -> bool {
         && vm.owner.is_some_and(|o| o != h)
         && vm.standbys.contains(&h)
         && w.in_sync(v, h)
+        && !vm
+            .standbys
+            .iter()
+            .any(|&o| o != h && w.standby_counts(v, o) && !w.in_sync(v, o))
         && waited
         && w.best_of(v, Role::Standby, 0..w.hosts.len(), |_| None).is_err()
 }
