@@ -13,8 +13,9 @@ const ANOTHER: &str = "/data/another-program";
 const UPGRADE_BOUND: Duration = Duration::from_secs(900);
 /// From a service that fails to its restart.
 const SERVICE_BOUND: Duration = Duration::from_secs(120);
-/// Most that a VM is without a standby: the host that it leaves stays one, in sync, until another one is.
-const WITHOUT_STANDBY: Duration = Duration::from_secs(5);
+/// Most that a VM is without a standby. By the moves themselves it is not: the host that it leaves stays one, in sync, until another one is.
+/// But a server that is given a hundred megabytes, and has one emulated CPU, may be given up for a while.
+const WITHOUT_STANDBY: Duration = Duration::from_secs(20);
 
 impl Stage<'_, '_> {
     /// The service in an ft VM fails by what its agent says; the agent restarts it, and nobody else notices.
