@@ -80,6 +80,10 @@ impl Engine {
         let rests =
             self.ending.is_none() && self.frozen.is_none() && !self.takes_over() && !self.between_machines();
         if self.whole == self.spec.memory || !rests {
+            if !self.whole && self.tracks && rests {
+                // All of it was wanted for a moment. Nobody takes what is tracked, and that is not bounded.
+                self.stop_tracking();
+            }
             return Ok(());
         }
         if self.spec.memory && !self.track() {

@@ -128,10 +128,10 @@ fn a_disk_that_fails_costs_a_boot_and_nothing_else() {
         }
         duo.site.faults("a", rules);
         duo.poke();
-        wait("its process to end", LONG, || !duo.hosts[0].runs());
+        assert_eq!(duo.hosts[0].ended(LONG), Some(common::DISK_FAULT));
         duo.site.faults("a", "journal any eio");
         duo.again(0, true);
-        assert_eq!(duo.hosts[0].ended(LONG), Some(common::FAILED));
+        assert_eq!(duo.hosts[0].ended(LONG), Some(common::DISK_FAULT));
         duo.one_after_boot();
         assert_eq!(duo.owner().map(|(o, _)| o), Some(1));
         duo.site.faults("a", "");
@@ -191,6 +191,13 @@ fn all_of_it_is_mirrored_for_a_move() {
         let (here, there) = (status(&duo.hosts[owner]), status(&duo.hosts[1 - owner]));
         duo.owner() == Some((owner, true)) && here["whole"] == whole && there["whole"] == whole
     };
+    // Wanted for a moment only: as before, and with its standby.
+    for _ in 0..5 {
+        set(&duo, true);
+        set(&duo, false);
+        duo.one();
+    }
+    wait("its disk to be mirrored as before", LONG, || is(&duo, 0, false));
     for (from, to) in [(0, 1), (1, 0)] {
         set(&duo, true);
         wait("all of it to be mirrored", LONG, || is(&duo, from, true));

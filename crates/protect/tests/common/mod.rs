@@ -29,6 +29,8 @@ use steadfast_vmm::spec::VmSpec;
 pub const INSTANCE_TEST: &str = "instance_process";
 /// Exit status of an instance that was fenced.
 pub const FENCED: i32 = 43;
+/// Exit status of an instance whose disk failed.
+pub const DISK_FAULT: i32 = 45;
 /// Exit status of an instance that ended with another error.
 pub const FAILED: i32 = 44;
 
@@ -74,6 +76,7 @@ pub fn instance_process() {
             tracing::error!(%error, "the instance failed");
             std::process::exit(match error {
                 ProcessError::Fenced => FENCED,
+                ProcessError::DiskFault(_) => DISK_FAULT,
                 _ => FAILED,
             });
         }

@@ -37,6 +37,10 @@ impl Stage<'_, '_> {
     /// The clients are at work all the while.
     pub(super) fn hour(&mut self, how_long: Duration, report: &mut Report) -> Result<()> {
         let at_first = self.owners()?;
+        let hot = self.guests.iter().filter(|g| g.class == 0).count();
+        ensure(hot > 0 && at_first.len() == hot, || {
+            format!("the pool tells of {at_first:?}, and {hot} ft VMs run")
+        })?;
         let before = self.degraded()?;
         self.look_away();
         let began = Instant::now();
@@ -64,9 +68,10 @@ impl Stage<'_, '_> {
             last = now;
             let hosts = status["hosts"].as_array().cloned().unwrap_or_default();
             let dead = |h: &&Value| h["health"].as_str().is_some_and(|s| s.starts_with("dead"));
-            ensure(!hosts.iter().any(|h| dead(&h)), || {
-                format!("a host that is well counts as dead: {hosts:?}")
-            })?;
+            ensure(
+                hosts.len() == self.hosts.len() && !hosts.iter().any(|h| dead(&h)),
+                || format!("a host that is well is missing, or counts as dead: {hosts:?}"),
+            )?;
             looked += 1;
             std::thread::sleep(ASK_EVERY);
         }
@@ -77,7 +82,7 @@ impl Stage<'_, '_> {
         // Each grant is a term: a standby that was given up and taken again is two.
         let grants: u64 = last
             .iter()
-            .map(|(vm, (_, term))| term - at_first.get(vm).map_or(*term, |f| f.1))
+            .map(|(vm, (_, term))| term.saturating_sub(at_first.get(vm).map_or(*term, |f| f.1)))
             .sum();
         self.tell.done(&format!(
             "{:.0} minutes of load, looked at {looked} times: every VM is where it was, no host counted as dead",
