@@ -92,14 +92,8 @@ pub enum DiskError {
         "image was given up after an earlier internal failure; open it again, or check it with `qemu-img check`"
     )]
     GivenUp,
-    /// The request queue is full: [`crate::image::ThreadedImage`] bounds it.
-    #[error("request queue is full ({depth} requests); wait for completions first")]
-    QueueFull {
-        /// The bound.
-        depth: usize,
-    },
-    /// The request queue was closed.
-    #[error("request queue is closed")]
+    /// Nothing is asked of it any more.
+    #[error("the disk is closed")]
     Closed,
     /// An operation on a file other than a request to an image.
     #[error("{what} {}: {source}", path.display())]
@@ -129,7 +123,6 @@ impl DiskError {
             Self::ReadOnly => libc::EROFS,
             Self::OutOfRange { .. } | Self::Invalid(_) => libc::EINVAL,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
-            Self::QueueFull { .. } => libc::EAGAIN,
             _ => libc::EIO,
         }
     }

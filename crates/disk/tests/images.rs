@@ -6,12 +6,8 @@ mod common;
 use common::{have, pattern, run, s};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::{Arc, mpsc};
-use std::time::Duration;
 use steadfast_disk::DiskError;
-use steadfast_disk::image::{
-    self, BlockIo, ImageFormat, ImageOptions, MemImage, Op, RawImage, Request, ThreadedImage, convert, create,
-};
+use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions, MemImage, RawImage, convert, create};
 
 const MIB: u64 = 1 << 20;
 
@@ -510,68 +506,4 @@ fn qcow2_broken() {
         opened += usize::from(try_it(&bytes).is_ok());
     }
     assert!(opened > 100, "the mutations must get past the header: {opened}");
-}
-
-#[test]
-fn threaded() {
-    let (tx, rx) = mpsc::channel();
-    let image = Arc::new(MemImage::new(vec![0; 1 << 20], false));
-    let threaded = ThreadedImage::new(image.clone(), 4, 16, move |c| tx.send(c).unwrap()).unwrap();
-    let mut seen = std::collections::BTreeSet::new();
-    let mut take = |block: bool| {
-        let done = if block {
-            rx.recv_timeout(Duration::from_secs(20)).ok()
-        } else {
-            rx.try_recv().ok()
-        };
-        if let Some(done) = done {
-            done.result.unwrap();
-            assert!(seen.insert(done.token), "completed once");
-        }
-        seen.len()
-    };
-    for n in 0..256_u64 {
-        let mut request = Request {
-            op: Op::Write {
-                offset: n * 4096,
-                buf: pattern(n, 4096),
-            },
-            token: n,
-        };
-        while let Err((back, DiskError::QueueFull { depth: 16 })) = threaded.submit(request) {
-            request = back;
-            take(true);
-        }
-        assert!(threaded.in_flight() <= 16);
-    }
-    while take(true) < 256 {}
-    assert!(threaded.wait_idle(Duration::from_secs(20)));
-    for n in 0..256_u64 {
-        assert_eq!(read(image.as_ref(), n * 4096, 4096), pattern(n, 4096));
-    }
-    threaded
-        .submit(Request {
-            op: Op::Read {
-                offset: 4096,
-                buf: vec![0; 10],
-            },
-            token: 1000,
-        })
-        .unwrap();
-    threaded
-        .submit(Request {
-            op: Op::Read {
-                offset: 1 << 20,
-                buf: vec![0; 10],
-            },
-            token: 1001,
-        })
-        .unwrap();
-    // Dropping completes what was accepted.
-    drop(threaded);
-    let mut last: Vec<_> = rx.iter().collect();
-    last.sort_by_key(|c| c.token);
-    assert_eq!(last.len(), 2);
-    assert_eq!(last[0].buf, pattern(1, 10));
-    assert!(matches!(last[1].result, Err(DiskError::OutOfRange { .. })));
 }

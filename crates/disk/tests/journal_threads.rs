@@ -468,6 +468,70 @@ fn real_files_as_a_block_device() {
     assert!(all(&p) == model);
 }
 
+/// Reads that wait for nothing give the same bytes as those that may wait, or none at all: from memory, from the page cache, beside writes
+/// and their application; and never bytes that do not match their sum.
+#[test]
+fn reads_out_of_memory_agree_or_decline() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let file: Arc<dyn StorageFile> = Arc::new({
+        std::fs::File::create(&path).unwrap();
+        OsFile::open(&path).unwrap()
+    });
+    file.allocate(CAPACITY).unwrap();
+    let storage = DirStorage::new(dir.path().join("journal")).unwrap();
+    volume::format(&storage, &*file, &options(), Epoch(0), Term(0)).unwrap();
+    let v = Volume::open(&storage, file, &options(), Term(1), None).unwrap().0;
+    let (mut rng, mut model) = (Rng::new(11), vec![0; CAPACITY as usize]);
+    let (mut answered, mut declined) = (0, 0);
+    for epoch in 1..=200 {
+        for _ in 0..rng.below(8) {
+            random_write(&v, &mut model, &mut rng);
+        }
+        if rng.one_in(2) {
+            v.seal(Epoch(epoch), Term(1)).unwrap();
+            v.wait_synced(Epoch(epoch), LONG).unwrap();
+            v.commit(Epoch(epoch)).unwrap();
+        } else {
+            v.seal(Epoch(epoch), Term(1)).unwrap();
+            v.commit(Epoch(epoch)).unwrap();
+        }
+        for _ in 0..20 {
+            let len = (1 + rng.below(64)) * 512;
+            let at = rng.below((CAPACITY - len) / 512) * 512;
+            let mut buf = vec![0xee; len as usize];
+            if v.read_cached(at, &mut buf) {
+                assert!(
+                    buf == model[at as usize..(at + len) as usize],
+                    "at {at}, {len} bytes"
+                );
+                answered += 1;
+            } else {
+                declined += 1;
+            }
+        }
+    }
+    assert!(answered > 1000, "{answered} answered, {declined} declined");
+    let mut over = [0; 1024];
+    assert!(!v.read_cached(CAPACITY - 512, &mut over), "beyond the end");
+
+    // A block that rots in the page cache is not taken from there.
+    let mut block = vec![3; BLOCK as usize];
+    v.write(0, &block).unwrap();
+    v.seal(Epoch(201), Term(1)).unwrap();
+    v.commit(Epoch(201)).unwrap();
+    v.wait_applied(Epoch(201), LONG).unwrap();
+    assert!(v.read_cached(0, &mut block));
+    let image = OsFile::open(&path).unwrap();
+    block[77] ^= 1;
+    image.write_at(0, &block).unwrap();
+    assert!(!v.read_cached(0, &mut block), "its sum does not match");
+    assert!(matches!(
+        v.read(0, &mut block),
+        Err(VolumeError::NoGoodCopy { .. })
+    ));
+}
+
 #[test]
 fn the_old_primary_comes_back_with_a_delta() {
     let (a, b) = (laid_out(1), laid_out(2));

@@ -71,7 +71,9 @@ pub enum Event {
 
     /// Primary: the guest emitted output that is held.
     Output,
-    /// Primary: the guest flushed a disk.
+    /// Primary: a cut is wanted soon, for another reason than output.
+    CutWanted,
+    /// Primary: the guest flushed a disk. It went on at once, and nobody waits for this.
     Flush,
     /// Primary: estimate of the bytes dirtied in the open epoch.
     Dirty {

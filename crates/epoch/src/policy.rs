@@ -1,7 +1,9 @@
 //! When to cut: a pure function, adaptive, with no timer of its own.
 //!
-//! - Soon after output or a flush: a reply waits for one cut, one transfer and one acknowledgement. A short coalescing
+//! - Soon after output: a reply waits for one cut, one transfer and one acknowledgement. A short coalescing
 //!   delay lets a burst share one cut; it is a share of what a cut costs, so it shrinks where cuts are cheap.
+//! - A flush alone is no hurry: it was done at once for the guest, and nobody outside knows of it before output says so. It is cut within the
+//!   maximum interval, also of a VM that is idle otherwise.
 //! - When much is dirty: the record should not grow past what the link carries in one interval.
 //! - At a maximum interval, which grows (backs off) while the VM changes little of its memory.
 //! - Never faster than cuts cost: the pause may take at most a set share of the time.
@@ -17,7 +19,7 @@ pub struct PolicySettings {
     pub max_interval_us: Micros,
     /// Longest interval between cuts of an idle VM.
     pub idle_interval_us: Micros,
-    /// Shortest and longest coalescing delay after an output or a flush.
+    /// Shortest and longest coalescing delay after an output.
     pub coalesce_min_us: Micros,
     /// See `coalesce_min_us`.
     pub coalesce_max_us: Micros,
@@ -52,7 +54,9 @@ pub struct PolicyInput {
     pub last_cut: Micros,
     /// Since when held output waits for a cut.
     pub output_since: Option<Micros>,
-    /// Since when a flush waits for a cut.
+    /// Since when somebody else waits for a cut (a guest's request that finds no room).
+    pub wanted_since: Option<Micros>,
+    /// Since when a flush, which nobody waits for, is in no cut.
     pub flush_since: Option<Micros>,
     /// Estimate of the bytes dirtied in the open epoch.
     pub dirty_bytes: u64,
@@ -96,7 +100,7 @@ pub fn decide(s: &PolicySettings, i: &PolicyInput) -> Cut {
     let wait = (i.cut_cost_us / 4).clamp(s.coalesce_min_us, s.coalesce_max_us.max(s.coalesce_min_us));
     // The more is in flight, the more a cut costs the link: then let bursts gather longer.
     let wait = wait.saturating_mul(1 + i.in_flight as u64 / 4);
-    let urgent = [i.output_since, i.flush_since]
+    let urgent = [i.output_since, i.wanted_since]
         .into_iter()
         .flatten()
         .min()
@@ -107,6 +111,9 @@ pub fn decide(s: &PolicySettings, i: &PolicyInput) -> Cut {
     let mut due = i.last_cut.saturating_add(interval);
     if let Some(t) = urgent {
         due = due.min(t);
+    }
+    if let Some(t) = i.flush_since {
+        due = due.min(t.saturating_add(s.max_interval_us));
     }
     if i.dirty_bytes >= dirty_limit(s, i) {
         due = i.now;
@@ -173,6 +180,18 @@ mod tests {
         assert_eq!(decide(&s, &i), Cut::Now);
         i.in_flight = 4;
         assert_eq!(decide(&s, &i), Cut::NotBefore(1_000_150));
+    }
+
+    #[test]
+    fn a_flush_alone_waits_for_the_interval_and_no_longer() {
+        let s = PolicySettings::default();
+        let mut i = input();
+        i.flush_since = Some(i.now);
+        assert_eq!(decide(&s, &i), Cut::NotBefore(i.last_cut + 25_000));
+        i.idle_cuts = u32::MAX;
+        assert_eq!(decide(&s, &i), Cut::NotBefore(i.now + 25_000));
+        i.wanted_since = Some(i.now);
+        assert_eq!(decide(&s, &i), Cut::NotBefore(i.now + 75));
     }
 
     #[test]

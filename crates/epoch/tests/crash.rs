@@ -247,6 +247,7 @@ fn events_that_make_no_sense_are_ignored_in_every_role() {
             Event::AddStandby(host("a")),
             Event::Output,
             Event::Flush,
+            Event::CutWanted,
             Event::Dirty { bytes: u64::MAX },
             Event::Store(StoreReply::Failed { id: u64::MAX }),
             Event::Store(StoreReply::Cas {

@@ -596,6 +596,10 @@ impl Engine {
                 self.inputs.heard_flush();
                 self.step(Event::Flush)?;
             }
+            Input::DiskFull => {
+                self.inputs.heard_full();
+                self.step(Event::CutWanted)?;
+            }
             Input::DiskMoved => {
                 self.inputs.heard_moved();
                 self.disks_moved()?;

@@ -111,7 +111,7 @@ impl Engine {
         }
         // Not before a cut: nobody who stands where the last one was may go on from there, by the other measure.
         self.add_after_cut = true;
-        self.step(Event::Flush)
+        self.step(Event::CutWanted)
     }
 
     /// Tracks dirty pages while the disks are mirrored still: after that nothing can fail. May fail for want of memory, and is tried again.

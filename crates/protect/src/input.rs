@@ -24,8 +24,10 @@ pub enum Input {
     Vcpu(VcpuEvent),
     /// From the control socket, which waits for its answer.
     Control(Call),
-    /// The guest flushed a disk, or waits for room in one; once until it is heard.
+    /// The guest flushed a disk; once until it is heard.
     DiskFlush,
+    /// The guest waits for room in a disk; once until it is heard.
+    DiskFull,
     /// A cursor of a volume moved; once until it is heard.
     DiskMoved,
     /// The machine that follows a guest's reset is built, or cannot be.
@@ -62,6 +64,7 @@ impl Input {
             Input::Vcpu(_) => "the end of a vCPU",
             Input::Control(_) => "a request to the control socket",
             Input::DiskFlush => "a flush",
+            Input::DiskFull => "a request that waits for room",
             Input::DiskMoved => "a cursor of a disk",
             Input::Remade(_) => "the machine after a reset",
             Input::Built => "the machine after a handover",
@@ -81,6 +84,7 @@ pub struct Inputs {
     panic: Arc<AtomicBool>,
     crash_loaded: Arc<AtomicBool>,
     flushed: Arc<AtomicBool>,
+    full: Arc<AtomicBool>,
     moved: Arc<AtomicBool>,
 }
 
@@ -94,6 +98,7 @@ impl Inputs {
             panic: Arc::default(),
             crash_loaded: Arc::default(),
             flushed: Arc::default(),
+            full: Arc::default(),
             moved: Arc::default(),
         }
     }
@@ -103,10 +108,17 @@ impl Inputs {
         let _ = self.queue.send(input);
     }
 
-    /// A cut is wanted soon for the sake of a disk.
+    /// The guest flushed a disk.
     pub fn disk_flushed(&self) {
         if !self.flushed.swap(true, Ordering::AcqRel) {
             self.send(Input::DiskFlush);
+        }
+    }
+
+    /// A request waits for room in a disk: that comes with a cut.
+    pub fn disk_full(&self) {
+        if !self.full.swap(true, Ordering::AcqRel) {
+            self.send(Input::DiskFull);
         }
     }
 
@@ -120,6 +132,11 @@ impl Inputs {
     /// The engine has heard of flushes: the next may come.
     pub fn heard_flush(&self) {
         self.flushed.store(false, Ordering::Release);
+    }
+
+    /// The engine has heard of requests that wait.
+    pub fn heard_full(&self) {
+        self.full.store(false, Ordering::Release);
     }
 
     /// The engine has heard of moved cursors.

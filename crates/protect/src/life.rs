@@ -193,7 +193,7 @@ impl Engine {
             return self.step(Event::Tick);
         }
         if self.mirrored() {
-            return self.step(Event::Flush);
+            return self.step(Event::CutWanted);
         }
         self.run_anew();
         Ok(())
@@ -241,7 +241,7 @@ impl Engine {
             until: Instant::now() + END_MAX,
         });
         if commit.is_some() {
-            self.step(Event::Flush)?;
+            self.step(Event::CutWanted)?;
         }
         self.end_step()
     }

@@ -2,12 +2,11 @@
 //!
 //! ```text
 //!  raw file, block device ── RawImage    ── fd ──> io_uring, driven by the device model
-//!  qcow2 (+ backing chain) ─ Qcow2Image  ── ThreadedImage (bounded workers) ──> completions
+//!  qcow2 (+ backing chain) ─ Qcow2Image  ── threads of the device model
 //!  bytes ─────────────────── MemImage       (cloud-init seeds, tests)
 //! ```
 //!
-//! Everything here is blocking and made for plain threads; [`ThreadedImage`] gives asynchronous submission to
-//! images without a file descriptor of their own contents.
+//! Everything here is blocking and made for plain threads, but for what is named `at_once`.
 //!
 //! Formats are told apart by content unless the caller names one. A raw disk whose guest wrote a qcow2 header into
 //! its first sector must therefore be *declared* raw to stay raw, or the guest could make the host open other files
@@ -20,12 +19,10 @@ mod memory;
 mod qcow2;
 mod qcow2_check;
 mod raw;
-mod threaded;
 
 pub use memory::MemImage;
 pub use qcow2::Qcow2Image;
 pub use raw::RawImage;
-pub use threaded::{Completion, Op, Request, ThreadedImage};
 
 use crate::error::DiskError;
 use std::fs::File;
@@ -138,6 +135,12 @@ pub trait BlockIo: Send + Sync {
     /// # Errors
     /// As [`BlockIo::write_at`].
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError>;
+
+    /// Fills `buf` from `offset` out of memory, without waiting for anything; `false`: not possible now, or it would fail. The caller then
+    /// uses [`BlockIo::read_at`] from a thread that may wait.
+    fn read_at_once(&self, _offset: u64, _buf: &mut [u8]) -> bool {
+        false
+    }
 
     /// Does a write without waiting for anything, if that is possible now; `None`: it is not, and nothing was done. The
     /// caller then uses [`BlockIo::write_at`] from a thread that may wait.

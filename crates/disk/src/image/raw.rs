@@ -274,6 +274,12 @@ impl BlockIo for RawImage {
         })
     }
 
+    fn read_at_once(&self, offset: u64, buf: &mut [u8]) -> bool {
+        !self.direct
+            && self.info.check(offset, buf.len() as u64).is_ok()
+            && crate::storage::read_cached(&self.file, offset, buf)
+    }
+
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {
         let len = buf.len() as u64;
         self.info.check_write(offset, len)?;

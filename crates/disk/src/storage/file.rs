@@ -4,9 +4,9 @@ use super::{Storage, StorageFile};
 use crate::error::DiskError;
 use crate::image::BlockIo;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +15,20 @@ use std::sync::Arc;
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 /// The most parts the kernel takes in one call (IOV_MAX).
 const IOV_MAX: usize = 1024;
+
+/// Fills `buf` from `file` if all of it is in the page cache.
+pub(crate) fn read_cached(file: &File, offset: u64, buf: &mut [u8]) -> bool {
+    let mut done = 0;
+    while done < buf.len() {
+        let mut rest = [IoSliceMut::new(&mut buf[done..])];
+        match rustix::io::preadv2(file, &mut rest, offset + done as u64, ReadWriteFlags::NOWAIT) {
+            Ok(n) if n > 0 => done += n,
+            // The end, not in memory, or a file system that cannot tell: whoever may wait finds out.
+            _ => return false,
+        }
+    }
+    true
+}
 
 /// A file or block device.
 #[derive(Debug)]
@@ -51,6 +65,10 @@ impl OsFile {
 impl StorageFile for OsFile {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        read_cached(&self.file, offset, buf)
     }
 
     fn write_parts(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
@@ -135,6 +153,10 @@ fn as_io(e: DiskError) -> io::Error {
 impl StorageFile for BlockFile {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf).map_err(as_io)
+    }
+
+    fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        self.0.read_at_once(offset, buf)
     }
 
     fn write_parts(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {

@@ -11,6 +11,7 @@
 
 mod file;
 
+pub(crate) use file::read_cached;
 pub use file::{BlockFile, DirStorage, OsFile};
 
 use std::io;
@@ -26,6 +27,12 @@ pub trait StorageFile: Send + Sync {
     /// # Errors
     /// `UnexpectedEof` beyond the end; otherwise what the storage says.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Fills `buf` from `offset` (bytes) out of memory, without waiting for a disk. `false`: that is not possible, and [`StorageFile::read_at`]
+    /// is to be asked, by a thread that may wait.
+    fn read_cached(&self, _offset: u64, _buf: &mut [u8]) -> bool {
+        false
+    }
 
     /// Writes `parts` one after another from `offset` (bytes), whole.
     ///

@@ -1,4 +1,4 @@
-//! A volume as a block device's image: [`BlockIo`] for [`crate::image::ThreadedImage`] or direct use.
+//! A volume as a block device's image.
 
 use super::{EpochOp, Volume};
 use crate::error::DiskError;

@@ -8,6 +8,7 @@ use super::{Piece, VolumeError};
 use crate::checksum::{self, BLOCK, UNKNOWN};
 use crate::journal::Kind;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use steadfast_types::Epoch;
 
@@ -97,6 +98,28 @@ impl ReadPlan {
     }
 }
 
+impl ReadPlan {
+    /// Fills `buf` if all of it is in memory, and good. `false`: it is not, or something is wrong with it; whoever may wait finds out.
+    pub(crate) fn run_cached(&self, files: &Files, buf: &mut [u8], verify: bool) -> bool {
+        self.pieces.iter().all(|p| {
+            let part = &mut buf[(p.start - self.start) as usize..(p.end - self.start) as usize];
+            match &p.op {
+                None => {
+                    files.image.read_cached(p.start, part) && (!verify || known_good(files, p.start, part))
+                }
+                Some(op) if op.kind == Kind::Write => op.in_memory().is_some_and(|data| {
+                    part.copy_from_slice(&data[(p.start - op.offset) as usize..(p.end - op.offset) as usize]);
+                    true
+                }),
+                Some(_) => {
+                    part.fill(0);
+                    true
+                }
+            }
+        })
+    }
+}
+
 /// Reads block by block, past those that came from the peer.
 fn read_around(
     files: &Files,
@@ -152,27 +175,47 @@ fn first_unreadable(files: &Files, start: u64, len: u64) -> u64 {
         .map_or(start / BLOCK * BLOCK, |b| b * BLOCK)
 }
 
-/// The first whole block in the range that does not match its sum, as a byte offset.
-fn first_bad(files: &Files, start: u64, data: &[u8]) -> Result<Option<u64>, VolumeError> {
-    let end = start + data.len() as u64;
-    let first = start.div_ceil(BLOCK);
+/// The blocks that are whole in this range.
+fn whole_blocks(files: &Files, start: u64, len: u64) -> Range<u64> {
+    let end = start + len;
     let behind = if end == files.capacity {
         end.div_ceil(BLOCK)
     } else {
         end / BLOCK
     };
-    if behind <= first {
-        return Ok(None);
-    }
-    let sums = files.sums.read(first, (behind - first) as usize)?;
-    for (block, sum) in (first..behind).zip(sums) {
+    start.div_ceil(BLOCK)..behind
+}
+
+/// The first of these blocks that does not match its sum, as a byte offset. `data` begins at `start`.
+fn mismatch(blocks: Range<u64>, sums: Vec<u32>, start: u64, data: &[u8]) -> Option<u64> {
+    let wrong = |&(block, sum): &(u64, u32)| {
         let from = (block * BLOCK - start) as usize;
         let bytes = &data[from..data.len().min(from + BLOCK as usize)];
-        if sum != UNKNOWN && sum != checksum::block_sum(block, bytes) {
-            return Ok(Some(block * BLOCK));
-        }
+        sum != UNKNOWN && sum != checksum::block_sum(block, bytes)
+    };
+    blocks.zip(sums).find(wrong).map(|(block, _)| block * BLOCK)
+}
+
+/// The first whole block in the range that does not match its sum, as a byte offset.
+fn first_bad(files: &Files, start: u64, data: &[u8]) -> Result<Option<u64>, VolumeError> {
+    let blocks = whole_blocks(files, start, data.len() as u64);
+    if blocks.is_empty() {
+        return Ok(None);
     }
-    Ok(None)
+    let sums = files
+        .sums
+        .read(blocks.start, (blocks.end - blocks.start) as usize)?;
+    Ok(mismatch(blocks, sums, start, data))
+}
+
+/// Whether all whole blocks in the range match their sums, as far as memory can tell.
+fn known_good(files: &Files, start: u64, data: &[u8]) -> bool {
+    let blocks = whole_blocks(files, start, data.len() as u64);
+    blocks.is_empty()
+        || files
+            .sums
+            .read_cached(blocks.start, (blocks.end - blocks.start) as usize)
+            .is_some_and(|sums| mismatch(blocks, sums, start, data).is_none())
 }
 
 /// Reads a range as of `through`: the image and the pending operations up to there. The caller holds the image lock

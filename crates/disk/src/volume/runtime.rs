@@ -443,6 +443,19 @@ impl Volume {
         })
     }
 
+    /// Reads the latest bytes out of memory. `false`: that is not possible without waiting, or they are not good; use [`Volume::read`].
+    #[must_use]
+    pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let shared = self.shared();
+        let Ok(_no_trims) = shared.trims.try_read() else {
+            return false;
+        };
+        let Ok(plan) = shared.core().plan_read(offset, buf.len() as u64) else {
+            return false;
+        };
+        plan.run_cached(&shared.files, buf, shared.options.verify_reads)
+    }
+
     /// Reads the latest bytes. A bad or unreadable block is repaired from the peer on the way.
     ///
     /// # Errors

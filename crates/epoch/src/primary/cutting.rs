@@ -31,6 +31,7 @@ pub(crate) struct Cutting {
     pub asked: Option<Asked>,
     last_cut: Micros,
     pub output_since: Option<Micros>,
+    pub wanted_since: Option<Micros>,
     pub flush_since: Option<Micros>,
     pub dirty_bytes: u64,
     cut_cost_us: Micros,
@@ -62,6 +63,7 @@ impl Primary {
             now,
             last_cut: c.last_cut,
             output_since: c.output_since,
+            wanted_since: c.wanted_since,
             flush_since: c.flush_since,
             dirty_bytes: c.dirty_bytes,
             in_flight: self.window.len(),
@@ -116,6 +118,7 @@ impl Primary {
         let epoch = self.progress.sealed().next();
         let c = &mut self.cutting;
         c.output_since = None;
+        c.wanted_since = None;
         c.flush_since = None;
         c.dirty_bytes = 0;
         let hosts = bases.iter().map(|(h, _)| h.clone()).collect();

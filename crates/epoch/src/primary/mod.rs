@@ -237,6 +237,9 @@ impl Primary {
             Event::Output => {
                 self.cutting.output_since.get_or_insert(now);
             }
+            Event::CutWanted => {
+                self.cutting.wanted_since.get_or_insert(now);
+            }
             Event::Flush => {
                 self.cutting.flush_since.get_or_insert(now);
             }

@@ -248,6 +248,7 @@ impl Standby {
             | Event::RemoveStandby(_)
             | Event::CancelHandOver
             | Event::Output
+            | Event::CutWanted
             | Event::Flush
             | Event::Dirty { .. }
             | Event::Sealed(_)

@@ -243,7 +243,8 @@ fn play(data: &[u8], primary: bool) {
             },
             151..=165 => Event::Tick,
             166..=175 => Event::Output,
-            176..=185 => Event::Flush,
+            176..=180 => Event::Flush,
+            181..=185 => Event::CutWanted,
             186..=190 => Event::Dirty { bytes: 1 << 20 },
             191..=195 => Event::Corrupt { from: peer.clone() },
             196..=205 => Event::Bulk {

@@ -50,8 +50,9 @@ impl BlockingDisk for Image {
     fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
         self.image.write_zeroes(offset, len).map_err(host)
     }
-    fn at_once(&self, op: &Op) -> Option<io::Result<()>> {
+    fn at_once(&self, op: &mut Op) -> Option<io::Result<()>> {
         let done = match op {
+            Op::Read { offset, buf } => self.image.read_at_once(*offset, buf).then_some(Ok(())),
             Op::Write { offset, buf } => self.image.write_at_once(*offset, buf),
             Op::Flush => self.image.flush_at_once(),
             _ => None,

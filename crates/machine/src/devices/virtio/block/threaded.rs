@@ -47,7 +47,7 @@ pub trait BlockingDisk: Send + Sync {
     /// The storage's own; `Unsupported` where it cannot.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
     /// Does the operation if that takes no waiting; `None`: it was not done. Called with the device's lock held.
-    fn at_once(&self, op: &Op) -> Option<io::Result<()>>;
+    fn at_once(&self, op: &mut Op) -> Option<io::Result<()>>;
 }
 
 /// A raw file with plain system calls.
@@ -103,7 +103,7 @@ impl BlockingDisk for RawFile {
         };
         self.fallocate(mode, offset, len)
     }
-    fn at_once(&self, _: &Op) -> Option<io::Result<()>> {
+    fn at_once(&self, _: &mut Op) -> Option<io::Result<()>> {
         None
     }
 }
@@ -216,10 +216,10 @@ impl BlockBackend for ThreadBackend {
         self.shared.event.as_raw_fd()
     }
 
-    fn submit(&mut self, request: Request) -> Result<(), Box<Request>> {
+    fn submit(&mut self, mut request: Request) -> Result<(), Box<Request>> {
         let disk = &self.shared.disk;
         // The driver of an image failed on its contents: the same as on a thread.
-        let done = catch_unwind(AssertUnwindSafe(|| disk.at_once(&request.op)))
+        let done = catch_unwind(AssertUnwindSafe(|| disk.at_once(&mut request.op)))
             .unwrap_or_else(|_| Some(Err(io::Error::other("the image driver failed on its contents"))));
         let mut queues = self.shared.lock();
         if let Some(result) = done {
