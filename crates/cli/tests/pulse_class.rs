@@ -10,6 +10,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use steadfast_disk::image::{self, ImageFormat};
 
 const LEASE_MS: u64 = 6000;
 
@@ -335,4 +336,47 @@ fn a_change_that_its_daemon_did_not_survive_is_brought_to_an_end() {
         });
         wait("r to be booted", || client.seen().boots > boots);
     }
+}
+
+/// A qcow2 disk as libvirt and Proxmox make them, of a VM that runs: it is protected, its copy made where there was none, it moves, is drilled,
+/// and survives its host.
+#[test]
+fn a_running_vm_on_a_qcow2_disk_is_protected() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a", "b"], LEASE_MS);
+    for host in ["a", "b"] {
+        image::create_qcow2(&pool.path(&format!("d-{host}.qcow2")), 12 << 20).unwrap();
+    }
+    let client = pool.disk_client("d");
+    // The format is not told: it is what the image is when the VM is made.
+    let disk = pool.path("d-{host}.qcow2").display().to_string();
+    pool.create_with("d", "none", "disk=verify ring=48", &["--disk", &disk]);
+    let first = wait_for("d to run", || host_of(&pool, "d"));
+    client.answer("", Instant::now());
+    let other = pool.other(&first).name.clone();
+    let copy = pool.path(&format!("d-{other}.qcow2"));
+    std::fs::remove_file(&copy).unwrap();
+    class(&pool, "d", "ft");
+    wait("d to be protected", || protection(&pool, "d") == "protected");
+    let made = image::look_at(&copy, None).unwrap();
+    assert_eq!((made.format, made.capacity_bytes), (ImageFormat::Qcow2, 12 << 20));
+    let report = pool.other("").json(&["drill", "d"]);
+    assert!(report["ok"] == true, "{report}");
+    client.answer("", Instant::now());
+    pool.other("").run(&["migrate", "d", "--to", &other]);
+    wait("d to be moved, and protected", || {
+        host_of(&pool, "d").as_ref() == Some(&other) && protection(&pool, "d") == "protected"
+    });
+    client.answer(&first, Instant::now());
+    let killed = pool.host(&other).power_off();
+    let (host, gap) = client.answer(&other, killed);
+    println!("d: answers from {host} {gap:?} after the death of {other}");
+    let seen = client.seen();
+    assert_eq!(seen.boots, 0, "its guest was never booted again");
+    assert!(
+        seen.counter >= seen.replies,
+        "nothing that was answered is lost: {seen:?}"
+    );
 }

@@ -8,6 +8,7 @@
 //! ```
 //! One owner: whoever holds the `Machine` decides when it runs. vCPU and I/O threads end when it is dropped.
 
+use crate::cpuid::GuestCpu;
 use crate::devices::bus::{Bus, BusDevice, BusRangeError, Stateful};
 use crate::devices::io_thread::IoThread;
 use crate::devices::pci::PciRoot;
@@ -214,9 +215,14 @@ impl Builder {
     ) -> Result<Machine, MachineError> {
         let mut fds = Vec::new();
         let mut rings = Vec::new();
+        let mut cpu = Vec::new();
         for index in 0..self.vcpus {
             let fd = self.vm.create_vcpu(index)?;
-            vcpu::state::set_cpuid(&fd, &cpuid(index))?;
+            let leaves = cpuid(index);
+            vcpu::state::set_cpuid(&fd, &leaves)?;
+            if index == 0 {
+                cpu = leaves;
+            }
             let ring_bytes = self.vm.dirty().ring_bytes();
             let ring = match ring_bytes {
                 0 => None,
@@ -256,6 +262,7 @@ impl Builder {
             ram: self.vm.ram().clone(),
             dirty_method: self.vm.dirty_method(),
             restored: AtomicBool::new(false),
+            cpu: Mutex::new(GuestCpu::new(cpu)),
             vm: Mutex::new(self.vm),
         })
     }
@@ -272,6 +279,8 @@ pub struct Machine {
     dirty_method: DirtyMethod,
     /// Set by a restore: at the first resume every queue is looked at.
     restored: AtomicBool,
+    /// What the guest sees.
+    cpu: Mutex<GuestCpu>,
     pub(crate) vm: Mutex<KvmVm>,
 }
 
@@ -359,6 +368,32 @@ impl Machine {
         self.vcpus
             .with(index, |fd| vcpu::state::set_msrs(fd, msrs))
             .ok_or(StateError::Missing(StateKind::Vcpu, index as u16))??;
+        Ok(())
+    }
+
+    /// The CPU that the guest sees.
+    #[must_use]
+    pub fn cpu(&self) -> GuestCpu {
+        lock(&self.cpu).clone()
+    }
+
+    /// Shows the guest this CPU instead, which it has seen on another host. No vCPU has run yet, or has been given a state.
+    ///
+    /// # Errors
+    /// [`MachineError::State`].
+    pub fn set_cpu(&self, cpu: &GuestCpu) -> Result<(), MachineError> {
+        let mut now = lock(&self.cpu);
+        if *now == *cpu {
+            return Ok(());
+        }
+        let count = self.vcpus.count() as u32;
+        for index in 0..count {
+            let leaves = cpu.leaves(index, count);
+            self.vcpus
+                .with(index, |fd| vcpu::state::set_cpuid(fd, &leaves))
+                .ok_or(StateError::Missing(StateKind::Vcpu, index as u16))??;
+        }
+        *now = cpu.clone();
         Ok(())
     }
 

@@ -79,13 +79,6 @@ pub fn mirrored(pool: &Pool, stored: &StoredVm) -> Result<()> {
             disk.name
         ));
     }
-    let qcow2 = |d: &&steadfast_vmm::spec::DiskSpec| !d.read_only && d.format.as_deref() == Some("qcow2");
-    if let Some(disk) = stored.machine.disks.iter().find(qcow2) {
-        return refused(format!(
-            "VM {id}: only raw images are mirrored; convert {} (qemu-img convert -O raw)",
-            disk.path.display()
-        ));
-    }
     Ok(())
 }
 
@@ -265,15 +258,7 @@ impl Instances {
         let machine = self.machine(&self.config(), vm)?;
         for disk in machine.disks.iter().filter(|d| !d.read_only) {
             let named = || format!("disk {}", disk.path.display());
-            let mut image = File::open(&disk.path).what(named)?;
-            let mut magic = [0; 4];
-            let read = image.read(&mut magic).what(named)?;
-            if disk.format.as_deref() != Some("raw") && magic[..read] == *b"QFI\xfb" {
-                return refused(format!(
-                    "VM {id}: only raw images are mirrored; convert {} (qemu-img convert -O raw)",
-                    disk.path.display()
-                ));
-            }
+            let image = File::open(&disk.path).what(named)?;
             image.sync_all().what(named)?;
         }
         Ok(())

@@ -79,6 +79,7 @@ mod tests {
             filled: true,
             lag_epochs: 1,
             copying: BTreeMap::new(),
+            unfit: BTreeMap::new(),
             takeover: None,
             service: None,
             load: Default::default(),

@@ -26,6 +26,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_cluster::model::{FailureClass, Phase, Protection, VmLoad};
+use steadfast_disk::image::{self, ImageFormat, create};
 use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TakeOver, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
@@ -387,6 +388,29 @@ impl Instances {
         serde_json::from_str(&text).map_err(wrong)
     }
 
+    /// Writes down what the disks of a new VM are, as far as they are here: their format, which is not asked again (a guest that writes another
+    /// one's header into a raw disk changes nothing), and the size that its copies on other hosts will have.
+    ///
+    /// # Errors
+    /// What cannot be used.
+    pub fn look_at_disks(&self, vm: &mut StoredVm) -> Result<()> {
+        let here = self.machine(&self.config(), vm)?;
+        for (wanted, disk) in vm.machine.disks.iter_mut().zip(&here.disks) {
+            if !disk.path.exists() {
+                continue;
+            }
+            let told = disk.format.as_deref().map(str::parse::<ImageFormat>).transpose();
+            let info = told.and_then(|told| image::look_at(&disk.path, told));
+            let info = info.map_err(|e| NodeError::Refused(e.to_string()))?;
+            wanted.format = Some(info.format.name().into());
+            let name = wanted.path.display().to_string();
+            if let Some(record) = vm.record.disks.iter_mut().find(|d| d.name == name) {
+                record.bytes = info.capacity_bytes;
+            }
+        }
+        Ok(())
+    }
+
     /// Tells this host's instance what its class promises now; links it with those hosts that have, or shall have, one too, and with no
     /// others; and tells it where the store's members are, if that has changed: a takeover must not wait for one that was taken
     /// out long ago.
@@ -522,6 +546,7 @@ impl Instances {
             filled: false,
             lag_epochs: 0,
             copying: BTreeMap::new(),
+            unfit: BTreeMap::new(),
             takeover: None,
             service: None,
             load: VmLoad::default(),
@@ -705,6 +730,7 @@ fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
             report.copying.insert(host, left);
         }
     }
+    report.unfit = serde_json::from_value(protocol["unfit"].clone()).unwrap_or_default();
 }
 
 fn read_takeover(takeover: &Value) -> Option<Takeover> {
@@ -754,9 +780,11 @@ fn empty_disks(vm: &StoredVm, machine: &VmSpec) -> Result<()> {
         if let Some(folder) = disk.path.parent() {
             fs::create_dir_all(folder).what(|| format!("make {}", folder.display()))?;
         }
-        let file = File::create(&disk.path).what(|| format!("make {}", disk.path.display()))?;
-        file.set_len(record.bytes)
-            .what(|| format!("make {}", disk.path.display()))?;
+        let made = match disk.format.as_deref() {
+            Some("qcow2") => image::create_qcow2(&disk.path, record.bytes),
+            _ => create::create_raw(&disk.path, record.bytes),
+        };
+        made.map_err(|e| NodeError::Refused(format!("a disk for the standby of VM {}: {e}", vm.record.id)))?;
     }
     Ok(())
 }

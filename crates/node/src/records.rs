@@ -214,6 +214,9 @@ pub struct InstanceReport {
     /// Standbys being filled, and bytes to go.
     #[serde(default)]
     pub copying: BTreeMap<HostId, u64>,
+    /// Hosts that cannot be its standby, as they said, and why.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub unfit: BTreeMap<HostId, String>,
     /// How it became the primary, if by taking over.
     #[serde(default)]
     pub takeover: Option<Takeover>,

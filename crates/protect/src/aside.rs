@@ -1,4 +1,4 @@
-//! What engines say to each other beside the epoch protocol: about disks, and nothing that anybody's right depends on.
+//! What engines say to each other beside the epoch protocol: about disks and the CPU, and nothing that anybody's right depends on.
 //!
 //! A control frame whose payload begins with [`MARK`]; an instance that does not know it drops it. A message that is lost
 //! costs time (a question is asked again, a copy becomes larger), never correctness.
@@ -9,15 +9,20 @@
 //! | 2 | `Block` | id u64, outcome u8 (0 good, 1 bad there too, 2 failed), epoch u64, bytes |
 //! | 3 | `Holds` | epoch u64, term u64 |
 //! | 4 | `Stands` | number of the unfinished copy u64 (0: none), epoch u64, term u64 |
+//! | 5 | `Cpu` | CPUID leaves of the first vCPU: function, index, flags, eax, ebx, ecx, edx u32 each |
+//! | 6 | `Unfit` | why, UTF-8 |
 
 use steadfast_disk::scrub::PeerError;
 use steadfast_epoch::message::EpochRef;
+use steadfast_machine::cpuid::GuestCpu;
 use steadfast_types::{Epoch, Term};
 
 /// First byte of such a message; no version of the protocol's own encoding.
 pub const MARK: u8 = 0xa5;
 /// Most bytes asked for at a time.
 pub const READ_MAX: u32 = 64 << 10;
+/// Most bytes of a reason.
+const WHY_MAX: usize = 1024;
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +50,10 @@ pub enum Aside {
     /// Said before every Welcome: my volumes are an unfinished copy with this number over this epoch. `None`: they are whole
     /// or nothing, as the Welcome says.
     Stands(Option<(u64, EpochRef)>),
+    /// Said before every Hello: the CPU that the guest sees. Without it no Hello is answered.
+    Cpu(GuestCpu),
+    /// I cannot stand in for you, and will not answer: why.
+    Unfit(String),
 }
 
 /// Encodes it.
@@ -85,6 +94,14 @@ pub fn encode(aside: &Aside) -> Vec<u8> {
             b.push(4);
             let (join, at) = copy.unwrap_or((0, EpochRef::ZERO));
             words(&mut b, &[join, at.epoch.0, at.term.0]);
+        }
+        Aside::Cpu(cpu) => {
+            b.push(5);
+            b.extend(cpu.encode());
+        }
+        Aside::Unfit(why) => {
+            b.push(6);
+            b.extend(why.bytes().take(WHY_MAX));
         }
     }
     b
@@ -142,6 +159,11 @@ fn parse(mut r: Reader<'_>) -> Option<Aside> {
             let (join, at) = (r.word()?, r.epoch()?);
             Aside::Stands((join != 0).then_some((join, at)))
         }
+        [5] => Aside::Cpu(GuestCpu::decode(std::mem::take(&mut r.0))?),
+        [6] => {
+            let why = std::mem::take(&mut r.0);
+            Aside::Unfit(String::from_utf8_lossy(why.get(..WHY_MAX).unwrap_or(why)).into_owned())
+        }
         _ => return None,
     };
     r.0.is_empty().then_some(aside)
@@ -172,16 +194,19 @@ mod tests {
             Aside::Holds(at),
             Aside::Stands(None),
             Aside::Stands(Some((5, at))),
+            Aside::Cpu(GuestCpu::decode(&[7; 56]).unwrap()),
+            Aside::Unfit("it lacks avx2".into()),
         ];
         for aside in all {
             let bytes = encode(&aside);
             assert_eq!(decode(&bytes), Some(Some(aside.clone())));
-            if !matches!(aside, Aside::Block { .. }) {
+            if !matches!(aside, Aside::Block { .. } | Aside::Cpu(_) | Aside::Unfit(_)) {
                 for cut in 1..bytes.len() {
                     assert_eq!(decode(&bytes[..cut]), Some(None), "{aside:?} cut at {cut}");
                 }
             }
         }
+        assert_eq!(decode(&[MARK, 5, 1, 2]), Some(None), "no whole leaf");
         assert_eq!(decode(&[1, 2, 3]), None);
         assert_eq!(decode(&[]), None);
     }

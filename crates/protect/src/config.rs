@@ -64,6 +64,9 @@ pub struct ProtectSpec {
     /// For tests: a file of rules for faults of this host's disks (`steadfast_disk::testing::LiveFaults`).
     #[serde(default)]
     pub disk_faults: Option<PathBuf>,
+    /// For tests: features of the guest's CPU that this host is to lack.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpu_without: Vec<String>,
     /// For tests: a folder, shared by all hosts, in which every cut leaves a digest of RAM and every standby compares.
     #[serde(default)]
     pub audit: Option<PathBuf>,
@@ -95,6 +98,7 @@ impl ProtectSpec {
             copy_bytes_per_s: 0,
             journals: None,
             disk_faults: None,
+            cpu_without: Vec::new(),
             audit: None,
             max_interval_us: None,
         }

@@ -17,9 +17,12 @@ use crate::input::Input;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
+use steadfast_disk::image::{BlockIo, ImageFormat, convert};
 use steadfast_disk::volume::Volume;
 use steadfast_epoch::io::Event;
 use steadfast_machine::memory::Ram;
@@ -57,6 +60,7 @@ struct Source {
     state: Vec<u8>,
     ram: Ram,
     volumes: Vec<Volume>,
+    images: Vec<Arc<dyn BlockIo>>,
     epoch: Epoch,
 }
 
@@ -88,6 +92,7 @@ impl Engine {
             state: self.state.clone(),
             ram: self.vm.machine.ram().clone(),
             volumes: self.disks.volumes().collect(),
+            images: self.disks.list.iter().map(|d| Arc::clone(&d.image)).collect(),
             epoch,
         };
         let inputs = self.inputs.clone();
@@ -175,7 +180,7 @@ impl Source {
     fn write(mut self) -> Result<Value, String> {
         let began = Instant::now();
         let text = |e: &dyn std::fmt::Display| e.to_string();
-        let mut images = self.volumes.iter();
+        let mut volumes = self.volumes.iter().zip(&self.images);
         for (index, disk) in self
             .spec
             .disks
@@ -183,13 +188,19 @@ impl Source {
             .enumerate()
             .filter(|(_, d)| !d.read_only)
         {
-            let volume = images.next().ok_or("a disk has no replica here")?;
+            let (volume, image) = volumes.next().ok_or("a disk has no replica here")?;
             volume
                 .wait_applied(self.epoch, DISK_BOUND)
                 .map_err(|e| text(&e))?;
             let to = self.folder.join(format!("disk{index}"));
-            copy_sparse(&disk.path, &to).map_err(|e| format!("copy {}: {e}", disk.path.display()))?;
-            disk.path = to;
+            let copied = match image.info().format {
+                ImageFormat::Raw => copy_sparse(&disk.path, &to).map_err(|e| e.to_string()),
+                // What its file says is not all there is, and it may name others.
+                _ => convert::to_raw(image.as_ref(), &to, &mut |_, _| ControlFlow::Continue(()))
+                    .map_err(|e| e.to_string()),
+            };
+            copied.map_err(|e| format!("copy {}: {e}", disk.path.display()))?;
+            (disk.path, disk.format) = (to, Some("raw".into()));
         }
         for (index, nic) in self.spec.nics.iter_mut().enumerate() {
             // Its address was made from the VM's name, which stays.

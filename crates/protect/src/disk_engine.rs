@@ -139,7 +139,9 @@ impl Engine {
     /// A message beside the protocol.
     pub(crate) fn heard_aside(&mut self, host: &HostId, message: Option<Aside>) {
         match message {
-            None => self.note(format!("{host} sent a message about disks that does not parse")),
+            None => self.note(format!(
+                "{host} sent a message beside the protocol that does not parse"
+            )),
             Some(Aside::Read {
                 id,
                 volume,
@@ -170,6 +172,8 @@ impl Engine {
                     peer.unfinished = copy;
                 }
             }
+            Some(Aside::Cpu(cpu)) => self.heard_cpu(host, cpu),
+            Some(Aside::Unfit(why)) => self.heard_unfit(host, why),
         }
     }
 
@@ -197,9 +201,12 @@ impl Engine {
         }
     }
 
-    /// Completes a Welcome with what the disks are right now. False: with this disk here no state can be kept, and the
-    /// greeting goes unanswered until it works again.
+    /// Completes a Welcome with what the disks are right now. False: with this disk here no state can be kept, or not on this CPU, and
+    /// the greeting goes unanswered until that is different.
     pub(crate) fn welcome(&mut self, to: &HostId, welcome: &mut Welcome) -> bool {
+        if !self.fits(to) {
+            return false;
+        }
         if self.disks.is_empty() {
             return true;
         }

@@ -3,7 +3,7 @@
 //! ```text
 //! guest --> LateBlock --> Volume (primary) --seal at the cut--> record --> Replica (standby): stage, sync, commit
 //! ```
-//! Each raw image or block device of a host has a folder with journal and checksums (`docs/disk-format.md`): `<image>.sfj`
+//! Each image (raw or qcow2) or block device of a host has a folder with journal and checksums (`docs/disk-format.md`): `<image>.sfj`
 //! beside it, or one in the folder that the protection names. Every epoch is
 //! sealed and staged on every volume, also when nothing was written, so that their numbers never part.
 //! Invariants: I3 (disk and memory are cut at one instant and applied to one epoch), I4, I5 (an epoch with a flush is
@@ -219,12 +219,6 @@ impl Disks {
                 ..ImageOptions::default()
             };
             let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
-            if image.info().format != ImageFormat::Raw {
-                return Err(format!(
-                    "disk {path} is no raw image and only raw images can be protected: convert it \
-                     (qemu-img convert -O raw), or make it read-only (,ro)"
-                ));
-            }
             let folder = match &protect.journals {
                 Some(folder) => folder.join(format!("{name}-{index}.sfj")),
                 None => {

@@ -10,6 +10,7 @@ use crate::audit::Audit;
 use crate::codec;
 use crate::config::ProtectSpec;
 use crate::copy_out::CopyOut;
+use crate::counters::Counters;
 use crate::disk_engine::Care;
 use crate::disks::Disks;
 use crate::failpoint::Failpoint;
@@ -19,7 +20,6 @@ use crate::life::{Ending, Remains, WaitingCut};
 use crate::outgoing::{Job, PIECE};
 use crate::pace::Pace;
 use crate::peer::{Peer, Record};
-use crate::samples::Samples;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::taking::{self, TakeControl, Taking};
 use crate::throttle::Throttle;
@@ -35,6 +35,7 @@ use steadfast_epoch::io::{Action, Event, Notice};
 use steadfast_epoch::message::{Body, Message};
 use steadfast_epoch::policy::PolicySettings;
 use steadfast_epoch::{Replica, Settings};
+use steadfast_machine::cpuid::GuestCpu;
 use steadfast_machine::devices::legacy::GuestEvent;
 use steadfast_machine::memory::layout::ram_regions;
 use steadfast_machine::vcpu::VcpuEvent;
@@ -59,53 +60,6 @@ const BATCH: usize = 64;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// As often while there is none of that: an idle instance costs its host little.
 const LOOK_IDLE: Duration = Duration::from_millis(100);
-
-/// More cuts than this wait for their commit only when there is no standby; then their times say nothing.
-const CUTS_TIMED_MAX: usize = 1024;
-
-/// Numbers for the status.
-#[derive(Default)]
-pub struct Counters {
-    /// Cuts made.
-    pub cuts: u64,
-    /// Pages sealed.
-    pub pages: u64,
-    /// Sum and maximum of pauses in microseconds.
-    pub pause_us: (u64, u64),
-    /// The last pause, by part: stop, harvest, copy, state.
-    pub last: steadfast_capture::CutTimes,
-    /// Frames released.
-    pub released: u64,
-    /// Times that the guest was started anew.
-    pub resets: u64,
-    /// Full copies of the VM that began to be taken here, as a standby.
-    pub fills: u64,
-    /// How long the last promotion took from grant to running, in microseconds.
-    pub promote_us: Option<u64>,
-    /// The last pauses.
-    pub pauses: Samples,
-    /// From the cut to the commit, the last ones; and when the epochs that are not committed yet were cut.
-    pub commits: Samples,
-    /// See `commits`.
-    pub cut_at: VecDeque<(Epoch, Instant)>,
-}
-
-impl Counters {
-    pub(crate) fn cut(&mut self, epoch: Epoch, pages: usize) {
-        self.cuts += 1;
-        self.pages += pages as u64;
-        if self.cut_at.len() < CUTS_TIMED_MAX {
-            self.cut_at.push_back((epoch, Instant::now()));
-        }
-    }
-
-    fn committed(&mut self, through: Epoch) {
-        while let Some((_, at)) = self.cut_at.front().filter(|(e, _)| *e <= through) {
-            self.commits.add(at.elapsed().as_micros() as u64);
-            self.cut_at.pop_front();
-        }
-    }
-}
 
 /// What the engine is made of.
 pub struct Parts {
@@ -199,6 +153,8 @@ pub struct Engine {
     /// Dirty pages are tracked; when that may be tried again.
     pub(crate) tracks: bool,
     pub(crate) track_again: Option<Instant>,
+    /// What a standby's guest sees of its CPU, and will see here ([`crate::cpu`]).
+    pub(crate) guest_cpu: Option<GuestCpu>,
     /// Standbys are added once the next epoch is cut.
     pub(crate) add_after_cut: bool,
     /// Memory that a standby needs no more is given back.
@@ -287,6 +243,7 @@ impl Engine {
             whole: parts.spec.memory,
             tracks: false,
             track_again: None,
+            guest_cpu: None,
             add_after_cut: false,
             gives_back: None,
             taken_whole: None,
@@ -629,6 +586,7 @@ impl Engine {
             E::SessionUp { .. } => {
                 peer.connected = true;
                 peer.dead = false;
+                (peer.cpu, peer.unfit) = (None, None);
                 peer.reset_stream();
                 self.step(Event::Connected(host.clone()))?;
             }
@@ -723,6 +681,9 @@ impl Engine {
     }
 
     fn send(&mut self, to: &HostId, mut message: Message) {
+        if matches!(message.body, Body::Hello) {
+            self.show_cpu(to);
+        }
         if let Body::Welcome(welcome) = &mut message.body
             && !self.welcome(to, welcome)
         {

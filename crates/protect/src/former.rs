@@ -72,6 +72,7 @@ impl Engine {
         self.disks.leave(frozen.at)?;
         // I3: all three stand there.
         (self.memory, self.state) = (Some(frozen.at), frozen.state);
+        self.guest_cpu = Some(self.vm.machine.cpu());
         self.base = (None, false);
         (self.taken_whole, self.tracks, self.add_after_cut) = (Some(true), false, false);
         self.staged.clear();

@@ -9,7 +9,7 @@
 //! ask, aside   blocks of other hosts' replicas      disk_care, disk_engine, scrubber   faults, repair, pace of copies
 //! ```
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
-//! raw images or block devices of each host; others, and writable disks without held outputs, cannot be protected.
+//! images or block devices of each host; others, and writable disks without held outputs, cannot be protected.
 
 mod applying;
 mod aside;
@@ -19,6 +19,8 @@ mod block;
 pub mod codec;
 pub mod config;
 pub mod copy_out;
+mod counters;
+mod cpu;
 mod crowd;
 mod disk_care;
 mod disk_engine;

@@ -18,6 +18,7 @@ use steadfast_capture::{SealedPages, seal_anew};
 use steadfast_epoch::Status;
 use steadfast_epoch::io::Event;
 use steadfast_epoch::primary::Phase;
+use steadfast_machine::cpuid::GuestCpu;
 use steadfast_machine::memory::Ram;
 use steadfast_types::{Epoch, Gfn, HostId};
 use steadfast_vmm::process::{Ended, ProcessError};
@@ -39,6 +40,7 @@ pub struct Remains {
     pub resources: Arc<Resources>,
     /// The one that follows stands on the same memory, and waits to be given a state ([`crate::former`]); otherwise the guest starts anew.
     pub stays: bool,
+    cpu: GuestCpu,
     ram: Ram,
 }
 
@@ -49,6 +51,7 @@ impl Remains {
             spec: vm.spec.clone(),
             resources: Arc::clone(&vm.resources),
             stays,
+            cpu: vm.machine.cpu(),
             ram: vm.machine.ram().clone(),
         }
     }
@@ -151,7 +154,11 @@ impl Engine {
         let (inputs, arena) = (self.inputs.clone(), self.capture.arena().clone());
         let (carry, whole) = (std::mem::take(&mut self.carry), self.whole);
         let build = move || {
-            let built = make_vm(Some(&remains)).and_then(|vm| vm.boot().map(|()| vm));
+            let built = make_vm(Some(&remains)).and_then(|vm| {
+                // Hosts that stand by for this VM can show it, and were asked for no other.
+                vm.machine.set_cpu(&remains.cpu)?;
+                vm.boot().map(|()| vm)
+            });
             let vm = built.and_then(|vm| {
                 if !whole {
                     return Ok((vm, arena.nothing()));

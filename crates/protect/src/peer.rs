@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use steadfast_capture::SealedPages;
 use steadfast_disk::volume::EpochOp;
 use steadfast_epoch::message::{EpochRef, Message};
+use steadfast_machine::cpuid::GuestCpu;
 use steadfast_types::{Gfn, HostId, PAGE_SIZE, VmId};
 use steadfast_wire::link::{OpenError, PathConfig, Role, Security, TlsFiles};
 use steadfast_wire::record::StageConfig;
@@ -141,6 +142,10 @@ pub struct Peer {
     pub dead: bool,
     /// What it said of its disks before its last Welcome: an unfinished copy, over which epoch.
     pub unfinished: Option<(u64, EpochRef)>,
+    /// As a standby of it: the CPU of its guest, in this session, and why this host cannot show that.
+    pub cpu: Option<Result<GuestCpu, String>>,
+    /// Why it does not answer, as it said.
+    pub unfit: Option<String>,
     /// Message whose bulk is still arriving.
     pub pending: Option<Message>,
     /// Collects the bulk.
@@ -218,6 +223,8 @@ impl Peer {
             fed: false,
             dead: false,
             unfinished: None,
+            cpu: None,
+            unfit: None,
             pending: None,
             stager: Stager::new(StageConfig::default(), valid),
             out: Outgoing::new(encoder),

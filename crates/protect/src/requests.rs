@@ -220,6 +220,8 @@ impl Engine {
                 "committed": p.progress.committed(), "released": p.progress.released(),
                 "lag_epochs": p.progress.sealed().0 - p.progress.committed().0,
                 "lag_bytes": p.bytes_in_flight,
+                "unfit": self.peers.values().filter_map(|p| Some((p.host.to_string(), p.unfit.clone()?)))
+                    .collect::<std::collections::BTreeMap<_, _>>(),
                 "members": p.members.iter().map(|m| json!({
                     "host": m.host, "in_sync": m.in_sync, "lost": m.lost, "staged": m.staged,
                     "copying_bytes": m.copying.map(|(_, left)| left),

@@ -42,6 +42,7 @@ impl Engine {
         self.forget_memory();
         self.base = (None, true);
         self.taken_whole = None;
+        self.follow_cpu();
         self.keep_patience();
         self.await_given_back();
         self.disks.begin_copy(join);
@@ -187,6 +188,9 @@ impl Engine {
                 // Requests that were in flight may come to their end at once, into memory that other standbys must hear of.
                 self.vm.machine.start_dirty_tracking()?;
                 self.tracks = true;
+                if let Some(cpu) = &self.guest_cpu {
+                    self.vm.machine.set_cpu(cpu).map_err(machine_failed)?;
+                }
                 self.vm.machine.restore(state).map_err(machine_failed)?;
             }
             None => {

@@ -21,10 +21,20 @@ fn disk_instance() {
 
 #[test]
 fn pulse_disks() {
+    killed_at_random(|| Site::new(DISK_BYTES));
+}
+
+/// Images that are no plain files of the disk's bytes.
+#[test]
+fn pulse_disks_in_qcow2() {
+    killed_at_random(|| Site::with_format("qcow2", DISK_BYTES));
+}
+
+fn killed_at_random(site: impl FnOnce() -> Site) {
     if !kvm() {
         return;
     }
-    let mut site = Site::new(DISK_BYTES);
+    let mut site = site();
     // A standby takes over as soon as by default.
     site.extra = json!({});
     let (mut primary, mut standby, mut count) = site.pair();

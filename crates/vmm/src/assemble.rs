@@ -12,7 +12,7 @@ use steadfast_disk::boot::{DiscoverOptions, discover};
 use steadfast_disk::image::BlockIo;
 use steadfast_machine::boot::acpi::{self, AcpiConfig};
 use steadfast_machine::boot::{self, BootError, Entry, initial_msrs, initial_registers};
-use steadfast_machine::cpuid::{self, CpuidError, KvmCaps, WhyNot};
+use steadfast_machine::cpuid::{self, CpuidError, GuestCpu, KvmCaps, WhyNot};
 use steadfast_machine::devices::legacy::{self, OutputSink, Power, SerialPort, Watchdog};
 use steadfast_machine::devices::virtio::DeviceError;
 use steadfast_machine::devices::virtio::balloon::{Balloon, BalloonHandle, PageReclaimer};
@@ -423,6 +423,17 @@ impl Vm {
             }
         }
         Ok(())
+    }
+
+    /// Whether this host can show a guest this CPU, which it has seen on another.
+    ///
+    /// # Errors
+    /// What this host lacks.
+    pub fn can_show(&self, cpu: &GuestCpu) -> Result<(), CpuidError> {
+        match self.machine.cpu() == *cpu {
+            true => Ok(()),
+            false => cpu.check(&self.supported),
+        }
     }
 
     /// What KVM supports on this host.

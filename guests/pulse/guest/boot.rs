@@ -8,7 +8,7 @@ use crate::disk_jobs::Jobs;
 use crate::extras::Extras;
 use crate::net::Net;
 use crate::shared::*;
-use crate::state::{Every, errors, lane, shared, ticks};
+use crate::state::{Every, errors, fail, lane, shared, ticks};
 use crate::work::Worker;
 use crate::{cpu, get, pci, serial, set};
 
@@ -166,6 +166,7 @@ fn first(info: &BootInfo) -> ! {
         stop("the command line asks for a disk, and no virtio block device works");
     }
     let mut guest = Guest {
+        cpu: SeenCpu::look(),
         config,
         net,
         disk,
@@ -284,9 +285,30 @@ fn place_pages(config: &Config, mem_bytes: u64, ncpus: u64) {
     }
 }
 
+/// What the guest was told of its CPU at boot. Whatever host it goes on, it is told the same.
+struct SeenCpu([u32; 6]);
+
+impl SeenCpu {
+    fn look() -> Self {
+        let ([a1, _, c1, d1], [_, b7, c7, _]) = (cpu::cpuid(1), cpu::cpuid(7));
+        let [model, ..] = cpu::cpuid(0x8000_0002);
+        Self([a1, c1, d1, b7, c7, model])
+    }
+
+    fn check(&self) {
+        let now = Self::look();
+        for (i, (want, found)) in self.0.iter().zip(now.0).enumerate() {
+            if *want != found {
+                fail(error::CPU, i as u64, u64::from(*want), u64::from(found));
+            }
+        }
+    }
+}
+
 /// What vCPU 0 owns.
 struct Guest {
     config: Config,
+    cpu: SeenCpu,
     net: Option<Net>,
     disk: Option<Disk>,
     jobs: Jobs,
@@ -323,6 +345,7 @@ impl Guest {
                 }
             }
             if polls & 1023 == 0 {
+                self.cpu.check();
                 errors();
             }
             if !working || !worker.step() {

@@ -64,6 +64,7 @@ pub fn fail(bit: u64, at: u64, want: u64, found: u64) {
         error::COUNTER => "PULSE CORRUPTION counter ",
         error::RNG => "PULSE CORRUPTION rng repeats ",
         error::DISK_IO => "PULSE ERROR disk I/O ",
+        error::CPU => "PULSE CORRUPTION cpu changed, leaf ",
         error::DISK_TIMEOUT => "PULSE ERROR disk timeout ",
         _ => "PULSE ERROR device ",
     });

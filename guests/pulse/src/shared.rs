@@ -118,6 +118,8 @@ pub mod error {
     pub const COUNTER: u64 = 32;
     /// A device broke the virtio protocol.
     pub const DEVICE: u64 = 64;
+    /// The CPU is not the one that was there at boot.
+    pub const CPU: u64 = 128;
 }
 
 /// How the dirty loop changes a page (`Shared::content`).

@@ -14,7 +14,7 @@ fn error(what: &'static str, path: &Path) -> impl Fn(std::io::Error) -> DiskErro
     }
 }
 
-fn check_size(bytes: u64) -> Result<(), DiskError> {
+pub(super) fn check_size(bytes: u64) -> Result<(), DiskError> {
     if bytes == 0 || !bytes.is_multiple_of(SECTOR) || bytes > i64::MAX as u64 {
         return Err(DiskError::Invalid(format!(
             "a disk of {bytes} bytes is not possible: use a multiple of {SECTOR}, for example 1 GiB"

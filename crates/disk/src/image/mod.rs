@@ -21,7 +21,7 @@ mod qcow2_check;
 mod raw;
 
 pub use memory::MemImage;
-pub use qcow2::Qcow2Image;
+pub use qcow2::{Qcow2Image, create_qcow2};
 pub use raw::RawImage;
 
 use crate::error::DiskError;
@@ -43,6 +43,18 @@ pub enum ImageFormat {
     Qcow2,
     /// Bytes in memory.
     Memory,
+}
+
+impl ImageFormat {
+    /// As it is written in specifications.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Memory => "memory",
+        }
+    }
 }
 
 impl std::str::FromStr for ImageFormat {
@@ -142,6 +154,14 @@ pub trait BlockIo: Send + Sync {
         false
     }
 
+    /// The same, and gives the range's space back where the storage can.
+    ///
+    /// # Errors
+    /// As [`BlockIo::write_at`].
+    fn zero_and_free(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.write_zeroes(offset, len)
+    }
+
     /// Does a write without waiting for anything, if that is possible now; `None`: it is not, and nothing was done. The
     /// caller then uses [`BlockIo::write_at`] from a thread that may wait.
     fn write_at_once(&self, _offset: u64, _buf: &[u8]) -> Option<Result<(), DiskError>> {
@@ -222,6 +242,20 @@ pub fn open(path: &Path, options: &ImageOptions) -> Result<Arc<dyn BlockIo>, Dis
         ImageFormat::Qcow2 => Ok(Arc::new(Qcow2Image::open(path, options)?)),
         ImageFormat::Memory => Err(DiskError::Invalid("a memory image has no path".to_owned())),
     }
+}
+
+/// Format and size of the disk in the image at `path`, in the format that is told, or else as whoever opens it first would see it. Takes no
+/// lock.
+///
+/// # Errors
+/// As [`open`].
+pub fn look_at(path: &Path, format: Option<ImageFormat>) -> Result<ImageInfo, DiskError> {
+    let options = ImageOptions {
+        format,
+        lock: false,
+        ..ImageOptions::read_only()
+    };
+    Ok(open(path, &options)?.info().clone())
 }
 
 /// The format of the file at `path`, by its first bytes: qcow2 or else raw.

@@ -16,7 +16,7 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::raw::Raw;
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
-use imago::{FormatAccess, Storage};
+use imago::{FormatAccess, FormatCreateBuilder, Storage};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -200,6 +200,23 @@ impl BlockIo for Qcow2Image {
         })
     }
 
+    fn zero_and_free(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.info.check_write(offset, len)?;
+        let freed = self.guarded("discard", offset, len, |access| {
+            access
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .discard_to_zero(offset, len)
+        });
+        match freed {
+            // Parts of clusters, and version 2.
+            Err(DiskError::Io { source, .. }) if source.kind() == io::ErrorKind::Unsupported => {
+                self.write_zeroes(offset, len)
+            }
+            other => other,
+        }
+    }
+
     fn raw_fd(&self) -> Option<RawFd> {
         None
     }
@@ -217,7 +234,7 @@ impl BlockIo for Qcow2Image {
         // Opened anew, since the tables that the driver has cached may be another's past.
         let mut seen = Vec::new();
         let (access, _, file) = no_panic("opening a qcow2 image again", || {
-            open_qcow2(&self.path, !self.options.read_only, self.options.lock, &mut seen)
+            open_qcow2(&self.path, !self.options.read_only, true, &mut seen)
         })?;
         *self.access.write().unwrap_or_else(PoisonError::into_inner) = access;
         *top = file;
@@ -242,6 +259,38 @@ impl Drop for Qcow2Image {
             tracing::error!(image = %self.path.display(), %error, "closing failed");
         }
     }
+}
+
+/// Makes an empty qcow2 image of `bytes`. An existing file is not touched.
+///
+/// # Errors
+/// [`DiskError::Invalid`] for a size that is not a whole number of sectors; [`DiskError::File`].
+pub fn create_qcow2(path: &Path, bytes: u64) -> Result<(), DiskError> {
+    super::create::check_size(bytes)?;
+    let error = |source| DiskError::File {
+        what: "cannot create",
+        path: path.to_owned(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(error)?;
+    let made = no_panic("making a qcow2 image", || {
+        let synced = file.try_clone().map_err(error)?;
+        let storage = imago::file::File::try_from(file).map_err(error)?;
+        imago::qcow2::Qcow2CreateBuilder::<imago::file::File>::new(storage)
+            .size(bytes)
+            .create()
+            .and_then(|()| synced.sync_all())
+            .map_err(error)
+    });
+    made.inspect_err(|_| {
+        // As before: nothing.
+        let _ = std::fs::remove_file(path);
+    })
 }
 
 fn open_locked(path: &Path, writable: bool, take_lock: bool) -> Result<File, DiskError> {

@@ -235,6 +235,29 @@ impl RawImage {
         Ok(())
     }
 
+    /// Zeroes a range in the first of these ways that the storage knows.
+    fn zero_by(&self, ways: [FallocateFlags; 2], offset: u64, len: u64) -> Result<(), DiskError> {
+        self.info.check_write(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        for how in ways {
+            match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
+                Ok(()) => return Ok(()),
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
+                Err(e) => {
+                    return Err(DiskError::Io {
+                        op: "write zeroes",
+                        offset,
+                        len,
+                        source: e.into(),
+                    });
+                }
+            }
+        }
+        self.zero_by_writing(offset, len)
+    }
+
     fn zero_by_writing(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         let zeroes = vec![0_u8; CHUNK.min(len as usize)];
         let mut at = offset;
@@ -342,25 +365,20 @@ impl BlockIo for RawImage {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        self.info.check_write(offset, len)?;
-        if len == 0 {
-            return Ok(());
-        }
-        for how in [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE] {
-            match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
-                Ok(()) => return Ok(()),
-                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
-                Err(e) => {
-                    return Err(DiskError::Io {
-                        op: "write zeroes",
-                        offset,
-                        len,
-                        source: e.into(),
-                    });
-                }
-            }
-        }
-        self.zero_by_writing(offset, len)
+        self.zero_by(
+            [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE],
+            offset,
+            len,
+        )
+    }
+
+    fn zero_and_free(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        // Both read as zero afterwards, on files and on block devices.
+        self.zero_by(
+            [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE],
+            offset,
+            len,
+        )
     }
 
     fn raw_fd(&self) -> Option<RawFd> {

@@ -6,6 +6,27 @@ use crate::journal::{State, Superblock, Terms};
 use crate::volume::{Core, EpochOp, Replica, VolumeError};
 use steadfast_types::{Epoch, Term};
 
+/// Runs of zeroes of this length become holes: a copy of a thin disk stays thin.
+const HOLE: usize = 64 << 10;
+
+fn is_hole(piece: &[u8]) -> bool {
+    piece.len() >= HOLE && piece.iter().all(|b| *b == 0)
+}
+
+/// Splits bytes into runs that are holes and runs that are not.
+fn runs(data: &[u8]) -> Vec<&[u8]> {
+    let pieces: Vec<&[u8]> = data.chunks(HOLE).collect();
+    let mut at = 0;
+    let alike = pieces.chunk_by(|a, b| is_hole(a) == is_hole(b));
+    alike
+        .map(|run| {
+            let len: usize = run.iter().map(|p| p.len()).sum();
+            at += len;
+            &data[at - len..at]
+        })
+        .collect()
+}
+
 impl Core {
     /// No job may be out: they belong to what is about to be forgotten.
     fn still(&self) -> Result<(), VolumeError> {
@@ -146,7 +167,16 @@ impl Replica {
         let shared = self.shared();
         shared.core().check_chunk(join, offset, data.len() as u64)?;
         let _still = shared.files.lock_image();
-        shared.files.write_blocks(offset, data)
+        let mut at = offset;
+        for part in runs(data) {
+            let len = part.len() as u64;
+            match is_hole(part) {
+                true => shared.files.zero_blocks(at, len)?,
+                false => shared.files.write_blocks(at, part)?,
+            }
+            at += len;
+        }
+        Ok(())
     }
 
     /// The switch: stores the residue, makes everything durable and becomes a replica that holds exactly `epoch`.

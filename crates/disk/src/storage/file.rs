@@ -169,10 +169,12 @@ impl StorageFile for BlockFile {
     }
 
     fn zero(&self, offset: u64, len: u64, free: bool) -> io::Result<()> {
-        // A discarded range of an image reads as anything; replicas must be equal, so it is zeroed. For raw images
-        // that frees the space as well where the file system can.
-        let _ = free;
-        self.0.write_zeroes(offset, len).map_err(as_io)
+        // A discarded range of an image reads as anything; replicas must be equal, so it is zeroed in any case.
+        let zeroed = match free {
+            true => self.0.zero_and_free(offset, len),
+            false => self.0.write_zeroes(offset, len),
+        };
+        zeroed.map_err(as_io)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -82,6 +82,14 @@ impl Files {
         Ok(bytes)
     }
 
+    /// Zeroes whole blocks, gives their space back, and writes their sums. The caller holds the image lock.
+    pub(crate) fn zero_blocks(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.image
+            .zero(offset, len, true)
+            .map_err(VolumeError::io("zero", "image", offset))?;
+        self.sums.write_zeroed(offset / BLOCK, len.div_ceil(BLOCK))
+    }
+
     /// Writes whole blocks with their sums. The caller holds the image lock.
     pub(crate) fn write_blocks(&self, offset: u64, data: &[u8]) -> Result<(), VolumeError> {
         self.image

@@ -18,11 +18,13 @@
 mod baseline;
 mod detect;
 mod features;
+mod guest;
 mod host;
 mod topology;
 
 pub use detect::{HostView, WhyNot, can_run_linux_64, linux_64_verdict};
 pub use features::{CpuFeatures, WORDS, XsaveComponent};
+pub use guest::GuestCpu;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};

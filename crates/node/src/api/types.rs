@@ -182,7 +182,10 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, "running") if in_sync.iter().any(up) => {
             "degraded: the primary does not call itself protected".into()
         }
-        (_, "running") => "unprotected: no standby is in sync".into(),
+        (_, "running") => match instance.and_then(|i| i.unfit.first_key_value()) {
+            Some((host, why)) => format!("unprotected: {host} cannot be its standby: {why}"),
+            None => "unprotected: no standby is in sync".into(),
+        },
         (_, state) => format!("unprotected: it is {state}"),
     };
     VmStatus {

@@ -101,7 +101,7 @@ fn stored(new: &NewVm, index: u16) -> Result<StoredVm> {
     let machine = new.machine.clone();
     let disks = machine.disks.iter().filter(|d| !d.read_only).map(|d| DiskRecord {
         name: d.path.display().to_string(),
-        bytes: std::fs::metadata(&d.path).map_or(0, |m| m.len()),
+        bytes: 0,
         place: match &new.shared {
             Some(storage) => DiskPlace::Shared(storage.clone()),
             None => DiskPlace::Local,
@@ -150,7 +150,8 @@ pub async fn create(State(node): Shared, Query(dry): Query<DryRun>, Json(new): J
         return refused(NEW_HERE).map_err(Failure);
     }
     let index = Pool::free_index(pool.vms.values().map(|v| v.stored.index));
-    let vm = stored(&new, index)?;
+    let mut vm = stored(&new, index)?;
+    node.instances.look_at_disks(&mut vm)?;
     check(&node, &pool, &vm)?;
     let mut plan = vec![format!("create {id}, class {}", vm.record.protection.name())];
     if new.start {

@@ -40,6 +40,30 @@ impl Duo {
         duo
     }
 
+    /// Starts both, where `b` is not expected to become a standby.
+    pub fn apart(mut site: Site) -> Self {
+        let client = switch::client(site.path().join("client"), vec![site.nic("a"), site.nic("b")]);
+        let hosts = [site.spawn("a", true), site.spawn("b", false)];
+        Self {
+            site,
+            hosts,
+            client,
+            last: 0,
+        }
+    }
+
+    /// The guest was started anew: it counts from the beginning.
+    pub fn restarted(&mut self) {
+        wait("a guest that counts from the beginning", LONG, || {
+            self.client
+                .ask(pulse::kind::INC, LONG)
+                .is_ok_and(|r| r.counter <= self.last)
+        });
+        self.last = 0;
+        let r = self.client.ask(pulse::kind::INC, LONG).unwrap();
+        self.last = r.counter;
+    }
+
     fn ask(&mut self) -> pulse::Reply {
         let kind = if self.site.disk {
             kind::FLUSH_INC

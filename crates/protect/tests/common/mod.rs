@@ -13,6 +13,7 @@ pub mod proxy;
 pub mod switch;
 
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -181,6 +182,10 @@ pub struct Site {
     pub boot_after_ms: u64,
     /// Where the instance that is started next kills itself.
     pub die_at: Option<String>,
+    /// The CPU template of each host's own specification.
+    pub cpu: BTreeMap<&'static str, &'static str>,
+    /// Features of the guest's CPU that host `b` lacks.
+    pub cpu_without: Vec<&'static str>,
     /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
     pub tls: bool,
     /// Where hosts `a` and `b` meet a third one, `c`, if there is one.
@@ -218,6 +223,8 @@ impl Site {
             memory: true,
             boot_after_ms: 0,
             die_at: None,
+            cpu: BTreeMap::new(),
+            cpu_without: Vec::new(),
             tls: false,
             third: None,
             count: 0,
@@ -271,6 +278,7 @@ impl Site {
         let spec = json!({
             "disks": if self.disk { disks } else { json!([]) },
             "name": "p", "vcpus": 1, "memory_bytes": 128 << 20, "watchdog": self.watchdog,
+            "cpu": self.cpu.get(host).unwrap_or(&"Host"),
             "boot": {"flat": {"elf": self.path().join("pulse.elf"), "cmdline": self.cmdline}},
             "nics": [{
                 "to": {"socket": {"own": self.nic(host), "peer": self.path().join("client")}},
@@ -286,6 +294,7 @@ impl Site {
             "die_at": self.die_at.take(),
             "tls": if self.tls { tls } else { Value::Null },
             "disk_faults": self.path().join(format!("faults-{host}")),
+            "cpu_without": if host == "b" { &self.cpu_without[..] } else { &[] },
             "audit": self.audit.then(|| self.path().join("audit")),
         });
         std::fs::write(dir.join("spec.json"), spec.to_string()).unwrap();

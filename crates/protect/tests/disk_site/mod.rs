@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use steadfast_disk::image::{self, ImageOptions};
+use steadfast_disk::image::{self, ImageOptions, create};
 use steadfast_disk::storage::{BlockFile, DirStorage};
 use steadfast_disk::volume::{Options as VolumeOptions, Replica};
 use steadfast_machine::devices::legacy::NullSink;
@@ -209,6 +209,8 @@ impl Wire for Switch {
 pub struct Site {
     dir: tempfile::TempDir,
     port: SocketAddr,
+    /// Format of the hosts' images.
+    format: &'static str,
     /// Size of the guest's disk.
     pub disk_bytes: u64,
     /// The guest's command line, without its address.
@@ -221,14 +223,29 @@ pub struct Site {
 impl Site {
     /// A new one, with a disk of so many bytes: zeroes on host `a`, something else on host `b`.
     pub fn new(disk_bytes: u64) -> Self {
+        Self::with_format("raw", disk_bytes)
+    }
+
+    /// The same with images of this format.
+    pub fn with_format(format: &'static str, disk_bytes: u64) -> Self {
         // In memory where it can be: a shared machine's disk may stand still for seconds, which is another test's matter.
         let dir = tempfile::tempdir_in("/dev/shm")
             .or_else(|_| tempfile::tempdir())
             .unwrap();
         std::fs::write(dir.path().join("pulse.elf"), pulse::elf()).unwrap();
-        std::fs::write(dir.path().join("a.raw"), vec![0; disk_bytes as usize]).unwrap();
-        // What the standby's image holds before must not matter.
-        std::fs::write(dir.path().join("b.raw"), vec![0x5a; disk_bytes as usize]).unwrap();
+        for host in ["a", "b"] {
+            let path = dir.path().join(format!("{host}.{format}"));
+            match format {
+                "qcow2" => image::create_qcow2(&path, disk_bytes).unwrap(),
+                _ => create::create_raw(&path, disk_bytes).unwrap(),
+            }
+            // What the standby's image holds before must not matter.
+            if host == "b" {
+                let image = image::open(&path, &ImageOptions::default()).unwrap();
+                image.write_at(0, &vec![0x5a; disk_bytes as usize]).unwrap();
+                image.flush().unwrap();
+            }
+        }
         let port = loop {
             let port = 10_000 + (random_u64().unwrap() % 20_000) as u16;
             let at: SocketAddr = ([127, 0, 0, 1], port).into();
@@ -239,6 +256,7 @@ impl Site {
         Self {
             dir,
             port,
+            format,
             disk_bytes,
             cmdline: "loop=dirty pages=50 rate=300 disk=verify ring=48".into(),
             // A killed process is known to be gone at once; a starved one, on a busy machine, is not to be taken for dead.
@@ -254,7 +272,7 @@ impl Site {
 
     /// The image of a host.
     pub fn image(&self, host: usize) -> PathBuf {
-        self.path(["a.raw", "b.raw"][host])
+        self.path(&format!("{}.{}", ["a", "b"][host], self.format))
     }
 
     /// From now on the disks of this host fail by these rules; none: they work.
@@ -277,7 +295,7 @@ impl Site {
         let spec = json!({
             "name": "p", "vcpus": 1, "memory_bytes": 64 << 20,
             "boot": {"flat": {"elf": self.path("pulse.elf"), "cmdline": format!("{} ip=10.0.0.2", self.cmdline)}},
-            "disks": [{"path": self.image(host), "format": "raw"}],
+            "disks": [{"path": self.image(host), "format": self.format}],
             "nics": [{"to": {"socket": {"own": self.path(&format!("nic-{me}")), "peer": self.path("client")}}}],
         });
         let mut protect = json!({
@@ -436,14 +454,17 @@ impl Count {
 /// Opens the replica of an ended process: its image as of the last complete epoch.
 pub fn settled(path: &Path) -> Vec<u8> {
     let volume = steadfast_wire::vm_hash(&VmId::new("p").unwrap()) ^ 1;
-    let file = image::open(path, &ImageOptions::default()).unwrap();
-    let storage = DirStorage::new(path.with_extension("raw.sfj")).unwrap();
+    let image = image::open(path, &ImageOptions::default()).unwrap();
+    let journal = format!("{}.sfj", path.display());
+    let storage = DirStorage::new(journal).unwrap();
     let options = VolumeOptions::new(volume);
-    let file = Arc::new(BlockFile(file));
+    let file = Arc::new(BlockFile(Arc::clone(&image)));
     let (replica, found) = Replica::open(&storage, file, &options, None).unwrap();
     replica.commit(found.last_staged).unwrap();
     let volume = replica.common();
     volume.wait_applied(found.last_staged, LONG).unwrap();
     drop((volume, replica));
-    std::fs::read(path).unwrap()
+    let mut content = vec![0; image.info().capacity_bytes as usize];
+    image.read_at(0, &mut content).unwrap();
+    content
 }

@@ -111,7 +111,7 @@ pub struct EncodeConfig {
 impl Default for EncodeConfig {
     fn default() -> Self {
         Self {
-            shadow_bytes_max: 48 << 20,
+            shadow_bytes_max: 40 << 20,
             lz4: true,
             wire_ns_per_byte: 8.0,
             check_every: 64,
