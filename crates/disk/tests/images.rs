@@ -6,6 +6,7 @@ mod common;
 use common::{have, pattern, run, s};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use steadfast_disk::DiskError;
 use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions, MemImage, RawImage, convert, create};
 
@@ -238,6 +239,89 @@ fn qcow2_read_write_and_check() {
         let ours = image::open(&path, &ImageOptions::read_only()).unwrap();
         let theirs = std::fs::read(&raw).unwrap();
         assert!(read(ours.as_ref(), 0, 16 << 20) == theirs, "{options}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+/// Not a test: writes into an image and dies in the middle of it.
+#[test]
+#[ignore = "helper process of qcow2_whose_process_is_killed"]
+fn qcow2_victim() {
+    let Some(path) = std::env::var_os("QCOW2_VICTIM") else {
+        return;
+    };
+    let seed: u64 = std::env::var("QCOW2_SEED").unwrap().parse().unwrap();
+    let image = image::open(Path::new(&path), &ImageOptions::default()).unwrap();
+    scribble(image.as_ref(), seed, 1 + seed % 40);
+    if seed.is_multiple_of(3) {
+        image.flush().unwrap();
+        scribble(image.as_ref(), seed + 1000, 1 + seed % 7);
+    }
+    std::process::abort();
+}
+
+fn scribble(image: &dyn BlockIo, seed: u64, times: u64) {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for _ in 0..times {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        let at = x % 4096 * 4096;
+        image.write_at(at, &pattern(at, 4096)).unwrap();
+    }
+}
+
+/// Whoever writes an image is killed, again and again: its tables stay whole, and what was flushed is there. (The driver alone gives the
+/// clusters of its tables out again.)
+#[test]
+fn qcow2_whose_process_is_killed() {
+    if !have("qemu-img", "qcow2_whose_process_is_killed") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for options in [
+        "cluster_size=65536",
+        "cluster_size=512",
+        "compat=0.10",
+        "refcount_bits=1",
+    ] {
+        let path = dir.path().join("disk.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, s(&path), "16M"]);
+        for seed in 0..12 {
+            let victim = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "qcow2_victim", "--ignored"])
+                .env("QCOW2_VICTIM", &path)
+                .env("QCOW2_SEED", seed.to_string())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .unwrap();
+            assert!(victim.code().is_none(), "it died: {victim:?}");
+            let image = image::open(&path, &ImageOptions::default()).unwrap();
+            scribble(image.as_ref(), seed + 500, 20);
+            image.flush().unwrap();
+            drop(image);
+            let check = Command::new("qemu-img")
+                .args(["check", s(&path)])
+                .output()
+                .unwrap();
+            // 3: space that nothing refers to, which is no harm.
+            assert!(
+                matches!(check.status.code(), Some(0 | 3)),
+                "{options}, seed {seed}: {}{}",
+                String::from_utf8_lossy(&check.stdout),
+                String::from_utf8_lossy(&check.stderr)
+            );
+            let image = image::open(&path, &ImageOptions::read_only()).unwrap();
+            for block in 0..4096 {
+                let (at, zero) = (block * 4096, vec![0; 4096]);
+                let found = read(image.as_ref(), at, 4096);
+                assert!(
+                    found == zero || found == pattern(at, 4096),
+                    "{options}, seed {seed}: byte {at}"
+                );
+            }
+        }
         std::fs::remove_file(&path).unwrap();
     }
 }

@@ -6,6 +6,9 @@ mod common;
 
 use common::duo::{Duo, LONG};
 use common::{Random, Site, kvm, wait};
+use serde_json::json;
+use steadfast_machine::cpuid::{CpuFeatures, KvmCaps};
+use steadfast_machine::kvm::Hypervisor;
 use steadfast_types::HostId;
 use steadfast_vmm::control::Request;
 
@@ -73,7 +76,14 @@ fn a_guest_sees_its_cpu_wherever_it_goes_on() {
     }
     let mut random = Random::seeded("a_guest_sees_its_cpu_wherever_it_goes_on");
     let mut site = Site::new(&mut random);
-    site.cpu = [("a", "Host"), ("b", "V2")].into();
+    // All that this host has, as the baseline of a pool: other leaves than its own.
+    let hypervisor = Hypervisor::open().unwrap();
+    let caps = KvmCaps {
+        tsc_deadline: true,
+        ..KvmCaps::default()
+    };
+    let features = CpuFeatures::of(&hypervisor.supported_cpuid().unwrap(), &caps);
+    site.cpu = [("b", json!({"Pool": features}))].into();
     let mut duo = Duo::new(site, [None, None]);
     let mut at = 0;
     for round in 0..6 {

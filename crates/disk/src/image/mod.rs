@@ -18,6 +18,7 @@ mod lock;
 mod memory;
 mod qcow2;
 mod qcow2_check;
+mod qcow2_tables;
 mod raw;
 
 pub use memory::MemImage;

@@ -9,6 +9,7 @@
 
 use super::lock::{self, Mode};
 use super::qcow2_check::{self, Checked};
+use super::qcow2_tables;
 use super::{BlockIo, ImageFormat, ImageInfo, ImageOptions, SECTOR, detect, raw};
 use crate::error::DiskError;
 use crate::guard::no_panic;
@@ -356,6 +357,11 @@ fn open_qcow2(
         why: e.to_string(),
     };
     let layer = Layer::new(file, path, Some(cluster))?;
+    // Not of an image that another process has and writes.
+    let missing = match writable && take_lock {
+        true => qcow2_tables::count(&top, path)?,
+        false => Vec::new(),
+    };
     let mut image = imago::qcow2::Qcow2::<Layer>::open_image(layer, writable).map_err(damaged)?;
     // Set in any case, so that the driver never opens anything by itself.
     image.set_data_file(None);
@@ -364,7 +370,41 @@ fn open_qcow2(
         Some((name, format)) => Some(open_backing(path, &name, format.as_deref(), take_lock, seen)?),
     };
     image.set_backing(backing);
-    Ok((FormatAccess::new(image), capacity, top))
+    let access = FormatAccess::new(image);
+    make_tables(&access, missing, cluster, capacity).map_err(|source| DiskError::Io {
+        op: "lay out tables",
+        offset: 0,
+        len: 0,
+        source,
+    })?;
+    Ok((access, capacity, top))
+}
+
+/// Makes second level tables for these places: the first cluster of each is written as what it reads as.
+fn make_tables(
+    access: &FormatAccess<Layer>,
+    missing: Vec<u64>,
+    cluster: u64,
+    capacity: u64,
+) -> io::Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut buf = vec![0; cluster as usize];
+    for at in missing {
+        let part = &mut buf[..cluster.min(capacity - at) as usize];
+        access.read(&mut *part, at)?;
+        match part.iter().all(|b| *b == 0) {
+            true => match access.write_zeroes(at, part.len() as u64) {
+                // Version 2 has no zero clusters.
+                Err(e) if e.kind() == io::ErrorKind::Unsupported => access.write(&*part, at)?,
+                other => other?,
+            },
+            false => access.write(&*part, at)?,
+        }
+    }
+    access.flush()?;
+    access.sync()
 }
 
 fn open_backing(

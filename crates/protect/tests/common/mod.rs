@@ -183,7 +183,7 @@ pub struct Site {
     /// Where the instance that is started next kills itself.
     pub die_at: Option<String>,
     /// The CPU template of each host's own specification.
-    pub cpu: BTreeMap<&'static str, &'static str>,
+    pub cpu: BTreeMap<&'static str, Value>,
     /// Features of the guest's CPU that host `b` lacks.
     pub cpu_without: Vec<&'static str>,
     /// Certificates for each host, in its folder: `ca.pem`, `HOST.pem`, `HOST.key`.
@@ -278,7 +278,7 @@ impl Site {
         let spec = json!({
             "disks": if self.disk { disks } else { json!([]) },
             "name": "p", "vcpus": 1, "memory_bytes": 128 << 20, "watchdog": self.watchdog,
-            "cpu": self.cpu.get(host).unwrap_or(&"Host"),
+            "cpu": self.cpu.get(host).unwrap_or(&json!("Host")),
             "boot": {"flat": {"elf": self.path().join("pulse.elf"), "cmdline": self.cmdline}},
             "nics": [{
                 "to": {"socket": {"own": self.nic(host), "peer": self.path().join("client")}},
