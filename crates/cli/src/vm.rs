@@ -542,7 +542,6 @@ pub fn run_vmm(args: VmmArgs) -> Done {
         serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
     last_words::of_requests(At::Once);
     with_options(&name, &args.process, |options| {
-        eprintln!("steadfast: protection is experimental and not yet right: see docs/known-problems.md\r");
         steadfast_protect::run(spec, protect, options)
     })
 }

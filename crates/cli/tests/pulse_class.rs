@@ -345,9 +345,10 @@ fn a_running_vm_on_a_qcow2_disk_is_protected() {
     if !possible() {
         return;
     }
-    let mut pool = Pool::new(&["a", "b"], LEASE_MS);
-    for host in ["a", "b"] {
-        image::create_qcow2(&pool.path(&format!("d-{host}.qcow2")), 12 << 20).unwrap();
+    let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
+    let image_of = |pool: &Pool, host: &str| pool.path(&format!("d-{host}.qcow2"));
+    for host in ["a", "b", "c"] {
+        image::create_qcow2(&image_of(&pool, host), 12 << 20).unwrap();
     }
     let client = pool.disk_client("d");
     // The format is not told: it is what the image is when the VM is made.
@@ -355,12 +356,14 @@ fn a_running_vm_on_a_qcow2_disk_is_protected() {
     pool.create_with("d", "none", "disk=verify ring=48", &["--disk", &disk]);
     let first = wait_for("d to run", || host_of(&pool, "d"));
     client.answer("", Instant::now());
-    let other = pool.other(&first).name.clone();
-    let copy = pool.path(&format!("d-{other}.qcow2"));
-    std::fs::remove_file(&copy).unwrap();
+    for host in ["a", "b", "c"].into_iter().filter(|h| *h != first) {
+        std::fs::remove_file(image_of(&pool, host)).unwrap();
+    }
     class(&pool, "d", "ft");
     wait("d to be protected", || protection(&pool, "d") == "protected");
-    let made = image::look_at(&copy, None).unwrap();
+    let in_sync = pool.other("").vm("d")["in_sync"].clone();
+    let other = in_sync[0].as_str().unwrap().to_owned();
+    let made = image::look_at(&image_of(&pool, &other), None).unwrap();
     assert_eq!((made.format, made.capacity_bytes), (ImageFormat::Qcow2, 12 << 20));
     let report = pool.other("").json(&["drill", "d"]);
     assert!(report["ok"] == true, "{report}");
