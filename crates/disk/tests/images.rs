@@ -243,6 +243,41 @@ fn qcow2_read_write_and_check() {
     }
 }
 
+/// A range that is zeroed for good gives its space back, in both formats, and what is beside it stays.
+#[test]
+fn zeroes_give_their_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["disk.raw", "disk.qcow2"] {
+        let path = dir.path().join(name);
+        match name {
+            "disk.raw" => create::create_raw(&path, 16 * MIB).unwrap(),
+            _ => image::create_qcow2(&path, 16 * MIB).unwrap(),
+        }
+        let image = image::open(&path, &ImageOptions::default()).unwrap();
+        let blocks = || {
+            image.flush().unwrap();
+            std::fs::metadata(&path).unwrap().blocks() * 512
+        };
+        image.write_at(0, &pattern(1, 8 * MIB as usize)).unwrap();
+        let full = blocks();
+        image.zero_and_free(MIB + 512, 6 * MIB).unwrap();
+        let all = read(image.as_ref(), 0, 8 * MIB as usize);
+        let mut want = pattern(1, 8 * MIB as usize);
+        want[(MIB + 512) as usize..(7 * MIB + 512) as usize].fill(0);
+        assert!(all == want, "{name}");
+        if !image.info().discard {
+            println!("SKIPPED: this file system cannot give space back ({name})");
+            continue;
+        }
+        assert!(
+            full >= 8 * MIB && blocks() < 4 * MIB,
+            "{name}: {full}, then {}",
+            blocks()
+        );
+    }
+}
+
 /// Not a test: writes into an image and dies in the middle of it.
 #[test]
 #[ignore = "helper process of qcow2_whose_process_is_killed"]

@@ -200,3 +200,29 @@ impl Replica {
         self.shared().core().finish_copy(join, epoch, term)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_zeroes_are_holes_and_nothing_is_lost() {
+        let mut data = vec![0; 5 * HOLE + 4096];
+        data[HOLE + 7] = 1;
+        data[4 * HOLE] = 2;
+        let parts: Vec<_> = runs(&data).iter().map(|p| (p.len(), is_hole(p))).collect();
+        // The end is too short for one.
+        assert_eq!(
+            parts,
+            [
+                (HOLE, true),
+                (HOLE, false),
+                (2 * HOLE, true),
+                (HOLE + 4096, false)
+            ]
+        );
+        assert_eq!(runs(&data).concat(), data);
+        assert_eq!(runs(&data[..4096]), [&data[..4096]]);
+        assert!(runs(&[]).is_empty());
+    }
+}

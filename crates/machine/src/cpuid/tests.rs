@@ -322,3 +322,36 @@ fn kvm_takes_the_host_template() {
         !here.hardware_module && (here.pvm_module || here.cpu_flag == Some(false))
     );
 }
+
+#[test]
+fn a_guests_cpu_goes_to_any_host_that_has_it() {
+    for (vendor, other) in [(INTEL, AMD), (AMD, INTEL)] {
+        for template in [Template::Host, Template::V2] {
+            let of = |v| build(&host(vendor, 3), &template, v, 4, &CAPS).unwrap();
+            let cpu = GuestCpu::new(of(0).as_slice().to_vec());
+            for v in 0..4 {
+                let there = CpuId::from_entries(&cpu.leaves(v, 4)).unwrap();
+                assert_eq!(bytes(&there), bytes(&of(v)), "vCPU {v}");
+            }
+            assert_eq!(GuestCpu::decode(&cpu.encode()).as_ref(), Some(&cpu));
+            // Other leaves, the same features.
+            cpu.check(&host(vendor, 9)).unwrap();
+            assert!(matches!(cpu.check(&host(other, 3)), Err(CpuidError::Vendors(..))));
+            let mut less = host(vendor, 3);
+            for e in less.as_mut_slice().iter_mut().filter(|e| e.function == 1) {
+                e.ecx &= !(1 << 20);
+            }
+            let why = cpu.check(&less).unwrap_err().to_string();
+            assert!(
+                why.contains("the running guest") && why.contains("sse4_2") && !why.contains("sse4_1"),
+                "{why}"
+            );
+            assert!(cpu.names().contains(&"sse4_2".to_owned()));
+        }
+    }
+    let leaf = [0; 28];
+    assert!(GuestCpu::decode(&leaf).is_some());
+    assert_eq!(GuestCpu::decode(&leaf[..27]), None);
+    assert_eq!(GuestCpu::decode(&[]), None);
+    assert_eq!(GuestCpu::decode(&vec![0; 28 * (KVM_MAX_CPUID_ENTRIES + 1)]), None);
+}
