@@ -270,11 +270,13 @@ fn zeroes_give_their_space_back() {
             println!("SKIPPED: this file system cannot give space back ({name})");
             continue;
         }
-        assert!(
-            full >= 8 * MIB && blocks() < 4 * MIB,
-            "{name}: {full}, then {}",
-            blocks()
-        );
+        if name == "disk.qcow2" {
+            // Its clusters are free for other data; the file keeps them.
+            image.write_at(9 * MIB, &pattern(2, 5 * MIB as usize)).unwrap();
+            assert!(blocks() < full + MIB, "{full}, then {}", blocks());
+        } else {
+            assert!(full >= 8 * MIB && blocks() < 4 * MIB, "{full}, then {}", blocks());
+        }
     }
 }
 
