@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use steadfast_disk::image::{self, ImageFormat};
+use steadfast_disk::image::{self, ImageFormat, create};
 
 const LEASE_MS: u64 = 6000;
 
@@ -348,7 +348,7 @@ fn a_running_vm_on_a_qcow2_disk_is_protected() {
     let mut pool = Pool::new(&["a", "b", "c"], LEASE_MS);
     let image_of = |pool: &Pool, host: &str| pool.path(&format!("d-{host}.qcow2"));
     for host in ["a", "b", "c"] {
-        image::create_qcow2(&image_of(&pool, host), 12 << 20).unwrap();
+        create::create_qcow2(&image_of(&pool, host), 12 << 20).unwrap();
     }
     let client = pool.disk_client("d");
     // The format is not told: it is what the image is when the VM is made.

@@ -780,9 +780,11 @@ fn empty_disks(vm: &StoredVm, machine: &VmSpec) -> Result<()> {
         if let Some(folder) = disk.path.parent() {
             fs::create_dir_all(folder).what(|| format!("make {}", folder.display()))?;
         }
+        // Sectors; of an odd end no guest sees anything.
+        let whole = record.bytes / image::SECTOR * image::SECTOR;
         let made = match disk.format.as_deref() {
-            Some("qcow2") => image::create_qcow2(&disk.path, record.bytes),
-            _ => create::create_raw(&disk.path, record.bytes),
+            Some("qcow2") => create::create_qcow2(&disk.path, whole),
+            _ => create::create_raw(&disk.path, whole),
         };
         made.map_err(|e| NodeError::Refused(format!("a disk for the standby of VM {}: {e}", vm.record.id)))?;
     }

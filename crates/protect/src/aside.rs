@@ -9,7 +9,7 @@
 //! | 2 | `Block` | id u64, outcome u8 (0 good, 1 bad there too, 2 failed), epoch u64, bytes |
 //! | 3 | `Holds` | epoch u64, term u64 |
 //! | 4 | `Stands` | number of the unfinished copy u64 (0: none), epoch u64, term u64 |
-//! | 5 | `Cpu` | CPUID leaves of the first vCPU: function, index, flags, eax, ebx, ecx, edx u32 each |
+//! | 5 | `Cpu` | CPUID leaves of the first vCPU: function, index, flags, eax, ebx, ecx, edx u32 each; or nothing |
 //! | 6 | `Unfit` | why, UTF-8 |
 
 use steadfast_disk::scrub::PeerError;
@@ -50,8 +50,8 @@ pub enum Aside {
     /// Said before every Welcome: my volumes are an unfinished copy with this number over this epoch. `None`: they are whole
     /// or nothing, as the Welcome says.
     Stands(Option<(u64, EpochRef)>),
-    /// Said before every Hello: the CPU that the guest sees. Without it no Hello is answered.
-    Cpu(GuestCpu),
+    /// Said before every Hello: the CPU that the guest sees. None where only disks are mirrored: it will be booted, with another's.
+    Cpu(Option<GuestCpu>),
     /// I cannot stand in for you, and will not answer: why.
     Unfit(String),
 }
@@ -97,7 +97,7 @@ pub fn encode(aside: &Aside) -> Vec<u8> {
         }
         Aside::Cpu(cpu) => {
             b.push(5);
-            b.extend(cpu.encode());
+            b.extend(cpu.iter().flat_map(GuestCpu::encode));
         }
         Aside::Unfit(why) => {
             b.push(6);
@@ -159,7 +159,10 @@ fn parse(mut r: Reader<'_>) -> Option<Aside> {
             let (join, at) = (r.word()?, r.epoch()?);
             Aside::Stands((join != 0).then_some((join, at)))
         }
-        [5] => Aside::Cpu(GuestCpu::decode(std::mem::take(&mut r.0))?),
+        [5] => match std::mem::take(&mut r.0) {
+            [] => Aside::Cpu(None),
+            leaves => Aside::Cpu(Some(GuestCpu::decode(leaves)?)),
+        },
         [6] => {
             let why = std::mem::take(&mut r.0);
             Aside::Unfit(String::from_utf8_lossy(why.get(..WHY_MAX).unwrap_or(why)).into_owned())
@@ -194,7 +197,8 @@ mod tests {
             Aside::Holds(at),
             Aside::Stands(None),
             Aside::Stands(Some((5, at))),
-            Aside::Cpu(GuestCpu::decode(&[7; 56]).unwrap()),
+            Aside::Cpu(Some(GuestCpu::decode(&[7; 56]).unwrap())),
+            Aside::Cpu(None),
             Aside::Unfit("it lacks avx2".into()),
         ];
         for aside in all {

@@ -17,8 +17,6 @@ use steadfast_disk::volume::{EpochOp, Volume, VolumeError};
 
 /// Bytes that the guest writes into one epoch before it waits for the cut: a standby must be able to take it whole.
 const OPEN_BYTES_MAX: u64 = 8 << 20;
-/// Longer reads are for threads that run side by side.
-const AT_ONCE_MAX: usize = 64 << 10;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// What no replica could give is asked for again after this.
 const READ_AGAIN: Duration = Duration::from_millis(100);
@@ -247,9 +245,7 @@ impl BlockIo for LateBlock {
     }
 
     fn read_at_once(&self, offset: u64, buf: &mut [u8]) -> bool {
-        buf.len() <= AT_ONCE_MAX
-            && !self.closed()
-            && self.volume.get().is_some_and(|v| v.read_cached(offset, buf))
+        !self.closed() && self.volume.get().is_some_and(|v| v.read_cached(offset, buf))
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {

@@ -5,7 +5,9 @@
 //!                                                             no:  Unfit, with what is missing, and no Welcome
 //! ```
 //! So a host that could not go on with the guest never counts as a standby of it, and nothing is copied to it. A guest keeps its CPU over
-//! moves, failovers and its own resets; one that is booted anew from its disks elsewhere gets that host's.
+//! moves, failovers and its own resets; one that is booted anew from its disks elsewhere gets that host's, and any host will do.
+//!
+//! Messages of a session stay in order: a Hello without a Cpu before it is of a primary of an older version, which is answered as ever.
 
 use crate::aside::Aside;
 use crate::engine::Engine;
@@ -17,45 +19,50 @@ use steadfast_types::HostId;
 impl Engine {
     /// Before each Hello.
     pub(crate) fn show_cpu(&mut self, to: &HostId) {
-        let cpu = self.vm.machine.cpu();
+        let cpu = self.whole.then(|| self.vm.machine.cpu());
+        if let Some(peer) = self.peers.get_mut(to).filter(|_| cpu.is_none()) {
+            peer.unfit = None;
+        }
         self.aside(to, &Aside::Cpu(cpu));
     }
 
-    pub(crate) fn heard_cpu(&mut self, host: &HostId, cpu: GuestCpu) {
-        let known = self.peers.get(host).and_then(|p| p.cpu.as_ref());
-        if known.is_some_and(|k| k.as_ref() == Ok(&cpu)) {
-            return;
-        }
-        let lacks: Vec<String> = match self.spec.cpu_without.is_empty() {
-            true => Vec::new(),
-            false => cpu
-                .names()
-                .into_iter()
-                .filter(|n| self.spec.cpu_without.contains(n))
-                .collect(),
-        };
-        let fits = match self.vm.can_show(&cpu) {
-            Err(why) => Err(why.to_string()),
-            Ok(()) if lacks.is_empty() => Ok(cpu),
-            Ok(()) => Err(format!("this host counts as one without {}", lacks.join(", "))),
-        };
-        if let Err(why) = &fits {
+    pub(crate) fn heard_cpu(&mut self, host: &HostId, cpu: Option<GuestCpu>) {
+        let fits = cpu.map(|cpu| self.can_show(cpu));
+        if let Some(Err(why)) = &fits {
             self.aside(host, &Aside::Unfit(why.clone()));
         }
         let Some(peer) = self.peers.get_mut(host) else {
             return;
         };
-        let before = peer.cpu.replace(fits.clone());
-        if let Err(why) = fits
-            && before != Some(Err(why.clone()))
+        let before = std::mem::replace(&mut peer.cpu, fits);
+        if let Some(Err(why)) = &peer.cpu
+            && before != peer.cpu
         {
-            self.note(format!("this host cannot stand in for {host}: {why}"));
+            let note = format!("this host cannot stand in for {host}: {why}");
+            self.note(note);
         }
+    }
+
+    fn can_show(&self, cpu: GuestCpu) -> Result<GuestCpu, String> {
+        self.vm.can_show(&cpu).map_err(|why| why.to_string())?;
+        if !self.spec.cpu_without.is_empty() {
+            let lacks: Vec<String> = cpu
+                .names()
+                .into_iter()
+                .filter(|n| self.spec.cpu_without.contains(n))
+                .collect();
+            if !lacks.is_empty() {
+                return Err(format!("this host counts as one without {}", lacks.join(", ")));
+            }
+        }
+        Ok(cpu)
     }
 
     /// Whether the greeting of this primary may be answered.
     pub(crate) fn fits(&self, host: &HostId) -> bool {
-        self.peers.get(host).is_some_and(|p| matches!(p.cpu, Some(Ok(_))))
+        self.peers
+            .get(host)
+            .is_some_and(|p| !matches!(p.cpu, Some(Err(_))))
     }
 
     pub(crate) fn heard_unfit(&mut self, host: &HostId, why: String) {
@@ -77,8 +84,7 @@ impl Engine {
         else {
             return;
         };
-        if let Some(Some(Ok(cpu))) = self.peers.get(&owner).map(|p| &p.cpu) {
-            self.guest_cpu = Some(cpu.clone());
-        }
+        let of_owner = self.peers.get(&owner).and_then(|p| p.cpu.clone());
+        self.guest_cpu = of_owner.and_then(Result::ok);
     }
 }

@@ -219,6 +219,14 @@ impl Disks {
                 ..ImageOptions::default()
             };
             let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
+            if disk.format.is_none() && image.info().format != ImageFormat::Raw {
+                // A guest can write such a header into a raw disk, and with it the name of any file of this host.
+                return Err(format!(
+                    "disk {path} looks like a {0} image and is not declared to be one: say `format={0}` if it is, `format=raw` if these \
+                     are the guest's bytes",
+                    image.info().format.name()
+                ));
+            }
             let folder = match &protect.journals {
                 Some(folder) => folder.join(format!("{name}-{index}.sfj")),
                 None => {

@@ -3,12 +3,13 @@
 //! The copy grows under a temporary name beside the target and takes the target's name when it is complete and on
 //! stable storage (I10): a target that exists is complete. What a killed run left is overwritten by the next one.
 
+use super::create::{partial_name, publish};
 use super::lock::{self, Mode};
 use super::{BlockIo, RawImage};
 use crate::error::DiskError;
 use std::fs::OpenOptions;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const CHUNK: usize = 1 << 20;
 /// Runs of zeroes of this length become holes.
@@ -52,32 +53,10 @@ pub fn to_raw(
     let image = RawImage::from_file(file, &partial, false, false)?;
     let copied = copy(source, &image, total, progress)
         .and_then(|()| image.flush())
-        .and_then(|()| {
-            // Not `rename`: it would replace a file that came into being meanwhile.
-            use rustix::fs::{CWD, RenameFlags, renameat_with};
-            let named = match renameat_with(CWD, &partial, CWD, target, RenameFlags::NOREPLACE) {
-                // A file system that cannot do that (NFS); the check above has to do.
-                Err(rustix::io::Errno::INVAL) => std::fs::rename(&partial, target),
-                other => other.map_err(Into::into),
-            };
-            named.map_err(|e| error("cannot name", target, e))?;
-            let dir = target
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
-            std::fs::File::open(dir)
-                .and_then(|d| d.sync_all())
-                .map_err(|e| error("cannot sync", dir, e))
-        });
+        .and_then(|()| publish(&partial, target));
     copied.inspect_err(|_| {
         let _ = std::fs::remove_file(&partial);
     })
-}
-
-fn partial_name(target: &Path) -> PathBuf {
-    let mut name = target.as_os_str().to_owned();
-    name.push(".partial");
-    PathBuf::from(name)
 }
 
 fn copy(

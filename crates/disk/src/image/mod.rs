@@ -22,7 +22,7 @@ mod qcow2_tables;
 mod raw;
 
 pub use memory::MemImage;
-pub use qcow2::{Qcow2Image, create_qcow2};
+pub use qcow2::Qcow2Image;
 pub use raw::RawImage;
 
 use crate::error::DiskError;

@@ -17,7 +17,7 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::raw::Raw;
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
-use imago::{FormatAccess, FormatCreateBuilder, Storage};
+use imago::{FormatAccess, Storage};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -72,7 +72,7 @@ impl Qcow2Image {
         }
         let mut seen = Vec::new();
         let (access, capacity, top) = no_panic("opening a qcow2 image", || {
-            open_qcow2(path, !options.read_only, options.lock, &mut seen)
+            open_qcow2(path, !options.read_only, options.lock, Tables::Made, &mut seen)
         })?;
         let capacity_bytes = capacity / SECTOR * SECTOR;
         if capacity_bytes == 0 {
@@ -183,7 +183,9 @@ impl BlockIo for Qcow2Image {
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.info.check_write(offset, len)?;
-        self.shared("write zeroes", offset, len, |access| {
+        // Nobody else writes meanwhile: the driver makes a whole cluster zero when all around the range reads as zero.
+        self.guarded("write zeroes", offset, len, |access| {
+            let access = access.write().unwrap_or_else(PoisonError::into_inner);
             match access.write_zeroes(offset, len) {
                 // Version 2 has no zero clusters.
                 Err(e) if e.kind() == io::ErrorKind::Unsupported => {
@@ -199,23 +201,6 @@ impl BlockIo for Qcow2Image {
                 other => other,
             }
         })
-    }
-
-    fn zero_and_free(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        self.info.check_write(offset, len)?;
-        let freed = self.guarded("discard", offset, len, |access| {
-            access
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .discard_to_zero(offset, len)
-        });
-        match freed {
-            // Parts of clusters, and version 2.
-            Err(DiskError::Io { source, .. }) if source.kind() == io::ErrorKind::Unsupported => {
-                self.write_zeroes(offset, len)
-            }
-            other => other,
-        }
     }
 
     fn raw_fd(&self) -> Option<RawFd> {
@@ -235,7 +220,13 @@ impl BlockIo for Qcow2Image {
         // Opened anew, since the tables that the driver has cached may be another's past.
         let mut seen = Vec::new();
         let (access, _, file) = no_panic("opening a qcow2 image again", || {
-            open_qcow2(&self.path, !self.options.read_only, true, &mut seen)
+            open_qcow2(
+                &self.path,
+                !self.options.read_only,
+                true,
+                Tables::Counted,
+                &mut seen,
+            )
         })?;
         *self.access.write().unwrap_or_else(PoisonError::into_inner) = access;
         *top = file;
@@ -262,36 +253,13 @@ impl Drop for Qcow2Image {
     }
 }
 
-/// Makes an empty qcow2 image of `bytes`. An existing file is not touched.
-///
-/// # Errors
-/// [`DiskError::Invalid`] for a size that is not a whole number of sectors; [`DiskError::File`].
-pub fn create_qcow2(path: &Path, bytes: u64) -> Result<(), DiskError> {
-    super::create::check_size(bytes)?;
-    let error = |source| DiskError::File {
-        what: "cannot create",
-        path: path.to_owned(),
-        source,
-    };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(error)?;
-    let made = no_panic("making a qcow2 image", || {
-        let synced = file.try_clone().map_err(error)?;
-        let storage = imago::file::File::try_from(file).map_err(error)?;
-        imago::qcow2::Qcow2CreateBuilder::<imago::file::File>::new(storage)
-            .size(bytes)
-            .create()
-            .and_then(|()| synced.sync_all())
-            .map_err(error)
-    });
-    made.inspect_err(|_| {
-        // As before: nothing.
-        let _ = std::fs::remove_file(path);
-    })
+/// What is done for an image's tables before it is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tables {
+    /// Counted anew and made: a guest is not waiting.
+    Made,
+    /// Second level tables counted only: the process before let the image go in order.
+    Counted,
 }
 
 fn open_locked(path: &Path, writable: bool, take_lock: bool) -> Result<File, DiskError> {
@@ -339,6 +307,7 @@ fn open_qcow2(
     path: &Path,
     writable: bool,
     take_lock: bool,
+    tables: Tables,
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<(FormatAccess<Layer>, u64, File), DiskError> {
     let file = open_locked(path, writable, take_lock)?;
@@ -358,10 +327,13 @@ fn open_qcow2(
     };
     let layer = Layer::new(file, path, Some(cluster))?;
     // Not of an image that another process has and writes.
-    let missing = match writable && take_lock {
-        true => qcow2_tables::count(&top, path)?,
-        false => Vec::new(),
-    };
+    let mut missing = Vec::new();
+    if writable && take_lock {
+        missing = qcow2_tables::count(&top, path, tables == Tables::Made)?;
+    }
+    if tables == Tables::Counted {
+        missing.clear();
+    }
     let mut image = imago::qcow2::Qcow2::<Layer>::open_image(layer, writable).map_err(damaged)?;
     // Set in any case, so that the driver never opens anything by itself.
     image.set_data_file(None);
@@ -371,12 +343,10 @@ fn open_qcow2(
     };
     image.set_backing(backing);
     let access = FormatAccess::new(image);
-    make_tables(&access, missing, cluster, capacity).map_err(|source| DiskError::Io {
-        op: "lay out tables",
-        offset: 0,
-        len: 0,
-        source,
-    })?;
+    if let Err(error) = make_tables(&access, missing, cluster, capacity) {
+        // For want of space, say. The guest may still only read, or write where there is room.
+        tracing::warn!(image = %path.display(), %error, "tables are not made ahead");
+    }
     Ok((access, capacity, top))
 }
 
@@ -435,7 +405,7 @@ fn open_backing(
         None => detect(&path)?,
     };
     let result = if format == ImageFormat::Qcow2 {
-        open_qcow2(&path, false, take_lock, seen).map(|(access, ..)| access)
+        open_qcow2(&path, false, take_lock, Tables::Counted, seen).map(|(access, ..)| access)
     } else {
         let file = open_locked(&path, false, take_lock)?;
         remember(&file, &path, seen)?;

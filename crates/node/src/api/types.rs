@@ -129,6 +129,15 @@ fn health(h: HostHealth) -> String {
     .into()
 }
 
+/// Why there is no protection: what a host said that cannot give it, unless another is being filled.
+fn unprotected(instance: Option<&InstanceReport>, else_why: &str) -> String {
+    let unfit = instance.filter(|i| i.copying.is_empty()).map(|i| &i.unfit);
+    match unfit.and_then(|u| u.first_key_value()) {
+        Some((host, why)) => format!("unprotected: {host} cannot be its standby: {why}"),
+        None => format!("unprotected: {else_why}"),
+    }
+}
+
 /// How a VM stands, from what the pool knows.
 #[must_use]
 pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
@@ -168,7 +177,7 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, "unknown") => "unknown: its host is not heard of".into(),
         (Protection::Restart, "running") if spec.has_local_disk() => match in_sync.iter().any(up) {
             true => "restart elsewhere".into(),
-            false => "unprotected: no other host has a current copy of its disks".into(),
+            false => unprotected(instance, "no other host has a current copy of its disks"),
         },
         (Protection::Restart, "running") => {
             match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
@@ -182,10 +191,7 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, "running") if in_sync.iter().any(up) => {
             "degraded: the primary does not call itself protected".into()
         }
-        (_, "running") => match instance.and_then(|i| i.unfit.first_key_value()) {
-            Some((host, why)) => format!("unprotected: {host} cannot be its standby: {why}"),
-            None => "unprotected: no standby is in sync".into(),
-        },
+        (_, "running") => unprotected(instance, "no standby is in sync"),
         (_, state) => format!("unprotected: it is {state}"),
     };
     VmStatus {

@@ -151,7 +151,9 @@ pub async fn create(State(node): Shared, Query(dry): Query<DryRun>, Json(new): J
     }
     let index = Pool::free_index(pool.vms.values().map(|v| v.stored.index));
     let mut vm = stored(&new, index)?;
-    node.instances.look_at_disks(&mut vm)?;
+    vm = node
+        .blocking(move |n| n.instances.look_at_disks(&mut vm).map(|()| vm))
+        .await?;
     check(&node, &pool, &vm)?;
     let mut plan = vec![format!("create {id}, class {}", vm.record.protection.name())];
     if new.start {

@@ -236,7 +236,7 @@ impl Site {
         for host in ["a", "b"] {
             let path = dir.path().join(format!("{host}.{format}"));
             match format {
-                "qcow2" => image::create_qcow2(&path, disk_bytes).unwrap(),
+                "qcow2" => create::create_qcow2(&path, disk_bytes).unwrap(),
                 _ => create::create_raw(&path, disk_bytes).unwrap(),
             }
             // What the standby's image holds before must not matter.

@@ -14,6 +14,8 @@ use steadfast_disk::image::BlockIo;
 
 /// Threads of an image that has no file descriptor of its own contents.
 const WORKERS: usize = 4;
+/// Longer reads are for those threads, which run side by side.
+const AT_ONCE_MAX: usize = 64 << 10;
 
 struct Image {
     image: Arc<dyn BlockIo>,
@@ -52,7 +54,9 @@ impl BlockingDisk for Image {
     }
     fn at_once(&self, op: &mut Op) -> Option<io::Result<()>> {
         let done = match op {
-            Op::Read { offset, buf } => self.image.read_at_once(*offset, buf).then_some(Ok(())),
+            Op::Read { offset, buf } if buf.len() <= AT_ONCE_MAX => {
+                self.image.read_at_once(*offset, buf).then_some(Ok(()))
+            }
             Op::Write { offset, buf } => self.image.write_at_once(*offset, buf),
             Op::Flush => self.image.flush_at_once(),
             _ => None,
