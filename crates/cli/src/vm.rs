@@ -541,6 +541,9 @@ pub fn run_vmm(args: VmmArgs) -> Done {
     let protect: ProtectSpec =
         serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
     last_words::of_requests(At::Once);
+    if let Err(error) = Cgroup::enter_of_pool(&name) {
+        tracing::warn!(%error, "limits of this VM cannot be set");
+    }
     with_options(&name, &args.process, |options| {
         steadfast_protect::run(spec, protect, options)
     })

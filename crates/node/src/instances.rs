@@ -31,6 +31,7 @@ use steadfast_protect::{PeerSpec, ProtectSpec, StoreSpec, TakeOver, TlsSpec};
 use steadfast_types::{HostId, Term, VmId};
 use steadfast_vmm::control::{Request, ask, served_by};
 use steadfast_vmm::guest_care::Mishaps;
+use steadfast_vmm::isolation::cgroup;
 use steadfast_vmm::process::{DISK_FAULT_EXIT, FENCED_EXIT};
 use steadfast_vmm::spec::VmSpec;
 
@@ -272,6 +273,10 @@ impl Instances {
         command.arg("--reset-panicked");
         command.args(&config.vmm_args);
         command.env("STEADFAST_RUN_DIR", &self.folders.run);
+        if hot && !config.vmm_args.iter().any(|a| a == "--cgroup=off") {
+            // Not from here: once its threads have real-time priority, some kernels let it into no group any more.
+            command.env(cgroup::OF_POOL, cgroup::PARENT);
+        }
         let log = open_log(&folder.join("log"))?;
         let log_too = log.try_clone().what(|| "the instance's log".into())?;
         command.stdin(Stdio::null()).stdout(log_too).stderr(log);
@@ -303,13 +308,6 @@ impl Instances {
         meta.pid = Some(child.id());
         if !waits {
             self.write_meta(id, &meta)?;
-        }
-        // The others enter a cgroup by themselves, before they give up the right to.
-        if hot
-            && !config.vmm_args.iter().any(|a| a == "--cgroup=off")
-            && let Err(error) = limits::adopt(id, child.id())
-        {
-            tracing::warn!(%error, "limits of this VM cannot be set");
         }
         let (ended, name, pid) = (Arc::clone(&self.ended), id.clone(), child.id());
         // Of an earlier process with this number.

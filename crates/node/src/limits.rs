@@ -112,15 +112,6 @@ pub fn set(vm: &VmId, pid: u32, wanted: &Limits) -> Result<()> {
     group.set(wanted, &cgroup::disks_of_process(pid)).map_err(named)
 }
 
-/// Puts a process into the cgroup of its VM.
-///
-/// # Errors
-/// The kernel's.
-pub fn adopt(vm: &VmId, pid: u32) -> Result<()> {
-    let named = |e: cgroup::CgroupError| NodeError::Refused(format!("the cgroup of VM {vm}: {e}"));
-    Cgroup::adopt(Path::new(PARENT), vm, pid).map(drop).map_err(named)
-}
-
 /// Removes the cgroup of a VM that has no process here any more.
 pub fn tidy(vm: &VmId) {
     Cgroup::remove(Path::new(PARENT), vm);

@@ -21,6 +21,8 @@ use steadfast_types::VmId;
 
 /// The parent of all VMs' groups unless another is named.
 pub const PARENT: &str = "steadfast";
+/// Variable of the environment that names the parent of the group which a protected VM's process enters, and its daemon removes.
+pub const OF_POOL: &str = "STEADFAST_CGROUP";
 
 /// A cgroup that cannot be had or changed.
 #[derive(Debug, thiserror::Error)]
@@ -151,12 +153,16 @@ impl Cgroup {
         Ok(this)
     }
 
-    /// Makes the group of VM `name` under `parent` and moves process `pid` into it. Its folders go with [`Self::remove`].
+    /// Enters the group of VM `name` if whoever started this process wants that ([`OF_POOL`]), and sees to its end with [`Self::remove`]. To be
+    /// called before any thread has a priority of its own: a kernel with groups for real-time threads does not let it in then.
     ///
     /// # Errors
     /// [`CgroupError`]; nothing of it stays then.
-    pub fn adopt(parent: &Path, name: &VmId, pid: u32) -> Result<Self, CgroupError> {
-        Self::enter_in(mounted(), parent, name, &pid.to_string())
+    pub fn enter_of_pool(name: &VmId) -> Result<(), CgroupError> {
+        match std::env::var_os(OF_POOL) {
+            Some(parent) => Self::enter(Path::new(&parent), name).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// Removes the group of VM `name` under `parent`, if there is one and no process is left in it.
