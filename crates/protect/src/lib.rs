@@ -6,6 +6,7 @@
 //! peer    a link and its streams        run      the process around it
 //! disks   volumes of writable disks     block    what their devices stand on    timeline   when what happened
 //! copy_out  what a standby holds, as a saved VM, for a drill
+//! cpu     the guest's CPU, and hosts that cannot show it      counters   numbers for the status
 //! ask, aside   blocks of other hosts' replicas      disk_care, disk_engine, scrubber   faults, repair, pace of copies
 //! ```
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
