@@ -1,7 +1,8 @@
 //! What engines say to each other beside the epoch protocol: about disks and the CPU, and nothing that anybody's right depends on.
 //!
-//! A control frame whose payload begins with [`MARK`]; an instance that does not know it drops it. A message that is lost
-//! costs time (a question is asked again, a copy becomes larger), never correctness.
+//! A control frame whose payload begins with [`MARK`]; an instance that does not know it drops it. Within a session messages are neither
+//! lost nor reordered (W4), so `Cpu` is there before the Hello that it belongs to. One that is lost with its session costs time (a question is
+//! asked again, a copy becomes larger), never correctness.
 //!
 //! | tag | message | fields, little-endian |
 //! |---|---|---|

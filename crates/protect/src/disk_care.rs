@@ -310,6 +310,32 @@ mod tests {
     use steadfast_types::HostId;
     use steadfast_vmm::spec::VmSpec;
 
+    /// A guest writes the header of a qcow2 image into its raw disk, which is not declared to be raw: it is not taken for one.
+    #[test]
+    fn a_guest_does_not_choose_the_format_of_its_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        steadfast_disk::image::create::create_qcow2(&image, 12 << 20).unwrap();
+        let before = std::fs::read(&image).unwrap();
+        let open = |format: serde_json::Value| {
+            let spec = json!({
+                "name": "p", "vcpus": 1, "memory_bytes": 64 << 20, "boot": {"flat": {"elf": "/none", "cmdline": ""}},
+                "disks": [{"path": image, "format": format}],
+            });
+            let spec: VmSpec = serde_json::from_value(spec).unwrap();
+            let store = serde_json::from_value(json!(dir.path().join("store"))).unwrap();
+            let protect = ProtectSpec::new(HostId::new("a").unwrap(), store);
+            Disks::open(&spec, &protect, &Inputs::new(channel().0)).map(|disks| disks.capacity())
+        };
+        let why = open(json!(null)).unwrap_err();
+        assert!(
+            why.contains("format=qcow2") && why.contains("format=raw"),
+            "{why}"
+        );
+        assert_eq!(std::fs::read(&image).unwrap(), before, "nor written");
+        assert_eq!(open(json!("qcow2")), Ok(12 << 20));
+    }
+
     /// A request that is on its way when the VM is handed over reaches no volume, also not once this host runs the VM again.
     #[test]
     fn nothing_of_the_machine_that_ran_comes_late() {

@@ -210,23 +210,27 @@ impl Disks {
                     "disk {path} is a block device: name a folder for the journals of this VM's disks (`journals`)"
                 ));
             }
-            let format = disk.format.as_deref().map(str::parse::<ImageFormat>).transpose();
+            let format = match &disk.format {
+                Some(format) => format.parse::<ImageFormat>(),
+                None => image::detect(&disk.path),
+            };
+            let format = format.map_err(|e| format!("disk {path}: {e}"))?;
+            if disk.format.is_none() && format != ImageFormat::Raw {
+                // A guest can write such a header into a raw disk, and with it the name of any file of this host. It is not even opened.
+                return Err(format!(
+                    "disk {path} looks like a {0} image and is not declared to be one: say `format={0}` if it is, `format=raw` if these \
+                     are the guest's bytes",
+                    format.name()
+                ));
+            }
             let options = ImageOptions {
-                format: format.map_err(|e| format!("disk {path}: {e}"))?,
+                format: Some(format),
                 direct: disk.direct,
                 // The process that runs the VM has it until it is taken over.
                 lock: protect.takes_over.is_none(),
                 ..ImageOptions::default()
             };
             let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
-            if disk.format.is_none() && image.info().format != ImageFormat::Raw {
-                // A guest can write such a header into a raw disk, and with it the name of any file of this host.
-                return Err(format!(
-                    "disk {path} looks like a {0} image and is not declared to be one: say `format={0}` if it is, `format=raw` if these \
-                     are the guest's bytes",
-                    image.info().format.name()
-                ));
-            }
             let folder = match &protect.journals {
                 Some(folder) => folder.join(format!("{name}-{index}.sfj")),
                 None => {

@@ -67,6 +67,24 @@ fn a_host_without_a_feature_is_refused_before_it_matters() {
     }
 }
 
+/// A host that would only boot the guest, from its disk, need not have the CPU of the one that runs now.
+#[test]
+fn a_host_that_only_boots_the_guest_may_lack_a_feature() {
+    if !kvm() {
+        return;
+    }
+    let mut random = Random::seeded("a_host_that_only_boots_the_guest_may_lack_a_feature");
+    let mut site = Site::new(&mut random);
+    (site.disk, site.memory, site.boot_after_ms) = (true, false, 300);
+    site.cmdline = "pages=60 loop=dirty rate=200 disk=1 udp=1 tcp=1 ip=10.0.0.2".into();
+    site.cpu_without = vec!["sse2"];
+    let mut duo = Duo::new(site, [None, None]);
+    duo.one();
+    duo.hosts[0].kill();
+    duo.one_after_boot();
+    assert!(duo.hosts[1].role().0);
+}
+
 /// Each host would make up another CPU for the VM by itself. The guest compares what it is told with what it was told at boot: over a
 /// failover, moves, and its own reset (after which it remembers anew, and a standby must go on with that).
 #[test]

@@ -3,11 +3,9 @@
 //! The copy grows under a temporary name beside the target and takes the target's name when it is complete and on
 //! stable storage (I10): a target that exists is complete. What a killed run left is overwritten by the next one.
 
-use super::create::{partial_name, publish};
-use super::lock::{self, Mode};
+use super::create::{begin, publish};
 use super::{BlockIo, RawImage};
 use crate::error::DiskError;
-use std::fs::OpenOptions;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -27,29 +25,13 @@ pub fn to_raw(
     target: &Path,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<(), DiskError> {
-    let error = |what, path: &Path, source| DiskError::File {
-        what,
-        path: path.to_owned(),
-        source,
-    };
-    if target.exists() {
-        let source = std::io::Error::from(std::io::ErrorKind::AlreadyExists);
-        return Err(error("cannot convert to", target, source));
-    }
-    let partial = partial_name(target);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&partial)
-        .map_err(|e| error("cannot create", &partial, e))?;
-    // Before the truncation: another run may be writing it.
-    lock::set(&file, Mode::Exclusive, &partial)?;
+    let (file, partial) = begin(target)?;
     let total = source.info().capacity_bytes;
-    file.set_len(0)
-        .and_then(|()| file.set_len(total))
-        .map_err(|e| error("cannot size", &partial, e))?;
+    file.set_len(total).map_err(|source| DiskError::File {
+        what: "cannot size",
+        path: partial.clone(),
+        source,
+    })?;
     let image = RawImage::from_file(file, &partial, false, false)?;
     let copied = copy(source, &image, total, progress)
         .and_then(|()| image.flush())

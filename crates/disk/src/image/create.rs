@@ -51,24 +51,8 @@ pub fn create_qcow2(path: &Path, bytes: u64) -> Result<(), DiskError> {
 }
 
 fn anew(path: &Path, fill: impl FnOnce(&File) -> std::io::Result<()>) -> Result<(), DiskError> {
-    if path.exists() {
-        let source = std::io::Error::from(std::io::ErrorKind::AlreadyExists);
-        return Err(error("cannot create", path)(source));
-    }
-    let partial = partial_name(path);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&partial)
-        .map_err(error("cannot create", &partial))?;
-    // Before it is emptied: another process may be writing it.
-    lock::set(&file, Mode::Exclusive, &partial)?;
-    let filled = file
-        .set_len(0)
-        .and_then(|()| fill(&file))
-        .and_then(|()| file.sync_all());
+    let (file, partial) = begin(path)?;
+    let filled = fill(&file).and_then(|()| file.sync_all());
     let made = filled
         .map_err(error("cannot size", path))
         .and_then(|()| publish(&partial, path));
@@ -78,11 +62,34 @@ fn anew(path: &Path, fill: impl FnOnce(&File) -> std::io::Result<()>) -> Result<
     })
 }
 
-/// The name under which the image of that name grows.
-pub(super) fn partial_name(target: &Path) -> PathBuf {
+/// Begins an image that gets the name `target` with [`publish`]: an empty file, locked, and its name meanwhile. What a killed process left of
+/// one is taken over.
+///
+/// # Errors
+/// There is one of that name, or another process makes it.
+pub(super) fn begin(target: &Path) -> Result<(File, PathBuf), DiskError> {
+    let there = || match target.exists() {
+        true => Err(error("cannot create", target)(
+            std::io::ErrorKind::AlreadyExists.into(),
+        )),
+        false => Ok(()),
+    };
+    there()?;
     let mut name = target.as_os_str().to_owned();
     name.push(".partial");
-    PathBuf::from(name)
+    let partial = PathBuf::from(name);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&partial)
+        .map_err(error("cannot create", &partial))?;
+    lock::set(&file, Mode::Exclusive, &partial)?;
+    // Who had the lock may have published this very file since it was opened.
+    there()?;
+    file.set_len(0).map_err(error("cannot size", &partial))?;
+    Ok((file, partial))
 }
 
 /// Gives what is complete and durable its name, durably. What has that name already stays.

@@ -149,18 +149,18 @@ pub trait BlockIo: Send + Sync {
     /// As [`BlockIo::write_at`].
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError>;
 
-    /// Fills `buf` from `offset` out of memory, without waiting for anything; `false`: not possible now, or it would fail. The caller then
-    /// uses [`BlockIo::read_at`] from a thread that may wait.
-    fn read_at_once(&self, _offset: u64, _buf: &mut [u8]) -> bool {
-        false
-    }
-
     /// The same, and gives the range's space back where the storage can.
     ///
     /// # Errors
     /// As [`BlockIo::write_at`].
     fn zero_and_free(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.write_zeroes(offset, len)
+    }
+
+    /// Fills `buf` from `offset` out of memory, without waiting for anything; `false`: not possible now, or it would fail. The caller then
+    /// uses [`BlockIo::read_at`] from a thread that may wait.
+    fn read_at_once(&self, _offset: u64, _buf: &mut [u8]) -> bool {
+        false
     }
 
     /// Does a write without waiting for anything, if that is possible now; `None`: it is not, and nothing was done. The

@@ -327,13 +327,11 @@ fn open_qcow2(
     };
     let layer = Layer::new(file, path, Some(cluster))?;
     // Not of an image that another process has and writes.
-    let mut missing = Vec::new();
-    if writable && take_lock {
-        missing = qcow2_tables::count(&top, path, tables == Tables::Made)?;
-    }
-    if tables == Tables::Counted {
-        missing.clear();
-    }
+    let (ours, make) = (writable && take_lock, tables == Tables::Made);
+    let missing = match ours {
+        true => qcow2_tables::count(&top, path, make)?,
+        false => Vec::new(),
+    };
     let mut image = imago::qcow2::Qcow2::<Layer>::open_image(layer, writable).map_err(damaged)?;
     // Set in any case, so that the driver never opens anything by itself.
     image.set_data_file(None);
@@ -343,7 +341,7 @@ fn open_qcow2(
     };
     image.set_backing(backing);
     let access = FormatAccess::new(image);
-    if let Err(error) = make_tables(&access, missing, cluster, capacity) {
+    if make && let Err(error) = make_tables(&access, missing, cluster, capacity) {
         // For want of space, say. The guest may still only read, or write where there is room.
         tracing::warn!(image = %path.display(), %error, "tables are not made ahead");
     }

@@ -355,3 +355,34 @@ fn a_guests_cpu_goes_to_any_host_that_has_it() {
     assert_eq!(GuestCpu::decode(&[]), None);
     assert_eq!(GuestCpu::decode(&vec![0; 28 * (KVM_MAX_CPUID_ENTRIES + 1)]), None);
 }
+
+/// What no name stands for counts as well: a bit of any other leaf that promises something, and the size of a state.
+#[test]
+fn a_host_must_have_what_has_no_name() {
+    let supported = host(INTEL, 3);
+    let leaves = build(&supported, &Template::Host, 0, 1, &CAPS).unwrap();
+    let with = |more: kvm_cpuid_entry2| {
+        let mut leaves: Vec<_> = leaves
+            .as_slice()
+            .iter()
+            .filter(|e| (e.function, e.index) != (more.function, more.index))
+            .copied()
+            .collect();
+        leaves.push(more);
+        GuestCpu::new(leaves).check(&supported)
+    };
+    for (more, place) in [
+        (subleaf(7, 1, [0, 0, 0, 1 << 4]), "7h.1"),
+        (subleaf(7, 2, [0, 0, 0, 1]), "7h.2"),
+        (subleaf(0x24, 0, [0, 1 << 16, 0, 0]), "24h.0"),
+        (subleaf(0xd, 0, [1 << 19, 0, 0, 0]), "dh.0"),
+        (subleaf(0xd, 19, [128, 960, 0, 0]), "dh.19"),
+    ] {
+        let why = with(more).unwrap_err().to_string();
+        assert!(why.contains(place), "{place}: {why}");
+    }
+    // Names, caches and sizes promise nothing.
+    for more in [leaf(0x8000_0002, [1; 4]), subleaf(4, 0, [1; 4]), leaf(2, [5; 4])] {
+        with(more).unwrap();
+    }
+}
