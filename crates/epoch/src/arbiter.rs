@@ -295,6 +295,8 @@ pub enum Refusal {
     NotInSync,
     /// It has no complete state to go on from.
     NoState,
+    /// The VM was not handed over to it, and that is the only way in which it may go on here.
+    NotHandedOver,
 }
 
 /// Whether `me`, which has seen terms up to `seen` and has complete state if `intact`, may propose itself.

@@ -43,6 +43,9 @@ pub struct Settings {
     pub acks_required: u8,
     /// Run the guest, outputs held, while the grant is awaited.
     pub speculate: bool,
+    /// A standby goes on only with a VM that was handed over to it, and never because its primary is silent: where the VM has disks that both
+    /// hosts reach, and no copy of them, a primary that is only cut off could still write there.
+    pub planned_only: bool,
     /// The runtime can undo a speculative run and stand exactly where it was. Then the run begins with the suspicion;
     /// without it only when the store has answered that a takeover is allowed, since a standby that has begun does not go
     /// back to following before the store has decided.
@@ -78,6 +81,7 @@ impl Default for Settings {
             hold_outputs: true,
             acks_required: 0,
             speculate: true,
+            planned_only: false,
             can_roll_back: false,
             resend_inherited: true,
             handover_timeout_us: 5_000_000,

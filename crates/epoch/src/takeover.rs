@@ -364,6 +364,7 @@ impl Standby {
             return StandbyStep::Stay;
         }
         let verdict = match at {
+            Some(_) if self.settings.planned_only => Err(Refusal::NotHandedOver),
             Some(_) => may_take_over(rec, store, &self.me, self.seen, self.intact().is_some()),
             None if may_cold_start(rec, store, &self.me) => Ok(()),
             None => Err(Refusal::NotInSync),

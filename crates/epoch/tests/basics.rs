@@ -165,6 +165,76 @@ fn handover_moves_the_vm_and_keeps_it_protected() {
     assert!(w.is_primary("a"));
 }
 
+fn planned_only() -> World {
+    let settings = Settings {
+        planned_only: true,
+        speculate: false,
+        ..Settings::default()
+    };
+    let mut w = World::new(settings, &["a", "b"]);
+    w.protected();
+    w
+}
+
+#[test]
+fn who_goes_on_by_a_handover_only_never_takes_over() {
+    for died in [false, true] {
+        let mut w = planned_only();
+        let before = w.record.clone();
+        w.kill("a");
+        if died {
+            w.give("b", Event::PeerDied(host("a")));
+        }
+        w.run(3000);
+        assert!(!w.is_primary("b"));
+        assert_eq!(w.record, before);
+    }
+}
+
+#[test]
+fn who_goes_on_by_a_handover_only_does_so_there_and_back() {
+    let mut w = planned_only();
+    for (from, to) in [("a", "b"), ("b", "a"), ("a", "b")] {
+        w.give(from, Event::HandOver(host(to)));
+        w.run(300);
+        assert!(w.is_primary(to) && !w.is_primary(from));
+        w.output(to);
+    }
+    w.kill("b");
+    w.run(3000);
+    assert!(!w.is_primary("a"), "it was not handed back");
+    assert_eq!(w.record.owner, host("b"));
+}
+
+/// The word that it was handed over is lost with the host that said it: the record tells.
+#[test]
+fn what_was_handed_over_is_found_in_the_record() {
+    let mut lost_at = None;
+    for _ in 0..2 {
+        let mut w = planned_only();
+        w.record_frames = true;
+        let before = w.delivered;
+        w.tamper = lost_at.map(|n| (n, Fate::Lost));
+        w.give("a", Event::HandOver(host("b")));
+        let is_word = |(_, _, m): &(_, _, Message)| matches!(m.body, Body::Handover { .. });
+        while w.record.owner != host("b") {
+            w.run(1);
+        }
+        match lost_at {
+            None => {
+                let n = w.recorded.iter().position(is_word).unwrap();
+                lost_at = Some(before + n as u64 + 1);
+            }
+            Some(_) => {
+                assert!(!w.is_primary("b"), "it was told");
+                w.kill("a");
+                w.run(1000);
+                assert!(w.is_primary("b"));
+            }
+        }
+    }
+}
+
 /// Who was left half filled in the first life of a primary must not go on from there in its second.
 #[test]
 fn a_copy_has_a_number_of_its_own_in_each_life_of_a_primary() {

@@ -12,7 +12,10 @@
 //! | 4 | `Stands` | number of the unfinished copy u64 (0: none), epoch u64, term u64 |
 //! | 5 | `Cpu` | CPUID leaves of the first vCPU: function, index, flags, eax, ebx, ecx, edx u32 each; or nothing |
 //! | 6 | `Unfit` | why, UTF-8 |
+//! | 7 | `Shared` | id u64, number of disks u16; for each: length in bytes u64, number of blocks u16; for each: offset u64, CRC-32 u32 |
+//! | 8 | `SharedSeen` | id u64; why they are not the same, UTF-8, or nothing |
 
+use crate::shared_mark::{BLOCKS_MAX, DISKS_MAX, Mark};
 use steadfast_disk::scrub::PeerError;
 use steadfast_epoch::message::EpochRef;
 use steadfast_machine::cpuid::GuestCpu;
@@ -55,6 +58,20 @@ pub enum Aside {
     Cpu(Option<GuestCpu>),
     /// I cannot stand in for you, and will not answer: why.
     Unfit(String),
+    /// I have let these shared disks go, so that you may take them: are they yours too?
+    Shared {
+        /// To be repeated in the answer.
+        id: u64,
+        /// Of each disk.
+        marks: Vec<Mark>,
+    },
+    /// The answer.
+    SharedSeen {
+        /// From the question.
+        id: u64,
+        /// Why they are not.
+        why: Option<String>,
+    },
 }
 
 /// Encodes it.
@@ -104,6 +121,24 @@ pub fn encode(aside: &Aside) -> Vec<u8> {
             b.push(6);
             b.extend(why.bytes().take(WHY_MAX));
         }
+        Aside::Shared { id, marks } => {
+            b.push(7);
+            words(&mut b, &[*id]);
+            b.extend((marks.len() as u16).to_le_bytes());
+            for mark in marks {
+                words(&mut b, &[mark.bytes]);
+                b.extend((mark.blocks.len() as u16).to_le_bytes());
+                for (at, sum) in &mark.blocks {
+                    words(&mut b, &[*at]);
+                    b.extend(sum.to_le_bytes());
+                }
+            }
+        }
+        Aside::SharedSeen { id, why } => {
+            b.push(8);
+            words(&mut b, &[*id]);
+            b.extend(why.iter().flat_map(|why| why.bytes().take(WHY_MAX)));
+        }
     }
     b
 }
@@ -117,8 +152,21 @@ impl Reader<'_> {
         Some(*head)
     }
 
+    /// All that is left.
+    fn text(&mut self) -> String {
+        let text = std::mem::take(&mut self.0);
+        String::from_utf8_lossy(text.get(..WHY_MAX).unwrap_or(text)).into_owned()
+    }
+
     fn word(&mut self) -> Option<u64> {
         self.take().map(u64::from_le_bytes)
+    }
+
+    /// As many as are said to come, and no more than may.
+    fn list<T>(&mut self, most: usize, mut one: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
+        let n = usize::from(self.take().map(u16::from_le_bytes)?);
+        (n <= most).then_some(())?;
+        (0..n).map(|_| one(self)).collect()
     }
 
     fn epoch(&mut self) -> Option<EpochRef> {
@@ -164,10 +212,22 @@ fn parse(mut r: Reader<'_>) -> Option<Aside> {
             [] => Aside::Cpu(None),
             leaves => Aside::Cpu(Some(GuestCpu::decode(leaves)?)),
         },
-        [6] => {
-            let why = std::mem::take(&mut r.0);
-            Aside::Unfit(String::from_utf8_lossy(why.get(..WHY_MAX).unwrap_or(why)).into_owned())
-        }
+        [6] => Aside::Unfit(r.text()),
+        [7] => Aside::Shared {
+            id: r.word()?,
+            marks: r.list(DISKS_MAX, |r| {
+                Some(Mark {
+                    bytes: r.word()?,
+                    blocks: r.list(BLOCKS_MAX, |r| {
+                        Some((r.word()?, r.take().map(u32::from_le_bytes)?))
+                    })?,
+                })
+            })?,
+        },
+        [8] => Aside::SharedSeen {
+            id: r.word()?,
+            why: Some(r.text()).filter(|why| !why.is_empty()),
+        },
         _ => return None,
     };
     r.0.is_empty().then_some(aside)
@@ -201,11 +261,32 @@ mod tests {
             Aside::Cpu(Some(GuestCpu::decode(&[7; 56]).unwrap())),
             Aside::Cpu(None),
             Aside::Unfit("it lacks avx2".into()),
+            Aside::Shared {
+                id: 3,
+                marks: vec![
+                    Mark {
+                        bytes: 1 << 33,
+                        blocks: vec![(0, 1), (4096, u32::MAX)],
+                    },
+                    Mark {
+                        bytes: 512,
+                        blocks: Vec::new(),
+                    },
+                ],
+            },
+            Aside::SharedSeen { id: 3, why: None },
+            Aside::SharedSeen {
+                id: 3,
+                why: Some("it differs".into()),
+            },
         ];
         for aside in all {
             let bytes = encode(&aside);
             assert_eq!(decode(&bytes), Some(Some(aside.clone())));
-            if !matches!(aside, Aside::Block { .. } | Aside::Cpu(_) | Aside::Unfit(_)) {
+            if !matches!(
+                aside,
+                Aside::Block { .. } | Aside::Cpu(_) | Aside::Unfit(_) | Aside::SharedSeen { .. }
+            ) {
                 for cut in 1..bytes.len() {
                     assert_eq!(decode(&bytes[..cut]), Some(None), "{aside:?} cut at {cut}");
                 }

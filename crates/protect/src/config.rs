@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use steadfast_store::StoreSpec;
 use steadfast_types::HostId;
+use steadfast_vmm::spec::{DiskSpec, VmSpec};
 
 /// Protection of a VM, as JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -61,6 +62,10 @@ pub struct ProtectSpec {
     /// Folder for the journals and checksums of this VM's disks; none: beside each image. Needed for block devices.
     #[serde(default)]
     pub journals: Option<PathBuf>,
+    /// Writable disks, by their number from 0 on, that all hosts reach as one. They are not mirrored, and so nobody takes over from a silent
+    /// primary: the VM can be handed over, and nothing else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_disks: Vec<usize>,
     /// For tests: a file of rules for faults of this host's disks (`steadfast_disk::testing::LiveFaults`).
     #[serde(default)]
     pub disk_faults: Option<PathBuf>,
@@ -97,11 +102,18 @@ impl ProtectSpec {
             scrub_pause_s: scrub_pause_s(),
             copy_bytes_per_s: 0,
             journals: None,
+            shared_disks: Vec::new(),
             disk_faults: None,
             cpu_without: Vec::new(),
             audit: None,
             max_interval_us: None,
         }
+    }
+
+    /// Writable disks of a VM that are mirrored.
+    pub fn mirrored_disks<'a>(&'a self, spec: &'a VmSpec) -> impl Iterator<Item = (usize, &'a DiskSpec)> {
+        let all = spec.disks.iter().enumerate();
+        all.filter(|(n, d)| !d.read_only && !self.shared_disks.contains(n))
     }
 
     /// Silence after which the primary is suspected, in microseconds.

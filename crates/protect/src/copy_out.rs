@@ -76,6 +76,9 @@ impl Engine {
         if self.replica.primary().is_some() {
             return Err("this host runs the VM; a copy is made of a standby".into());
         }
+        if !self.shared.is_empty() {
+            return Err("this VM has a disk that all hosts reach: there is no copy of it to try".into());
+        }
         if self.stands_by_with_disks() {
             return Err("this standby has the VM's disks only: there is no running guest to copy".into());
         }

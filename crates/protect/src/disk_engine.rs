@@ -137,7 +137,7 @@ impl Engine {
     }
 
     /// A message beside the protocol.
-    pub(crate) fn heard_aside(&mut self, host: &HostId, message: Option<Aside>) {
+    pub(crate) fn heard_aside(&mut self, host: &HostId, message: Option<Aside>) -> Result<(), ProcessError> {
         match message {
             None => self.note(format!(
                 "{host} sent a message beside the protocol that does not parse"
@@ -174,7 +174,12 @@ impl Engine {
             }
             Some(Aside::Cpu(cpu)) => self.heard_cpu(host, cpu),
             Some(Aside::Unfit(why)) => self.heard_unfit(host, why),
+            Some(Aside::Shared { id, marks }) => self.heard_shared(host, id, marks),
+            Some(Aside::SharedSeen { id, why }) => {
+                return self.heard_shared_seen(host, id, why.as_deref());
+            }
         }
+        Ok(())
     }
 
     /// A thread asks for a block: of the primary by a standby, of a standby in sync by the primary.
@@ -398,6 +403,7 @@ impl Engine {
                 .or_else(|| self.care.waits.clone())
         );
         status["copy_bytes_per_s"] = json!(self.care.rate);
+        status["shared"] = self.shared.status();
         status["copies"] = self
             .peers
             .values()

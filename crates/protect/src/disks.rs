@@ -191,7 +191,7 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// Opens the writable disks of `spec`.
+    /// Opens the writable disks of `spec` that are mirrored.
     ///
     /// # Errors
     /// Which disk cannot be protected, why, and what to do.
@@ -199,7 +199,7 @@ impl Disks {
         let mut list = Vec::new();
         let (name, asks, blocks) = (&spec.name, Asks::default(), Blocks::default());
         let faults = protect.disk_faults.clone().map(LiveFaults::new);
-        for (index, disk) in spec.disks.iter().enumerate().filter(|(_, d)| !d.read_only) {
+        for (index, disk) in protect.mirrored_disks(spec) {
             let path = disk.path.display();
             let meta = std::fs::metadata(&disk.path).map_err(|e| format!("disk {path}: {e}"))?;
             if !meta.is_file() && !meta.file_type().is_block_device() {

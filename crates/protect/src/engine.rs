@@ -15,11 +15,13 @@ use crate::disk_engine::Care;
 use crate::disks::Disks;
 use crate::failpoint::Failpoint;
 use crate::former::{Built, Frozen};
+use crate::handing::Handing;
 use crate::input::{Input, Inputs};
 use crate::life::{Ending, Remains, WaitingCut};
 use crate::outgoing::{Job, PIECE};
 use crate::pace::Pace;
 use crate::peer::{Peer, Record};
+use crate::shared::SharedDisks;
 use crate::store::{self, Ask, Store, random_u64};
 use crate::taking::{self, TakeControl, Taking};
 use crate::throttle::Throttle;
@@ -71,8 +73,10 @@ pub struct Parts {
     pub make_vm: MakeVm,
     /// Their NICs.
     pub holds: Holds,
-    /// Its writable disks.
+    /// Its writable disks that are mirrored.
     pub disks: Disks,
+    /// Those that all hosts reach.
+    pub shared: SharedDisks,
     /// Size of RAM in bytes.
     pub ram_bytes: u64,
     /// The arbiter.
@@ -92,6 +96,9 @@ pub struct Engine {
     pub(crate) vm_hash: u64,
     pub(crate) holds: Holds,
     pub(crate) disks: Disks,
+    pub(crate) shared: SharedDisks,
+    /// A handover that waits for them.
+    pub(crate) handing: Handing,
     pub(crate) care: Care,
     pub(crate) guest: GuestCare,
     /// A disk here is dead: what works on it is left behind when the process ends.
@@ -207,6 +214,7 @@ impl Engine {
             acks_required: parts.spec.acks.unwrap_or(0),
             speculate: false,
             resend_inherited: false,
+            planned_only: !parts.spec.shared_disks.is_empty(),
             // A copy is not over before all of it was sent once and again, in the smallest pieces.
             max_chunks: 100_000 + (parts.disks.capacity() + parts.ram_bytes) / (16 << 10),
             ..Settings::default()
@@ -224,6 +232,8 @@ impl Engine {
             vm_hash: vm_hash(&parts.name),
             holds: parts.holds,
             disks: parts.disks,
+            shared: parts.shared,
+            handing: Handing::default(),
             care: Care::new(parts.spec.copy_bytes_per_s),
             abandoned: false,
             peers,
@@ -343,6 +353,7 @@ impl Engine {
                 self.rest()?;
                 self.look_after_guest()?;
                 self.keep_extent()?;
+                self.keep_shared()?;
                 looked = Instant::now();
                 self.close_links();
                 if let Some(ended) = self.end_step()? {
@@ -357,6 +368,7 @@ impl Engine {
         let serial = self.vm.serial.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = serial.output_pending() == 0
             && self.disks.is_empty()
+            && self.shared.is_empty()
             && !self.care.waits()
             && self.resting.is_none()
             && self.ending.is_none()
@@ -440,6 +452,7 @@ impl Engine {
             Action::Cut { epoch, bases, freeze } => self.cut(epoch, &bases, freeze)?,
             Action::ResumeGuest => {
                 self.frozen = None;
+                self.take_shared_back()?;
                 if !self.between_machines() {
                     self.vm.machine.resume();
                 }
@@ -569,6 +582,11 @@ impl Engine {
             } => self.disk_ask(id, volume, offset, len),
             Input::DiskServed(host, id, got) => self.aside(&host, &crate::aside::Aside::Block { id, got }),
             Input::CopiedOut(done) => self.copied_out(done)?,
+            Input::LetGo(done) => self.let_go(done)?,
+            Input::SharedSeen(host, id, same) => {
+                let why = same.err();
+                self.aside(&host, &crate::aside::Aside::SharedSeen { id, why });
+            }
             Input::DiskCopied(join, result) => {
                 let events = self.disks.copied(join, result);
                 events.into_iter().try_for_each(|e| self.step(e))?;
@@ -630,8 +648,7 @@ impl Engine {
         if frame.kind == steadfast_wire::Kind::Control
             && let Some(message) = crate::aside::decode(frame.payload())
         {
-            self.heard_aside(host, message);
-            return Ok(());
+            return self.heard_aside(host, message);
         }
         let event = if frame.kind == steadfast_wire::Kind::Control {
             match codec::decode(frame.payload()) {

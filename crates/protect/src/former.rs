@@ -70,6 +70,7 @@ impl Engine {
         }
         let make_vm = self.make_vm.take().ok_or("its guest was starting anew")?;
         self.disks.leave(frozen.at)?;
+        self.leave_shared();
         // I3: all three stand there.
         (self.memory, self.state) = (Some(frozen.at), frozen.state);
         self.guest_cpu = Some(self.vm.machine.cpu());

@@ -1,6 +1,7 @@
 //! Everything that the engine hears, in one queue.
 
 use crate::life::Remade;
+use crate::shared_mark::Mark;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -51,6 +52,10 @@ pub enum Input {
     DiskCopied(u64, Result<(), String>),
     /// The copy of what a standby holds is made, or why not.
     CopiedOut(Result<serde_json::Value, String>),
+    /// The shared disks have been let go, and what they are told by; or why not all of them.
+    LetGo(Result<Vec<Mark>, String>),
+    /// The answer to another host's question about them: its number, and whether they are the same.
+    SharedSeen(HostId, u64, Result<(), String>),
 }
 
 impl Input {
@@ -71,6 +76,7 @@ impl Input {
             Input::DiskAsk { .. } | Input::DiskServed(..) => "a block of another host",
             Input::DiskCopied(..) => "the end of a copy of disks",
             Input::CopiedOut(_) => "the copy of a standby",
+            Input::LetGo(_) | Input::SharedSeen(..) => "shared disks in a handover",
         }
     }
 }

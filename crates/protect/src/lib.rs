@@ -5,12 +5,14 @@
 //! store   the arbiter's record          primary  cut, copy, release     standby  stage, apply, promote
 //! peer    a link and its streams        run      the process around it
 //! disks   volumes of writable disks     block    what their devices stand on    timeline   when what happened
+//! shared, shared_block, shared_mark, handing   disks that all hosts reach: passed through, let go and taken in a handover
 //! copy_out  what a standby holds, as a saved VM, for a drill
 //! cpu     the guest's CPU, and hosts that cannot show it      counters   numbers for the status
 //! ask, aside   blocks of other hosts' replicas      disk_care, disk_engine, scrubber   faults, repair, pace of copies
 //! ```
 //! What it does not do yet is refused with a clear error, never pretended (I8): writable disks are replicated if they are
-//! images or block devices of each host; others, and writable disks without held outputs, cannot be protected.
+//! images or block devices of each host; a VM with disks that all hosts reach can be moved, not protected; writable disks without held outputs
+//! cannot be protected.
 
 mod applying;
 mod aside;
@@ -30,6 +32,7 @@ mod engine;
 mod extent;
 pub mod failpoint;
 mod former;
+mod handing;
 mod input;
 mod life;
 mod outgoing;
@@ -41,6 +44,9 @@ mod requests;
 pub mod run;
 mod samples;
 mod scrubber;
+mod shared;
+mod shared_block;
+mod shared_mark;
 mod standby;
 pub mod store;
 pub mod taking;

@@ -49,6 +49,9 @@ impl Engine {
             Status::Primary(p) => p.term,
             Status::Standby(_) => return Ok(()),
         };
+        if freeze && !self.may_freeze(epoch, bases) {
+            return Ok(());
+        }
         if !self.disks.can_seal() {
             // The guest's writes wait, and so does the end of their epoch; the disk's trouble is looked at elsewhere.
             self.care.cut = Some((epoch, bases.to_vec(), freeze));
@@ -353,6 +356,7 @@ impl Engine {
         self.note(format!("boots here under term {term}, after epoch {at}"));
         self.disks.boot(at, term).map_err(disk_failed)?;
         let Some(from) = self.spec.takes_over.take() else {
+            self.take_shared()?;
             self.vm.boot()?;
             return self.go_live();
         };

@@ -51,6 +51,9 @@ impl Engine {
                 &"only the disks of this VM are mirrored: it cannot go on elsewhere, only be booted there",
             ),
             Request::HandOver { .. } if self.ending.is_some() => failure(&"the VM is about to end"),
+            Request::HandOver { .. } if !self.has_shared() => {
+                failure(&"its shared disks are on their way to this host; try again")
+            }
             Request::HandOver { to } => {
                 let to = to.clone();
                 self.step(Event::HandOver(to))?;
@@ -214,7 +217,8 @@ impl Engine {
                 "role": "primary",
                 "phase": format!("{:?}", p.phase),
                 // I8: protected only while it could survive the loss of this host right now.
-                "protected": p.phase == Phase::Protected && self.whole == self.spec.memory,
+                "protected": p.phase == Phase::Protected
+                    && self.whole == self.spec.memory && self.shared.is_empty(),
                 "term": p.term,
                 "sealed": p.progress.sealed(), "sent": p.progress.sent(),
                 "committed": p.progress.committed(), "released": p.progress.released(),

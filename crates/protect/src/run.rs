@@ -5,6 +5,7 @@ use crate::disks::{Disks, SLOTS};
 use crate::engine::{Engine, Holds, Parts};
 use crate::input::{Input, Inputs};
 use crate::life::Remains;
+use crate::shared::SharedDisks;
 use crate::store::RecordStore;
 use crate::taking::{TakeControl, still_wanted};
 use std::fs::File;
@@ -34,20 +35,24 @@ const HELD_BYTES_MAX: usize = 32 << 20;
 /// [`ProcessError`].
 pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended, ProcessError> {
     let setting = |text: String| ProcessError::Assemble(AssembleError::Setting(text));
-    if let Some(disk) = spec.disks.iter().find(|d| !d.read_only && !protect.hold_outputs) {
+    if let Some(disk) = protect
+        .mirrored_disks(&spec)
+        .map(|(_, d)| d)
+        .find(|_| !protect.hold_outputs)
+    {
         return Err(setting(format!(
             "disk {} is writable and outputs are not held: a flush that the guest reports could be lost; hold outputs, \
              or make the disk read-only (,ro)",
             disk.path.display()
         )));
     }
-    if !protect.memory && spec.disks.iter().all(|d| d.read_only) {
+    if !protect.memory && protect.mirrored_disks(&spec).next().is_none() {
         return Err(setting(
             "only disks are to be mirrored, and the VM has none that is writable: mirror all of it (memory)"
                 .into(),
         ));
     }
-    if protect.peers.len() > SLOTS && spec.disks.iter().any(|d| !d.read_only) {
+    if protect.peers.len() > SLOTS && protect.mirrored_disks(&spec).next().is_some() {
         return Err(setting(format!(
             "a VM with writable disks has at most {SLOTS} other hosts; name fewer peers"
         )));
@@ -69,6 +74,8 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     let inputs = Inputs::new(queue);
     let disks = Disks::open(&spec, &protect, &inputs).map_err(setting)?;
     let blocks = disks.blocks();
+    let shared = SharedDisks::open(&spec, &protect, &inputs).map_err(setting)?;
+    let shared_blocks = shared.blocks();
     let taken = protect.takes_over.as_ref();
     let at_first = taken.map(|t| t.control.as_path()).or(options.control.as_deref());
     let bound = at_first.map(Bound::new).transpose();
@@ -93,7 +100,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         let (holds, inputs) = (Arc::clone(&holds), inputs.clone());
         move |before: Option<&Remains>| {
             let (holds, outputs) = (Arc::clone(&holds), inputs.clone());
-            let blocks = blocks.clone();
+            let (blocks, shared) = (blocks.clone(), shared_blocks.clone());
             let again =
                 |e: std::io::Error| AssembleError::Setting(format!("memory that is there already: {e}"));
             let memory = match before {
@@ -120,7 +127,11 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
                 })),
                 give_disk: Some(Arc::new(move |index| {
                     let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
-                    blocks.get(&index).map(|b| Arc::clone(b) as Arc<dyn BlockIo>)
+                    if let Some(block) = blocks.get(&index) {
+                        return Some(Arc::clone(block) as Arc<dyn BlockIo>);
+                    }
+                    let shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    shared.get(&index).map(|b| Arc::clone(b) as Arc<dyn BlockIo>)
                 })),
                 give_ram: memory.map(File::try_clone).transpose().map_err(again)?,
             };
@@ -142,6 +153,7 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
         make_vm: Box::new(make_vm),
         holds,
         disks,
+        shared,
         ram_bytes,
         store: Box::new(store),
         inputs,
@@ -150,7 +162,8 @@ pub fn run(spec: VmSpec, protect: ProtectSpec, options: Options) -> Result<Ended
     })?;
     let ended = engine.run(&incoming);
     engine.disks.close();
-    if engine.abandoned || engine.disks.hung() {
+    let rests = engine.shared.close();
+    if engine.abandoned || !rests || engine.disks.hung() {
         // Its threads would be waited for; whoever called this ends the process.
         std::mem::forget(engine);
     } else {

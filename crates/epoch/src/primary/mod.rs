@@ -80,6 +80,8 @@ pub struct PrimaryStatus {
     pub bytes_in_flight: u64,
     /// The standbys.
     pub members: Vec<MemberStatus>,
+    /// Whom it is being handed over to.
+    pub handing_to: Option<HostId>,
 }
 
 /// What became of the role after an event.
@@ -422,6 +424,7 @@ impl Primary {
             progress: self.progress,
             bytes_in_flight: self.window.bytes(),
             members: members.collect(),
+            handing_to: self.handover.as_ref().map(|h| h.to.clone()),
         }
     }
 

@@ -35,7 +35,11 @@ impl Duo {
             last: 0,
         };
         wait("protected", LONG, || {
-            duo.hosts[0].role() == (true, true) || duo.hosts.iter_mut().any(|h| !h.runs())
+            let ready = match duo.site.shared {
+                Some(_) => duo.hosts[0].could_move(),
+                None => duo.hosts[0].role() == (true, true),
+            };
+            ready || duo.hosts.iter_mut().any(|h| !h.runs())
         });
         duo
     }
@@ -117,6 +121,13 @@ impl Duo {
     /// Waits until the VM runs on one of the two and is protected by the other.
     pub fn protected(&self) {
         wait("protected again", LONG, || self.owner().is_some_and(|(_, p)| p));
+    }
+
+    /// Waits until the VM runs on one of the two and could be handed to the other.
+    pub fn could_move(&self) {
+        wait("could move again", LONG, || {
+            self.hosts.iter().any(Instance::could_move)
+        });
     }
 
     /// Starts a host's instance again, after its end.

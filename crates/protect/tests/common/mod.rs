@@ -19,6 +19,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use steadfast_disk::image::create;
 use steadfast_machine::devices::legacy::NullSink;
 use steadfast_machine::machine::ThreadHooks;
 use steadfast_protect::ProtectSpec;
@@ -151,6 +152,16 @@ impl Instance {
         let p = &status["protocol"];
         (p["role"] == "primary", p["protected"] == true)
     }
+
+    /// Whether it is the primary, and another host could be handed the VM.
+    pub fn could_move(&self) -> bool {
+        let status = self.status().unwrap_or_default();
+        let members = status["protocol"]["members"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        members.iter().any(|m| m["in_sync"] == true)
+    }
 }
 
 impl Drop for Instance {
@@ -172,6 +183,10 @@ pub struct Site {
     pub audit: bool,
     /// The guest has a disk that is replicated.
     pub disk: bool,
+    /// That disk is one image for all hosts, in this format; here, if a host is listed, is another file.
+    pub shared: Option<&'static str>,
+    /// See [`Site::shared`].
+    pub elsewhere: BTreeMap<&'static str, PathBuf>,
     /// It has a watchdog.
     pub watchdog: bool,
     /// Silence after which a primary is suspected, in milliseconds.
@@ -218,6 +233,8 @@ impl Site {
             cmdline: "pages=100 loop=dirty rate=200 udp=1 tcp=1 ip=10.0.0.2".into(),
             audit: std::env::var_os("STEADFAST_AUDIT").is_some(),
             disk: false,
+            shared: None,
+            elsewhere: BTreeMap::new(),
             watchdog: false,
             suspect_ms: 160,
             memory: true,
@@ -264,11 +281,18 @@ impl Site {
             .iter()
             .map(|(peer, paths)| json!({"host": peer, "paths": paths}))
             .collect();
-        let image = self.path().join(format!("{host}.raw"));
+        let image = match (self.shared, self.elsewhere.get(host)) {
+            (None, _) => self.path().join(format!("{host}.raw")),
+            (Some(_), Some(other)) => other.clone(),
+            (Some(format), None) => self.path().join(format!("shared.{format}")),
+        };
         if self.disk && !image.exists() {
-            std::fs::write(&image, vec![0; DISK_BYTES]).unwrap();
+            match self.shared {
+                Some("qcow2") => create::create_qcow2(&image, DISK_BYTES as u64).unwrap(),
+                _ => std::fs::write(&image, vec![0; DISK_BYTES]).unwrap(),
+            }
         }
-        let disks = json!([{"path": image, "format": "raw"}]);
+        let disks = json!([{"path": image, "format": self.shared.unwrap_or("raw")}]);
         let file = |name: String| self.path().join(name);
         let tls = json!({
             "ca": file("ca.pem".into()),
@@ -291,6 +315,7 @@ impl Site {
             "suspect_ms": self.suspect_ms,
             "memory": self.memory,
             "boot_after_ms": self.boot_after_ms,
+            "shared_disks": if self.shared.is_some() { &[0][..] } else { &[] },
             "die_at": self.die_at.take(),
             "tls": if self.tls { tls } else { Value::Null },
             "disk_faults": self.path().join(format!("faults-{host}")),

@@ -1,0 +1,254 @@
+//! Disks that all hosts of a VM reach as one (SAN, NFS, a cluster's file system): passed through to the image, not mirrored.
+//!
+//! ```text
+//! handover asked   the primary's gate is shut; requests that are at the image end; it is flushed and unlocked      (a thread)
+//!                  both hosts compare what is there: is it the same disk?                                          (threads)
+//! frozen cut       with the requests that wait at the gate; they are issued again where the guest goes on
+//! handed over      the other host takes the image: what it has cached is forgotten, the lock taken, the gate opened
+//! cancelled        the primary takes it back
+//! ```
+//! Only who was handed the VM goes on with it (`Settings::planned_only`): nothing is known of a silent primary's last writes, nor that they
+//! were the last. Invariants: I2 (one host's gate is open at a time, and what passed it has ended before another's opens), I3 (when memory is
+//! cut for good nothing is under way to the image).
+
+use crate::config::ProtectSpec;
+use crate::input::{Input, Inputs};
+use crate::shared_block::SharedBlock;
+use crate::shared_mark::{DISKS_MAX, Mark, forget_cached};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
+use steadfast_vmm::spec::VmSpec;
+
+/// Requests that are under way end within this, or the VM stays. Less than a handover may take.
+const REST_MAX: Duration = Duration::from_secs(4);
+/// The same when the process ends.
+const END_MAX: Duration = Duration::from_millis(500);
+
+/// The blocks of the present machine, by number of the disk.
+pub type SharedBlocks = Arc<Mutex<BTreeMap<usize, Arc<SharedBlock>>>>;
+
+#[derive(Clone)]
+struct SharedDisk {
+    /// Number of the disk in the VM's specification.
+    index: usize,
+    path: PathBuf,
+    image: Arc<dyn BlockIo>,
+    block: Arc<SharedBlock>,
+    /// Its lock is this process's.
+    locked: Arc<AtomicBool>,
+}
+
+impl SharedDisk {
+    fn named(&self, error: &dyn std::fmt::Display) -> String {
+        format!("shared disk {}: {error}", self.path.display())
+    }
+
+    fn take(&self) -> Result<(), String> {
+        if self.locked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let taken = forget_cached(&self.path)
+            .map_err(|e| self.named(&e))
+            .and_then(|()| self.image.reacquire().map_err(|e| self.named(&e)));
+        taken.inspect(|()| self.locked.store(true, Ordering::Release))
+    }
+
+    fn let_go(&self) -> Result<(), String> {
+        self.image.release().map_err(|e| self.named(&e))?;
+        self.locked.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// What its bytes are told by. Those of a raw disk are where the guest wrote them.
+    fn mark(&self) -> Result<Mark, String> {
+        let written = match self.image.info().format {
+            ImageFormat::Raw => self.block.written(),
+            _ => Vec::new(),
+        };
+        Mark::of(&self.path, &written).map_err(|e| self.named(&e))
+    }
+}
+
+/// Whose the disks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Another host's, or nobody's.
+    Not,
+    /// This host's.
+    Here,
+    /// This host's, about to be let go.
+    LettingGo,
+    /// Nobody's: the VM is being handed over.
+    LetGo,
+}
+
+/// See the module.
+pub struct SharedDisks {
+    list: Vec<SharedDisk>,
+    blocks: SharedBlocks,
+    held: Held,
+    inputs: Inputs,
+}
+
+impl SharedDisks {
+    /// Opens those that the protection names.
+    ///
+    /// # Errors
+    /// Which cannot be used, why, and what to do.
+    pub fn open(spec: &VmSpec, protect: &ProtectSpec, inputs: &Inputs) -> Result<Self, String> {
+        let mut list = Vec::new();
+        if protect.shared_disks.len() > DISKS_MAX {
+            return Err(format!("a VM has at most {DISKS_MAX} shared disks"));
+        }
+        for &index in &protect.shared_disks {
+            let disk = spec.disks.get(index).filter(|d| !d.read_only).ok_or_else(|| {
+                format!(
+                    "shared_disks: the VM has no writable disk {index}; name those that it has, from 0 on"
+                )
+            })?;
+            let path = disk.path.display();
+            let format = disk.format.as_deref().ok_or_else(|| {
+                format!("disk {path}: say its format (`format=raw` or `format=qcow2`): all hosts must take it for the same")
+            })?;
+            let format: ImageFormat = format.parse().map_err(|e| format!("disk {path}: {e}"))?;
+            // Who boots the VM takes it at once; others look at it only, until it is theirs.
+            let lock = protect.start && protect.takes_over.is_none();
+            let options = ImageOptions {
+                format: Some(format),
+                direct: disk.direct,
+                lock,
+                ..ImageOptions::default()
+            };
+            let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
+            list.push(SharedDisk {
+                index,
+                path: disk.path.clone(),
+                block: Arc::new(SharedBlock::new(Arc::clone(&image))),
+                image,
+                locked: Arc::new(AtomicBool::new(lock)),
+            });
+        }
+        let blocks = list.iter().map(|d| (d.index, Arc::clone(&d.block))).collect();
+        Ok(Self {
+            list,
+            blocks: Arc::new(Mutex::new(blocks)),
+            held: Held::Not,
+            inputs: inputs.clone(),
+        })
+    }
+
+    /// The VM has none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// What the devices of the present machine stand on.
+    pub fn blocks(&self) -> SharedBlocks {
+        Arc::clone(&self.blocks)
+    }
+
+    /// Whose they are.
+    pub fn held(&self) -> Held {
+        self.held
+    }
+
+    /// They are this host's from now on: its guest runs, or is about to.
+    ///
+    /// # Errors
+    /// The one that cannot be had.
+    pub fn take(&mut self) -> Result<(), String> {
+        self.list.iter().try_for_each(SharedDisk::take)?;
+        self.list.iter().for_each(|d| d.block.open());
+        self.held = Held::Here;
+        Ok(())
+    }
+
+    /// Begins to let go of them; [`Input::LetGo`] tells of the end. The guest may run on, and waits for its disks.
+    ///
+    /// # Errors
+    /// There is no thread for it.
+    pub fn let_go(&mut self) -> std::io::Result<()> {
+        let (list, inputs) = (self.list.clone(), self.inputs.clone());
+        list.iter().for_each(|d| d.block.shut());
+        let work = move || {
+            let until = Instant::now() + REST_MAX;
+            let done = list.iter().map(|d| {
+                if !d.block.rest(until.saturating_duration_since(Instant::now())) {
+                    return Err(d.named(&"a request of the guest does not come to its end"));
+                }
+                d.let_go()?;
+                d.mark()
+            });
+            inputs.send(Input::LetGo(done.collect()));
+        };
+        std::thread::Builder::new().name("let-go".into()).spawn(work)?;
+        self.held = Held::LettingGo;
+        Ok(())
+    }
+
+    /// They have been let go, or not all of them.
+    pub fn gone(&mut self) {
+        self.held = Held::LetGo;
+    }
+
+    /// Looks, on a thread, whether the disks here are those that another host has let go; the answer is [`Input::SharedSeen`]'s.
+    pub fn compare(
+        &self,
+        marks: Vec<Mark>,
+        answer: impl FnOnce(Result<(), String>) -> Input + Send + 'static,
+    ) {
+        let (list, inputs) = (self.list.clone(), self.inputs.clone());
+        let work = move || {
+            let same = match list.len() == marks.len() {
+                true => list.iter().zip(&marks).try_for_each(|(d, mark)| {
+                    forget_cached(&d.path).map_err(|e| d.named(&e))?;
+                    mark.compare(&d.path).map_err(|why| d.named(&why))
+                }),
+                false => Err(format!("{} shared disks there, {} here", marks.len(), list.len())),
+            };
+            inputs.send(answer(same));
+        };
+        // Without an answer the VM stays where it is.
+        if let Err(error) = std::thread::Builder::new().name("compare".into()).spawn(work) {
+            tracing::error!(%error, "no thread to compare shared disks with");
+        }
+    }
+
+    /// The machine here has stopped for good. The next one stands on other blocks.
+    pub fn leave(&mut self) {
+        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        for d in &mut self.list {
+            d.block.close();
+            d.block = Arc::new(SharedBlock::new(Arc::clone(&d.image)));
+            blocks.insert(d.index, Arc::clone(&d.block));
+        }
+        self.held = Held::Not;
+    }
+
+    /// Nothing of the guest waits for them any more: the process ends. Whether what is under way comes to its end.
+    pub fn close(&self) -> bool {
+        self.list.iter().for_each(|d| d.block.close());
+        let until = Instant::now() + END_MAX;
+        self.list
+            .iter()
+            .all(|d| d.block.rest(until.saturating_duration_since(Instant::now())))
+    }
+
+    /// For the status.
+    pub fn status(&self) -> Value {
+        let held = match self.held {
+            Held::Not => "not here",
+            Held::Here => "here",
+            Held::LettingGo | Held::LetGo => "let go",
+        };
+        self.list
+            .iter()
+            .map(|d| json!({"path": d.path, "held": held}))
+            .collect()
+    }
+}
