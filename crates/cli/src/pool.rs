@@ -14,7 +14,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 use steadfast_node::api::drill::DrillSchedule;
 use steadfast_node::api::types::{
-    Availability, Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, VmStatus,
+    Availability, Done, HostStatus, HowToStop, MoveTo, NewClass, NewToken, NewVm, PoolStatus, Storages,
+    VmStatus,
 };
 use steadfast_node::api::vms::{Console, Shown};
 use steadfast_node::config::Ports;
@@ -70,6 +71,9 @@ pub struct HostArgs {
     /// Where it stands.
     #[arg(long)]
     site: Option<SiteId>,
+    /// A shared storage (SAN, NFS) that this host reaches, by a name of your choice. May be repeated.
+    #[arg(long)]
+    storage: Vec<String>,
     /// Port of the API.
     #[arg(long, default_value_t = Ports::default().api)]
     api_port: u16,
@@ -108,6 +112,7 @@ impl HostArgs {
             address: self.address,
             replication: self.replication.clone(),
             site: self.site.clone(),
+            storages: self.storage.iter().cloned().collect(),
             ports: Ports {
                 api: self.api_port,
                 etcd_client: self.etcd_client_port,
@@ -209,8 +214,22 @@ pub enum HostVerb {
     /// Say how a host is fenced from outside when it is dead: by a fence agent that cuts its power. Its VMs of class `restart` need not
     /// wait for its lease then.
     Fence(FenceArgs),
+    /// Say which shared storages a host reaches, all of them: VMs with disks there can run on it.
+    Storage(StorageArgs),
     /// Take a host out of the pool that is empty or gone for good.
     Remove(OnHost),
+}
+
+#[derive(Args)]
+pub struct StorageArgs {
+    #[command(flatten)]
+    on: OnHost,
+    /// Their names.
+    #[arg(required_unless_present = "none")]
+    storages: Vec<String>,
+    /// It reaches none.
+    #[arg(long, conflicts_with = "storages")]
+    none: bool,
 }
 
 #[derive(Args)]
@@ -406,6 +425,14 @@ pub fn host(verb: HostVerb, json: bool) -> Outcome {
         HostVerb::Drain(on) => ("/drain", on, Method::POST),
         HostVerb::Resume(on) => ("/resume", on, Method::POST),
         HostVerb::Remove(on) => ("", on, Method::DELETE),
+        HostVerb::Storage(args) => {
+            let path = format!("/v1/hosts/{}/storages", args.on.host);
+            let wanted = Storages {
+                storages: args.storages.iter().cloned().collect(),
+            };
+            let api = api(&args.on.folders, json)?;
+            return api.done(Method::PUT, &path, args.on.dry_run, Some(&wanted));
+        }
         HostVerb::Fence(args) => {
             let path = format!("/v1/hosts/{}/fence", args.on.host);
             let api = api(&args.on.folders, json)?;

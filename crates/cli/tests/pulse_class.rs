@@ -383,3 +383,96 @@ fn a_running_vm_on_a_qcow2_disk_is_protected() {
         "nothing that was answered is lost: {seen:?}"
     );
 }
+
+/// A VM on a storage that all hosts reach moves while it runs, by hand and off a host that is emptied; a host that dies while it is on its way
+/// costs a boot, once its lease is out, and never two that run it.
+#[test]
+fn a_vm_on_shared_storage_moves_while_it_runs() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::made(
+        &["a", "b", "c"],
+        LEASE_MS,
+        &["--vmm-arg=--cgroup=off", "--storage", "san"],
+    );
+    for (vm, class) in [("r", "restart"), ("n", "none")] {
+        let disk = pool.path(&format!("san-{vm}.raw"));
+        create::create_raw(&disk, 12 << 20).unwrap();
+        let disk = disk.display().to_string();
+        let settings = ["--disk", &disk, "--shared", "san"];
+        pool.create_with(vm, class, "disk=verify ring=48", &settings);
+    }
+    let clients = [pool.disk_client("r"), pool.disk_client("n")];
+    for vm in ["r", "n"] {
+        wait_for(&format!("{vm} to run"), || host_of(&pool, vm));
+    }
+    for client in &clients {
+        client.answer("", Instant::now());
+        client.forget_gap();
+    }
+    let refused = pool.other("").try_run(&["protect", "r", "--class", "ft"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && said.contains("only disks of a host's own are mirrored"),
+        "{said}"
+    );
+    // There and back: the former host is no standby that stays.
+    let from = host_of(&pool, "n").unwrap();
+    let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
+    for to in [to, from.as_str()] {
+        pool.other("").run(&["migrate", "n", "--to", to]);
+        wait("n to be moved", || host_of(&pool, "n").as_deref() == Some(to));
+        wait("nothing of it to be left", || processes(&pool, "n") == 1);
+    }
+    let left = host_of(&pool, "r").unwrap();
+    pool.other("").run(&["host", "drain", &left]);
+    wait("r to leave", || host_of(&pool, "r").is_some_and(|h| h != left));
+    wait("nothing of it to be left", || processes(&pool, "r") == 1);
+    pool.other("").run(&["host", "resume", &left]);
+    for (vm, client) in ["r", "n"].into_iter().zip(&clients) {
+        let (from, _) = client.answer("", Instant::now());
+        assert_eq!(
+            Some(from),
+            host_of(&pool, vm),
+            "{vm} answers from where it is said to be"
+        );
+        let seen = client.seen();
+        println!("{vm}: the longest gap was {:?}", seen.longest);
+        assert_eq!(seen.boots, 0, "{vm} was booted");
+    }
+    assert_eq!(protection(&pool, "r"), "restart elsewhere");
+    // Its host dies when the other one could be handed it.
+    let from = host_of(&pool, "r").unwrap();
+    let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
+    pool.other(&from).run(&["migrate", "r", "--to", to]);
+    let killed = pool.host(&from).power_off();
+    let (host, after) = clients[0].answer(&from, killed);
+    println!("r: answers from {host} {after:?} after the death of {from}");
+    let seen = clients[0].seen();
+    assert!(
+        seen.counter >= seen.replies,
+        "nothing that was answered is lost: {seen:?}"
+    );
+    wait("it to be well again", || {
+        protection(&pool, "r") == "restart elsewhere"
+    });
+    let only_on = |pool: &Pool, vm: &str, host: &str| {
+        let path = format!("/vm/{vm}/");
+        let there = |h: &common::Host| h.processes().iter().any(|(_, line)| line.contains(&path));
+        pool.hosts.iter().all(|h| there(h) == (h.name == host))
+    };
+    wait("nothing of it to be elsewhere", || only_on(&pool, "r", &host));
+    // What promises nothing is started where it was, once that host is back; a standby that was left behind goes.
+    let back = Instant::now();
+    pool.host(&from).start_daemon();
+    let (host, after) = clients[1].answer("", back);
+    println!("n: answers from {host} {after:?} after the return of {from}");
+    assert_eq!(host, from);
+    let seen = clients[1].seen();
+    assert!(
+        seen.counter >= seen.replies,
+        "nothing that was answered is lost: {seen:?}"
+    );
+    wait("nothing of it to be elsewhere", || only_on(&pool, "n", &from));
+}

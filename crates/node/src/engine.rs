@@ -42,7 +42,7 @@ const TAKE_BOUND: Duration = Duration::from_secs(10);
 const END_BOUND: Duration = Duration::from_secs(10);
 const ANSWER_BOUND: Duration = Duration::from_secs(3);
 
-/// Why a VM cannot run with the engine.
+/// Why a VM cannot run with the engine, as its class wants it to or for a move.
 ///
 /// # Errors
 /// The reason, and the way out.
@@ -53,14 +53,23 @@ pub fn possible(config: &NodeConfig, pool: &Pool, stored: &StoredVm) -> Result<(
             "VM {id}: this takes a second host, and the store in etcd; let one join first (`steadfast pool token`)"
         ));
     }
-    mirrored(pool, stored)
+    fits(pool, stored)?;
+    match stored.record.disks.iter().find(|d| d.place != DiskPlace::Local) {
+        Some(disk) if stored.record.standbys_wanted() > 0 => refused(format!(
+            "VM {id}: its disk {} is on a storage that several hosts reach; only disks of a host's own are mirrored. Class `restart` boots \
+             such a VM elsewhere, and it can be moved while it runs",
+            disk.name
+        )),
+        _ => Ok(()),
+    }
 }
 
-/// Why a VM cannot be mirrored in this pool, as far as that is not about its store.
+/// Why the engine has no place for a VM in this pool, as far as that is not about its store. A VM with disks that several hosts reach can
+/// be moved, though not protected.
 ///
 /// # Errors
 /// The reason, and the way out.
-pub fn mirrored(pool: &Pool, stored: &StoredVm) -> Result<()> {
+pub fn fits(pool: &Pool, stored: &StoredVm) -> Result<()> {
     let id = &stored.record.id;
     if stored.index >= PROTECTED_MAX {
         return refused(format!(
@@ -70,12 +79,6 @@ pub fn mirrored(pool: &Pool, stored: &StoredVm) -> Result<()> {
     if pool.hosts.len() > usize::from(LINKS) {
         return refused(format!(
             "VM {id}: VMs can be mirrored in pools of up to {LINKS} hosts as yet"
-        ));
-    }
-    if let Some(disk) = stored.record.disks.iter().find(|d| d.place != DiskPlace::Local) {
-        return refused(format!(
-            "VM {id}: its disk {} is on a storage that several hosts reach; only disks of a host's own are mirrored as yet",
-            disk.name
         ));
     }
     Ok(())
@@ -174,13 +177,15 @@ impl Instances {
         let Ok(machine) = self.machine(&self.config(), vm) else {
             return Vec::new();
         };
-        let writable = machine.disks.iter().filter(|d| !d.read_only);
+        let shared = vm.shared_disks();
+        let own = |(n, d): &(usize, &steadfast_vmm::spec::DiskSpec)| !d.read_only && !shared.contains(n);
+        let mirrored = machine.disks.iter().enumerate().filter(own).map(|(_, d)| d);
         let beside = |disk: &steadfast_vmm::spec::DiskSpec| {
             let mut name = disk.path.clone().into_os_string();
             name.push(".sfj");
             PathBuf::from(name)
         };
-        writable.map(beside).collect()
+        mirrored.map(beside).collect()
     }
 
     /// Lets a VM that runs here without the engine go on in a process that has it; for how long its guest stood still. Blocks for a

@@ -502,6 +502,7 @@ impl Instances {
             // Of one that is moved as well: its guest shall go on.
             memory: !vm.record.disks_suffice() || pool.moves(&vm.record.id),
             boot_after_ms: pool.timings.dead_ms,
+            shared_disks: vm.shared_disks(),
             max_interval_us: match vm.record.protection {
                 Protection::Checkpoint { interval_ms } => Some(interval_ms.saturating_mul(1000)),
                 _ => None,
@@ -767,8 +768,9 @@ fn open_log(path: &Path) -> Result<File> {
 
 /// A standby's images: made empty where they are missing; the primary fills them.
 fn empty_disks(vm: &StoredVm, machine: &VmSpec) -> Result<()> {
-    for (wanted, disk) in vm.machine.disks.iter().zip(&machine.disks) {
-        if disk.read_only || disk.path.exists() {
+    let shared = vm.shared_disks();
+    for (n, (wanted, disk)) in vm.machine.disks.iter().zip(&machine.disks).enumerate() {
+        if disk.read_only || disk.path.exists() || shared.contains(&n) {
             continue;
         }
         let name = wanted.path.display().to_string();

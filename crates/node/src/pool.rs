@@ -387,7 +387,7 @@ impl Pool {
 
     /// Why a VM cannot be moved while it runs: what moves is mirrored first.
     fn fixed(&self, vm: &StoredVm) -> Option<String> {
-        let why = engine::mirrored(self, vm).err()?;
+        let why = engine::fits(self, vm).err()?;
         Some(format!("it cannot be moved while it runs, stop it: {why}"))
     }
 

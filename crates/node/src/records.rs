@@ -23,9 +23,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 use steadfast_cluster::model::{
-    Home, HostAdmin, HostRecord, HostStatus, Phase, StartFailures, Task, VmLoad, VmSpecRecord,
+    DiskPlace, Home, HostAdmin, HostRecord, HostStatus, Phase, StartFailures, Task, VmLoad, VmSpecRecord,
 };
 use steadfast_store::{Commit, Kv};
 use steadfast_types::{HostId, Term, VmId};
@@ -297,6 +298,22 @@ pub struct StoredVm {
     /// How often it is drilled by itself, ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drill_every_ms: Option<u64>,
+}
+
+impl StoredVm {
+    /// Its writable disks that several hosts reach, by their number in the machine's specification.
+    #[must_use]
+    pub fn shared_disks(&self) -> Vec<usize> {
+        let shared = |path: &Path| {
+            let name = path.display().to_string();
+            let mut records = self.record.disks.iter();
+            records.any(|d| d.name == name && d.place != DiskPlace::Local)
+        };
+        let all = self.machine.disks.iter().enumerate();
+        all.filter(|(_, d)| !d.read_only && shared(&d.path))
+            .map(|(n, _)| n)
+            .collect()
+    }
 }
 
 /// How a drill went.

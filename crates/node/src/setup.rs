@@ -31,6 +31,8 @@ pub struct HostChoice {
     pub replication: Vec<IpAddr>,
     /// Where it stands.
     pub site: Option<SiteId>,
+    /// Shared storages that it reaches.
+    pub storages: BTreeSet<String>,
     /// Ports.
     pub ports: Ports,
     /// More arguments for `steadfast vmm`.
@@ -109,7 +111,7 @@ pub fn init(
             capacity: measure::capacity(&folders.data),
             reserved: Resources::ZERO,
             baselines: measure::baselines(),
-            storages: BTreeSet::new(),
+            storages: choice.storages,
             link_bytes_per_s: measure::link_bytes_per_s(),
             admin: Default::default(),
             health: Default::default(),
@@ -181,6 +183,7 @@ pub async fn join(
         capacity: measure::capacity(&folders.data),
         baselines: measure::baselines(),
         link_bytes_per_s: measure::link_bytes_per_s(),
+        storages: choice.storages,
     };
     let answer: JoinAnswer = ask(&target, Method::POST, "/v1/join", Some(&body), JOIN_BOUND).await?;
     let certificate = answer.certificate;

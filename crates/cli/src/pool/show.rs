@@ -47,12 +47,16 @@ pub fn hosts(hosts: &[HostStatus]) -> String {
                 h.standbys.to_string(),
                 h.api.clone(),
                 h.version.clone(),
+                match h.storages.is_empty() {
+                    true => "-".into(),
+                    false => h.storages.iter().cloned().collect::<Vec<_>>().join(","),
+                },
             ]
         })
         .collect();
     table(
         &[
-            "HOST", "HEALTH", "USE", "CPU", "MEMORY", "VMS", "STANDBYS", "API", "VERSION",
+            "HOST", "HEALTH", "USE", "CPU", "MEMORY", "VMS", "STANDBYS", "API", "VERSION", "STORAGES",
         ],
         &rows,
     )

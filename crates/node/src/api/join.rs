@@ -12,7 +12,7 @@ use crate::records::{HostInfo, StoredToken, host_info, json, now_ms, update};
 use crate::{etcd, pki, relocate};
 use axum::Json;
 use axum::extract::State;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -106,7 +106,7 @@ async fn let_in(node: &Arc<Node>, request: &JoinRequest) -> Result<JoinAnswer> {
         capacity: request.capacity,
         reserved: Resources::ZERO,
         baselines: request.baselines.clone(),
-        storages: BTreeSet::new(),
+        storages: request.storages.clone(),
         link_bytes_per_s: request.link_bytes_per_s,
         admin: Default::default(),
         health: Default::default(),

@@ -11,6 +11,7 @@ pub mod handlers;
 pub mod join;
 pub mod serve;
 pub mod settings;
+mod storage;
 pub mod types;
 pub mod upgrade;
 pub mod vms;
@@ -68,6 +69,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         handlers::resume,
         fence::set,
         fence::remove,
+        storage::set,
         handlers::remove_host,
         handlers::events,
         handlers::availability,
@@ -109,6 +111,7 @@ pub type Answer<T> = Result<Json<T>, Failure>;
         types::NewHealth,
         crate::limits::VmLimits,
         crate::fence::FenceAgent,
+        types::Storages,
         settings::VmChange,
         settings::PoolChange,
         apps::AppStatus,
@@ -136,6 +139,7 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/hosts/{host}", axum::routing::delete(handlers::remove_host))
         .route("/v1/hosts/{host}/drain", post(handlers::drain))
         .route("/v1/hosts/{host}/resume", post(handlers::resume))
+        .route("/v1/hosts/{host}/storages", put(storage::set))
         .route("/v1/hosts/{host}/fence", put(fence::set).delete(fence::remove))
         .route("/v1/events", get(handlers::events))
         .route("/v1/tasks", get(handlers::tasks))

@@ -59,6 +59,9 @@ pub struct HostStatus {
     pub running: usize,
     /// Standbys there.
     pub standbys: usize,
+    /// Shared storages that it reaches.
+    #[serde(default)]
+    pub storages: std::collections::BTreeSet<String>,
     /// Its API.
     pub api: String,
     /// What it runs.
@@ -69,6 +72,13 @@ pub struct HostStatus {
     /// Its member of the pool's own etcd has a vote: a majority of these hosts must be alive for anything to be decided.
     #[serde(default)]
     pub store_vote: bool,
+}
+
+/// Shared storages.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Storages {
+    /// Their names.
+    pub storages: std::collections::BTreeSet<String>,
 }
 
 /// A VM.
@@ -236,6 +246,7 @@ pub fn pool_status(pool: &Pool, config: &NodeConfig) -> PoolStatus {
                 memory_bytes: (load.memory_bytes, info.record.capacity.memory_bytes),
                 running: if up { of(&|p| *p == Phase::Running) } else { 0 },
                 standbys: if up { of(&|p| *p == Phase::Standby) } else { 0 },
+                storages: info.record.storages.clone(),
                 api: info.api.to_string(),
                 version: report
                     .map(|r| r.status.versions.steadfast.clone())
@@ -484,6 +495,9 @@ pub struct JoinRequest {
     /// What its network cards carry, bytes a second; zero: they do not say.
     #[serde(default)]
     pub link_bytes_per_s: u64,
+    /// Shared storages that it reaches.
+    #[serde(default)]
+    pub storages: std::collections::BTreeSet<String>,
 }
 
 /// What it gets.

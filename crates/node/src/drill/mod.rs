@@ -62,6 +62,11 @@ pub async fn drill(node: &Arc<Node>, vm: &VmId) -> Result<DrillReport> {
             "VM {vm}: its standby has its disks only; there is no running guest to try. Class `ft` has one"
         ));
     }
+    if !entry.stored.shared_disks().is_empty() {
+        return refused(format!(
+            "VM {vm}: it has a disk that all hosts reach; there is no copy of it that a drill could write to"
+        ));
+    }
     let host = entry
         .memory
         .standbys
@@ -108,6 +113,7 @@ pub fn due(node: &Arc<Node>, pool: &Pool) {
         let ready = entry.copies().iter().any(|h| pool.can_take_over(vm, entry, h));
         ready
             && !entry.stored.record.disks_suffice()
+            && entry.stored.shared_disks().is_empty()
             && every.is_some_and(|every| now_ms() > last.saturating_add(every))
     });
     let Some(vm) = due.map(|(vm, _)| vm.clone()) else {
