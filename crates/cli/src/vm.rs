@@ -290,6 +290,9 @@ pub struct VmmArgs {
     /// How the VM is protected (JSON): this host's name, its peers, the store.
     #[arg(long, requires = "spec")]
     protect: Option<PathBuf>,
+    /// For tests: features of the guest's CPU that this host is to lack. May be repeated.
+    #[arg(long, hide = true)]
+    cpu_without: Vec<String>,
     /// File name of the control socket instead of the VM's name, where one host runs several instances of a VM.
     #[arg(long)]
     instance: Option<VmId>,
@@ -538,8 +541,9 @@ pub fn run_vmm(args: VmmArgs) -> Done {
         return start(&name, Start::Boot(Box::new(spec)), &args.process);
     };
     let text = std::fs::read_to_string(&protect).map_err(|e| format!("{}: {e}", protect.display()))?;
-    let protect: ProtectSpec =
+    let mut protect: ProtectSpec =
         serde_json::from_str(&text).map_err(|e| format!("{}: {e}", protect.display()))?;
+    protect.cpu_without.extend(args.cpu_without);
     last_words::of_requests(At::Once);
     if let Err(error) = Cgroup::enter_of_pool(&name) {
         tracing::warn!(%error, "limits of this VM cannot be set");

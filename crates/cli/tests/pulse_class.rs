@@ -384,6 +384,44 @@ fn a_running_vm_on_a_qcow2_disk_is_protected() {
     );
 }
 
+/// One host has another CPU: it stands by for nobody, the pool looks for another one, and nothing is moved to it.
+#[test]
+fn a_host_with_another_cpu_is_passed_over() {
+    if !possible() {
+        return;
+    }
+    let mut pool = Pool::new(&["a"], LEASE_MS);
+    pool.create("v", "none");
+    wait("v to run", || host_of(&pool, "v").is_some());
+    pool.admit("b", &["--vmm-arg=--cgroup=off", "--vmm-arg=--cpu-without=sse2"]);
+    pool.all_up();
+    class(&pool, "v", "ft");
+    let of_b = "unprotected: b cannot be its standby";
+    wait("people to be told", || protection(&pool, "v").starts_with(of_b));
+    let tried = pool.other("").try_run(&["migrate", "v", "--to", "b"]);
+    assert!(
+        String::from_utf8_lossy(&tried.stderr).contains("cannot go on on b"),
+        "{tried:?}"
+    );
+    wait("b to be left alone", || {
+        !pool
+            .host("b")
+            .processes()
+            .iter()
+            .any(|(_, line)| line.contains("/vm/v/"))
+    });
+    assert!(
+        protection(&pool, "v").starts_with(of_b),
+        "{}",
+        protection(&pool, "v")
+    );
+    pool.admit("c", &["--vmm-arg=--cgroup=off"]);
+    wait("v to be protected by c", || {
+        protection(&pool, "v") == "protected" && pool.other("").vm("v")["in_sync"] == serde_json::json!(["c"])
+    });
+    assert_eq!(host_of(&pool, "v").as_deref(), Some("a"));
+}
+
 /// A VM on a storage that all hosts reach moves while it runs, by hand and off a host that is emptied; a host that dies while it is on its way
 /// costs a boot, once its lease is out, and never two that run it.
 #[test]

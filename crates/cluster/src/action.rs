@@ -302,6 +302,9 @@ pub struct NoHost {
     pub apart: u32,
     /// Its versions do not fit.
     pub version: u32,
+    /// Cannot show the CPU that its guest has.
+    #[serde(default)]
+    pub cpu: u32,
     /// Its start failed there too often.
     pub failed_there: u32,
     /// Its disks are not there.
@@ -325,6 +328,7 @@ impl fmt::Display for NoHost {
             (self.has_copy, "with a copy already"),
             (self.apart, "with a VM that it must be apart from"),
             (self.version, "of a version that does not fit"),
+            (self.cpu, "that cannot show its guest's CPU"),
             (self.failed_there, "where its start failed"),
             (self.disks, "without its disks"),
             (self.room, "without room"),

@@ -5,9 +5,12 @@
 mod common;
 
 use common::{check_capacity, fixpoint, h, owner, protected, small, v};
-use steadfast_cluster::model::{AlarmKey, DrainWhy, Home, Host, HostAdmin, Phase, Protection, Snapshot};
+use steadfast_cluster::model::{
+    AlarmKey, DrainWhy, Home, Host, HostAdmin, MoveCause, Phase, Protection, Snapshot, Task,
+};
 use steadfast_cluster::synthetic::{describe, run};
 use steadfast_cluster::{Action, decide};
+use steadfast_types::HostId;
 
 #[test]
 fn a_drain_empties_the_host_without_unprotecting_and_the_vms_come_home() {
@@ -268,4 +271,72 @@ fn a_drain_that_waits_for_too_long_has_an_alarm() {
     assert_eq!(alarm_after(bound - 1), None, "it waits");
     let why = alarm_after(bound + 1).expect("an alarm");
     assert!(why.contains("is being filled"), "{why}");
+}
+
+/// A host that cannot show a guest's CPU is no standby of it, and no target.
+#[test]
+fn a_host_that_cannot_show_a_guests_cpu_is_passed_over() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let x = &s.vms[&v("a")].state;
+    let (from, unfit) = (
+        x.owner.clone().unwrap(),
+        x.standbys.keys().next().unwrap().clone(),
+    );
+    let state = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    state.unfit.insert(unfit.clone());
+    // It never came to be filled.
+    state.standbys.get_mut(&unfit).unwrap().in_sync = false;
+    state.replicas.remove(&unfit);
+    run(&mut s, 30, |_| {});
+    let x = &s.vms[&v("a")];
+    assert!(!x.state.standbys.contains_key(&unfit), "{}", describe(&s));
+    assert_eq!(protected(&s, x), 1, "{}", describe(&s));
+    fixpoint(&s);
+    // Both others are no place for it: it stays, and why is said.
+    let third = x.state.standbys.keys().next().unwrap().clone();
+    let state = &mut s.vms.get_mut(&v("a")).unwrap().state;
+    state.unfit.insert(third.clone());
+    state.standbys.get_mut(&third).unwrap().in_sync = false;
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    run(&mut s, 5, |_| {});
+    let d = decide(&s);
+    assert!(
+        d.refusals
+            .iter()
+            .any(|r| r.to_string().contains("2 that cannot show its guest's CPU")),
+        "{d}"
+    );
+    assert!(
+        !d.actions
+            .iter()
+            .any(|x| matches!(x.action, Action::Migrate { .. } | Action::AddStandby { .. })),
+        "{d}"
+    );
+}
+
+/// What has arrived is not called off.
+#[test]
+fn a_move_that_has_arrived_is_over() {
+    let mut s = small(3, &[("a", Protection::Ft)]);
+    let from = s.vms[&v("a")].state.owner.clone().unwrap();
+    let to = s.vms[&v("a")].state.standbys.keys().next().unwrap().clone();
+    let task = |from: &HostId, to: &HostId| Task::Migrate {
+        vm: v("a"),
+        from: from.clone(),
+        to: to.clone(),
+        cause: MoveCause::Operator,
+        since_ms: s.now_ms,
+    };
+    let (arrived, elsewhere) = (task(&to, &from), task(&to, &to));
+    let cancels = |s: &Snapshot| {
+        let d = decide(s);
+        d.actions
+            .iter()
+            .filter(|x| matches!(x.action, Action::CancelMigration { .. }))
+            .count()
+    };
+    s.tasks = vec![arrived];
+    assert_eq!(cancels(&s), 0);
+    s.tasks = vec![elsewhere];
+    assert_eq!(cancels(&s), 1, "it is not where it came from");
 }

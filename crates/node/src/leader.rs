@@ -18,7 +18,7 @@ use crate::migrate;
 use crate::node::Node;
 use crate::observe::Observer;
 use crate::pool::{Pool, PoolVm, Read};
-use crate::records::{HostInfo, LEADER, Leader, VmMemory, host_info, json, now_ms, update, vm_state};
+use crate::records::{HostInfo, LEADER, Leader, Unfit, VmMemory, host_info, json, now_ms, update, vm_state};
 use crate::upgrade;
 use crate::watch::Watch;
 use hyper::Method;
@@ -51,6 +51,8 @@ const LONG_MS: u64 = 1000;
 const TASK_KEPT_MS: u64 = 3_600_000;
 /// A VM that has run for so long has started well, ms.
 const STARTED_WELL_MS: u64 = 60_000;
+/// A host that could not go on with a guest is tried again after so long.
+const UNFIT_MS: u64 = 3_600_000;
 /// Housekeeping every so many rounds.
 const HOUSEKEEPING: u64 = 20;
 
@@ -364,7 +366,9 @@ impl Decider {
             let recovered = well
                 && !vm.memory.start_failures.is_empty()
                 && now_ms() > since.saturating_add(STARTED_WELL_MS);
-            if vm.memory.last_owner == owner && !recovered {
+            let said = runs.filter(|_| well).map(|i| &i.unfit);
+            let unfit = unfit_now(&vm.memory.unfit, said, owner.as_ref(), now_ms());
+            if vm.memory.last_owner == owner && !recovered && vm.memory.unfit == unfit {
                 continue;
             }
             let (key, wants) = (vm_state(id), vm.stored.record.standbys_wanted() > 0);
@@ -375,6 +379,7 @@ impl Decider {
                     update(&*n.kv(), &key, |old: Option<VmMemory>| {
                         let mut memory = old.unwrap_or_default();
                         remember(&mut memory, owner.as_ref(), wants);
+                        memory.unfit.clone_from(&unfit);
                         if recovered {
                             memory.start_failures.clear();
                         }
@@ -530,6 +535,37 @@ fn about(action: &Action) -> About {
         (None, Some(host)) => About::Host(host),
         (None, None) => About::Pool,
     }
+}
+
+/// Hosts that cannot go on with a VM's guest, with what the owner's process has heard from them by now. `said`: none when the guest does not
+/// run; it may have another CPU when it does. After a while it is tried again: hosts change.
+fn unfit_now(
+    before: &BTreeMap<HostId, Unfit>,
+    said: Option<&BTreeMap<HostId, String>>,
+    owner: Option<&HostId>,
+    now: u64,
+) -> BTreeMap<HostId, Unfit> {
+    let Some(said) = said else { return BTreeMap::new() };
+    let lately = |(_, u): &(&HostId, &Unfit)| now < u.at_ms.saturating_add(UNFIT_MS);
+    let mut unfit: BTreeMap<_, _> = before
+        .iter()
+        .filter(lately)
+        .map(|(h, u)| (h.clone(), u.clone()))
+        .collect();
+    for (host, why) in said {
+        let known = unfit.get(host).is_some_and(|u| u.why == *why);
+        if !known {
+            unfit.insert(
+                host.clone(),
+                Unfit {
+                    why: why.clone(),
+                    at_ms: now,
+                },
+            );
+        }
+    }
+    unfit.retain(|host, _| Some(host) != owner);
+    unfit
 }
 
 /// What a change of owner does to the standbys.

@@ -49,6 +49,9 @@ pub async fn begin(
     if from == to {
         return refused(format!("VM {vm} is on {to} already"));
     }
+    if let Some(unfit) = entry.memory.unfit.get(to) {
+        return refused(format!("VM {vm} cannot go on on {to}: {}", unfit.why));
+    }
     let running = |t: &&StoredTask| {
         let same = matches!(&t.task, Task::Migrate { vm: v, .. } if v == vm);
         same && t.state == TaskState::Running
@@ -169,6 +172,10 @@ pub async fn progress(node: &Arc<Node>, pool: &Pool) -> Result<()> {
                 "it runs elsewhere, or not at all",
             )
             .await?;
+        } else if let Some(unfit) = entry.memory.unfit.get(to) {
+            change_standbys(node, vm, to, false).await?;
+            let text = format!("it cannot go on on {to}: {}", unfit.why);
+            set(node, &stored.id, TaskState::Failed, &text).await?;
         } else if now_ms() > since_ms.saturating_add(BOUND_MS) {
             set(
                 node,

@@ -363,11 +363,23 @@ pub struct VmMemory {
     pub moved_from: Option<HostId>,
     /// Starts that failed.
     pub start_failures: BTreeMap<HostId, StartFailures>,
+    /// Hosts that said that they cannot go on with its guest.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub unfit: BTreeMap<HostId, Unfit>,
     /// Where it was before a drain.
     pub home: Option<Home>,
     /// What was tried for its service.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tried: Option<StoredTried>,
+}
+
+/// A host that cannot go on with a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unfit {
+    /// Why.
+    pub why: String,
+    /// When it said so, wall clock, ms.
+    pub at_ms: u64,
 }
 
 /// What was tried for a VM's service.

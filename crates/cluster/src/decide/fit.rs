@@ -31,6 +31,7 @@ pub(crate) enum Obstacle {
     HasCopy,
     Apart,
     Version,
+    Cpu,
     FailedThere,
     Disks,
     Room(Resources),
@@ -100,6 +101,8 @@ impl World<'_> {
             if vm.bound_to_disks() && !vm.vm.state.replicas.contains(host.id()) {
                 return Some(Obstacle::Disks);
             }
+        } else if vm.vm.state.unfit.contains(host.id()) {
+            return Some(Obstacle::Cpu);
         } else if let Some(o) = vm.owner {
             let versions = &self.hosts[o].host.status.versions;
             if !versions.speaks_with(&host.host.status.versions) {
@@ -261,6 +264,7 @@ impl World<'_> {
             Obstacle::HasCopy => &mut none.has_copy,
             Obstacle::Apart => &mut none.apart,
             Obstacle::Version => &mut none.version,
+            Obstacle::Cpu => &mut none.cpu,
             Obstacle::FailedThere => &mut none.failed_there,
             Obstacle::Disks => &mut none.disks,
             Obstacle::Room(_) => &mut none.room,

@@ -24,6 +24,9 @@ pub(crate) fn cancel_hopeless(w: &mut World) {
         let Some(m) = w.vms[v].migrating else { continue };
         let why = if w.hosts[m.to].host.record.dead() {
             "its target is dead"
+        } else if w.vms[v].owner == Some(m.to) {
+            // It has arrived; that ends its task.
+            continue;
         } else if w.vms[v].owner != Some(m.from) {
             "the VM is not where it came from any more"
         } else if w.hosts[m.to].host.record.leaving() && m.cause != MoveCause::Operator {

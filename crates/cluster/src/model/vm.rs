@@ -335,6 +335,9 @@ pub struct VmState {
     /// Starts that failed, by host; emptied when it has run for a while.
     #[serde(default)]
     pub start_failures: BTreeMap<HostId, StartFailures>,
+    /// Hosts that cannot go on with its guest: it has a CPU that they cannot show. It could be booted there.
+    #[serde(default)]
+    pub unfit: BTreeSet<HostId>,
     /// Where it was before a drain moved it.
     #[serde(default)]
     pub home: Option<Home>,

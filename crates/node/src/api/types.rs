@@ -3,7 +3,7 @@
 use crate::config::{NodeConfig, StoreChoice};
 use crate::paths;
 use crate::pool::{Pool, PoolVm};
-use crate::records::{InstanceReport, StoredTask, TaskState, now_ms};
+use crate::records::{InstanceReport, StoredTask, TaskState, VmMemory, now_ms};
 use crate::watchdog;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -140,9 +140,11 @@ fn health(h: HostHealth) -> String {
 }
 
 /// Why there is no protection: what a host said that cannot give it, unless another is being filled.
-fn unprotected(instance: Option<&InstanceReport>, else_why: &str) -> String {
-    let unfit = instance.filter(|i| i.copying.is_empty()).map(|i| &i.unfit);
-    match unfit.and_then(|u| u.first_key_value()) {
+fn unprotected(instance: Option<&InstanceReport>, memory: &VmMemory, else_why: &str) -> String {
+    let now = instance.filter(|i| i.copying.is_empty());
+    let said = now.and_then(|i| i.unfit.first_key_value());
+    let remembered = || now.and_then(|_| memory.unfit.first_key_value().map(|(h, u)| (h, &u.why)));
+    match said.or_else(remembered) {
         Some((host, why)) => format!("unprotected: {host} cannot be its standby: {why}"),
         None => format!("unprotected: {else_why}"),
     }
@@ -187,7 +189,11 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, "unknown") => "unknown: its host is not heard of".into(),
         (Protection::Restart, "running") if spec.has_local_disk() => match in_sync.iter().any(up) {
             true => "restart elsewhere".into(),
-            false => unprotected(instance, "no other host has a current copy of its disks"),
+            false => unprotected(
+                instance,
+                &vm.memory,
+                "no other host has a current copy of its disks",
+            ),
         },
         (Protection::Restart, "running") => {
             match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
@@ -201,7 +207,7 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
         (_, "running") if in_sync.iter().any(up) => {
             "degraded: the primary does not call itself protected".into()
         }
-        (_, "running") => unprotected(instance, "no standby is in sync"),
+        (_, "running") => unprotected(instance, &vm.memory, "no standby is in sync"),
         (_, state) => format!("unprotected: it is {state}"),
     };
     VmStatus {
