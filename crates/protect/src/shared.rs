@@ -252,3 +252,164 @@ impl SharedDisks {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::input::Inputs;
+    use std::sync::Condvar;
+    use std::sync::mpsc::{Receiver, channel};
+    use steadfast_disk::DiskError;
+    use steadfast_disk::image::{ImageInfo, MemImage};
+
+    /// A disk whose writes end when they are let; it keeps what happened to it, in order.
+    struct Slow {
+        info: ImageInfo,
+        /// Writes may end; what happened.
+        state: Mutex<(bool, Vec<&'static str>)>,
+        let_end: Condvar,
+    }
+
+    impl Slow {
+        fn new() -> Arc<Self> {
+            let info = MemImage::new(vec![0; 4096], false).info().clone();
+            Arc::new(Self {
+                info,
+                state: Mutex::default(),
+                let_end: Condvar::new(),
+            })
+        }
+
+        fn happened(&self, what: &'static str) {
+            self.state.lock().unwrap().1.push(what);
+        }
+
+        fn log(&self) -> Vec<&'static str> {
+            self.state.lock().unwrap().1.clone()
+        }
+
+        fn end_writes(&self) {
+            self.state.lock().unwrap().0 = true;
+            self.let_end.notify_all();
+        }
+    }
+
+    impl BlockIo for Slow {
+        fn info(&self) -> &ImageInfo {
+            &self.info
+        }
+
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), DiskError> {
+            Ok(())
+        }
+
+        fn write_at(&self, _: u64, _: &[u8]) -> Result<(), DiskError> {
+            self.happened("write begun");
+            let state = self.state.lock().unwrap();
+            let bound = Duration::from_secs(20);
+            drop(self.let_end.wait_timeout_while(state, bound, |s| !s.0).unwrap());
+            self.happened("write ended");
+            Ok(())
+        }
+
+        fn flush(&self) -> Result<(), DiskError> {
+            Ok(())
+        }
+
+        fn discard(&self, _: u64, _: u64) -> Result<(), DiskError> {
+            Ok(())
+        }
+
+        fn write_zeroes(&self, _: u64, _: u64) -> Result<(), DiskError> {
+            Ok(())
+        }
+
+        fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+            None
+        }
+
+        fn release(&self) -> Result<(), DiskError> {
+            self.happened("let go");
+            Ok(())
+        }
+
+        fn reacquire(&self) -> Result<(), DiskError> {
+            self.happened("taken");
+            Ok(())
+        }
+    }
+
+    fn disks(slow: &Arc<Slow>, path: &std::path::Path) -> (SharedDisks, Receiver<Input>) {
+        let (queue, incoming) = channel();
+        let image: Arc<dyn BlockIo> = Arc::clone(slow) as _;
+        let disk = SharedDisk {
+            index: 0,
+            path: path.to_owned(),
+            block: Arc::new(SharedBlock::new(Arc::clone(&image))),
+            image,
+            locked: Arc::default(),
+        };
+        let disks = SharedDisks {
+            list: vec![disk],
+            blocks: Arc::default(),
+            held: Held::Not,
+            inputs: Inputs::new(queue),
+        };
+        (disks, incoming)
+    }
+
+    fn until(what: &str, mut done: impl FnMut() -> bool) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while !done() {
+            assert!(Instant::now() < end, "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_disk_is_let_go_when_what_is_under_way_has_ended() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let slow = Slow::new();
+        let (mut disks, incoming) = disks(&slow, file.path());
+        disks.take().unwrap();
+        let block = Arc::clone(&disks.list[0].block);
+        let writes = std::thread::spawn(move || block.write_at(0, &[1; 512]));
+        until("the write to be at the disk", || {
+            slow.log().contains(&"write begun")
+        });
+        disks.let_go().unwrap();
+        // Enough for a thread that does not wait.
+        assert!(incoming.recv_timeout(Duration::from_millis(200)).is_err());
+        assert_eq!(slow.log(), ["taken", "write begun"]);
+        slow.end_writes();
+        writes.join().unwrap().unwrap();
+        let said = incoming.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(matches!(&said, Input::LetGo(Ok(marks)) if marks.len() == 1));
+        assert_eq!(slow.log(), ["taken", "write begun", "write ended", "let go"]);
+        disks.gone();
+        disks.take().unwrap();
+        assert_eq!(slow.log().last(), Some(&"taken"));
+    }
+
+    #[test]
+    fn a_disk_that_hangs_is_not_let_go() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let slow = Slow::new();
+        let (mut disks, incoming) = disks(&slow, file.path());
+        disks.take().unwrap();
+        let block = Arc::clone(&disks.list[0].block);
+        let writes = std::thread::spawn(move || block.write_at(0, &[1; 512]));
+        until("the write to be at the disk", || {
+            slow.log().contains(&"write begun")
+        });
+        disks.let_go().unwrap();
+        let said = incoming.recv_timeout(REST_MAX + Duration::from_secs(20)).unwrap();
+        assert!(matches!(&said, Input::LetGo(Err(why)) if why.contains("does not come to its end")));
+        disks.gone();
+        // It is still this host's: nothing is taken a second time, and the guest goes on.
+        disks.take().unwrap();
+        slow.end_writes();
+        writes.join().unwrap().unwrap();
+        assert_eq!(slow.log(), ["taken", "write begun", "write ended"]);
+    }
+}
