@@ -34,6 +34,18 @@ fn processes(pool: &Pool, vm: &str) -> usize {
         .count()
 }
 
+/// The same on one host.
+fn processes_on(pool: &Pool, vm: &str, host: &str) -> usize {
+    let path = format!("/vm/{vm}/");
+    let of = |h: &common::Host| {
+        h.processes()
+            .iter()
+            .filter(|(_, line)| line.contains(&path))
+            .count()
+    };
+    pool.hosts.iter().filter(|h| h.name == host).map(of).sum()
+}
+
 fn kill(process: u32) {
     let process = rustix::process::Pid::from_raw(process as i32).unwrap();
     rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
@@ -434,10 +446,13 @@ fn a_vm_on_shared_storage_moves_while_it_runs() {
         LEASE_MS,
         &["--vmm-arg=--cgroup=off", "--storage", "san"],
     );
+    std::fs::create_dir(pool.path("san")).unwrap();
+    for host in ["a", "b", "c"] {
+        std::os::unix::fs::symlink(pool.path("san"), pool.path(&format!("san-{host}"))).unwrap();
+    }
     for (vm, class) in [("r", "restart"), ("n", "none")] {
-        let disk = pool.path(&format!("san-{vm}.raw"));
-        create::create_raw(&disk, 12 << 20).unwrap();
-        let disk = disk.display().to_string();
+        create::create_raw(&pool.path(&format!("san/{vm}.raw")), 12 << 20).unwrap();
+        let disk = pool.path(&format!("san-{{host}}/{vm}.raw")).display().to_string();
         let settings = ["--disk", &disk, "--shared", "san"];
         pool.create_with(vm, class, "disk=verify ring=48", &settings);
     }
@@ -455,6 +470,17 @@ fn a_vm_on_shared_storage_moves_while_it_runs() {
         !refused.status.success() && said.contains("only disks of a host's own are mirrored"),
         "{said}"
     );
+    // One host says that it reaches the storage, and does not: it stays where it is, and who asked is told.
+    let from = host_of(&pool, "n").unwrap();
+    let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
+    std::fs::remove_file(pool.path(&format!("san-{to}"))).unwrap();
+    pool.other("").run(&["migrate", "n", "--to", to]);
+    wait("people to be told", || {
+        let told = pool.other("").run(&["events", "--subject", "n"]);
+        told.contains(&format!("{to} cannot take it")) && told.contains("No such file or directory")
+    });
+    wait("nothing of it to be there", || processes_on(&pool, "n", to) == 0);
+    std::os::unix::fs::symlink(pool.path("san"), pool.path(&format!("san-{to}"))).unwrap();
     // There and back: the former host is no standby that stays.
     let from = host_of(&pool, "n").unwrap();
     let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
@@ -496,9 +522,8 @@ fn a_vm_on_shared_storage_moves_while_it_runs() {
         protection(&pool, "r") == "restart elsewhere"
     });
     let only_on = |pool: &Pool, vm: &str, host: &str| {
-        let path = format!("/vm/{vm}/");
-        let there = |h: &common::Host| h.processes().iter().any(|(_, line)| line.contains(&path));
-        pool.hosts.iter().all(|h| there(h) == (h.name == host))
+        let mut hosts = pool.hosts.iter();
+        hosts.all(|h| (processes_on(pool, vm, &h.name) > 0) == (h.name == host))
     };
     wait("nothing of it to be elsewhere", || only_on(&pool, "r", &host));
     // What promises nothing is started where it was, once that host is back; a standby that was left behind goes.

@@ -13,6 +13,7 @@ use crate::health::Services;
 use crate::instances::{Exit, How, Meta};
 use crate::journal::{self, About};
 use crate::measure::Measure;
+use crate::migrate;
 use crate::node::Node;
 use crate::pool::{Pool, PoolVm};
 use crate::predict::{self, Predict};
@@ -297,11 +298,15 @@ impl Agent {
             return Ok(());
         }
         let failed = matches!(instances.exit(id), Some(Exit::Failed(..)));
+        let early = failed && now_ms() < meta.started_ms.saturating_add(EARLY_MS);
         if let Some(words) = instances.last_words(id) {
             let about = About::On(id.clone(), me.clone());
             self.node.note(about, format!("its process here ended: {words}"));
+            if early && !meta.start {
+                migrate::cannot_take(&self.node, pool, id, &words)?;
+            }
         }
-        if failed && meta.start && now_ms() < meta.started_ms.saturating_add(EARLY_MS) {
+        if early && meta.start {
             count_failure(&self.node, id, me, meta.started_ms)?;
         }
         if vm.owner() != Some(me) {

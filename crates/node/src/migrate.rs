@@ -113,29 +113,46 @@ pub async fn cancel(node: &Arc<Node>, pool: &Pool, vm: &VmId, to: &HostId) -> Re
 /// # Errors
 /// The store's.
 pub async fn set(node: &Arc<Node>, id: &str, state: TaskState, text: &str) -> Result<()> {
-    let (task_key, text) = (key(id), text.to_owned());
-    node.blocking(move |n| {
-        let mut subject = None;
-        update(&*n.kv(), &task_key, |old: Option<StoredTask>| {
-            Ok(old.filter(|t| t.state == TaskState::Running).map(|mut t| {
-                let about = match &t.task {
-                    Task::Migrate { vm, .. } => About::Vm(vm.clone()),
-                    Task::Upgrade { host, .. } => About::Host(host.clone()),
-                    Task::RollingUpgrade { .. } => About::Pool,
-                };
-                subject = Some((about, format!("{}: {text}", t.id)));
-                t.state = state;
-                t.text = text.clone();
-                t.ended_ms = (state != TaskState::Running).then(now_ms);
-                t
-            }))
-        })?;
-        if let Some((about, text)) = subject.filter(|_| state != TaskState::Running) {
-            n.note(about, text);
-        }
-        Ok(())
-    })
-    .await
+    let (id, text) = (id.to_owned(), text.to_owned());
+    node.blocking(move |n| set_now(n, &id, state, &text)).await
+}
+
+fn set_now(node: &Node, id: &str, state: TaskState, text: &str) -> Result<()> {
+    let mut subject = None;
+    update(&*node.kv(), &key(id), |old: Option<StoredTask>| {
+        Ok(old.filter(|t| t.state == TaskState::Running).map(|mut t| {
+            let about = match &t.task {
+                Task::Migrate { vm, .. } => About::Vm(vm.clone()),
+                Task::Upgrade { host, .. } => About::Host(host.clone()),
+                Task::RollingUpgrade { .. } => About::Pool,
+            };
+            subject = Some((about, format!("{}: {text}", t.id)));
+            t.state = state;
+            t.text = text.to_owned();
+            t.ended_ms = (state != TaskState::Running).then(now_ms);
+            t
+        }))
+    })?;
+    if let Some((about, text)) = subject.filter(|_| state != TaskState::Running) {
+        node.note(about, text);
+    }
+    Ok(())
+}
+
+/// This host's process for a VM that is on its way here ended as soon as it was started: who asked for the move is told. The pool's own
+/// moves are tried again.
+///
+/// # Errors
+/// The store's.
+pub fn cannot_take(node: &Node, pool: &Pool, vm: &VmId, words: &str) -> Result<()> {
+    let me = node.host();
+    let asked = |t: &&StoredTask| {
+        let here = matches!(&t.task, Task::Migrate { vm: v, to, cause: MoveCause::Operator, .. } if v == vm && *to == me);
+        here && t.state == TaskState::Running
+    };
+    let text = format!("{me} cannot take it, its process there ended: {words}");
+    let mut tasks = pool.tasks.iter().filter(asked);
+    tasks.try_for_each(|t| set_now(node, &t.id, TaskState::Failed, &text))
 }
 
 /// Takes every move a step further.

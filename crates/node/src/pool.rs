@@ -55,7 +55,9 @@ impl PoolVm {
     /// Whether its process must have the engine of protection: it is mirrored, or on its way to another host.
     #[must_use]
     pub fn needs_engine(&self) -> bool {
-        self.stored.record.standbys_wanted() > 0 || !self.memory.standbys.is_empty()
+        // A standby that has become the owner is listed for a moment.
+        let elsewhere = |h: &HostId| Some(h) != self.owner();
+        self.stored.record.standbys_wanted() > 0 || self.memory.standbys.iter().any(elsewhere)
     }
 
     /// Whether this host has the right to run it, and it shall run.
