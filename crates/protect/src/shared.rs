@@ -366,8 +366,16 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_disk_is_let_go_when_what_is_under_way_has_ended() {
+    type Writes = std::thread::JoinHandle<Result<(), DiskError>>;
+
+    /// A write is at the disk, and the disk is to be let go.
+    fn let_go_while_it_writes() -> (
+        Arc<Slow>,
+        SharedDisks,
+        Receiver<Input>,
+        Writes,
+        tempfile::NamedTempFile,
+    ) {
         let file = tempfile::NamedTempFile::new().unwrap();
         let slow = Slow::new();
         let (mut disks, incoming) = disks(&slow, file.path());
@@ -378,6 +386,12 @@ mod tests {
             slow.log().contains(&"write begun")
         });
         disks.let_go().unwrap();
+        (slow, disks, incoming, writes, file)
+    }
+
+    #[test]
+    fn a_disk_is_let_go_when_what_is_under_way_has_ended() {
+        let (slow, mut disks, incoming, writes, _file) = let_go_while_it_writes();
         // Enough for a thread that does not wait.
         assert!(incoming.recv_timeout(Duration::from_millis(200)).is_err());
         assert_eq!(slow.log(), ["taken", "write begun"]);
@@ -393,16 +407,7 @@ mod tests {
 
     #[test]
     fn a_disk_that_hangs_is_not_let_go() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let slow = Slow::new();
-        let (mut disks, incoming) = disks(&slow, file.path());
-        disks.take().unwrap();
-        let block = Arc::clone(&disks.list[0].block);
-        let writes = std::thread::spawn(move || block.write_at(0, &[1; 512]));
-        until("the write to be at the disk", || {
-            slow.log().contains(&"write begun")
-        });
-        disks.let_go().unwrap();
+        let (slow, mut disks, incoming, writes, _file) = let_go_while_it_writes();
         let said = incoming.recv_timeout(REST_MAX + Duration::from_secs(20)).unwrap();
         assert!(matches!(&said, Input::LetGo(Err(why)) if why.contains("does not come to its end")));
         disks.gone();
