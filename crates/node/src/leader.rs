@@ -367,7 +367,9 @@ impl Decider {
                 && !vm.memory.start_failures.is_empty()
                 && now_ms() > since.saturating_add(STARTED_WELL_MS);
             let said = runs.filter(|_| well).map(|i| &i.unfit);
-            let unfit = unfit_now(&vm.memory.unfit, said, owner.as_ref(), now_ms());
+            let in_sync = vm.record.as_ref().map(|r| &r.in_sync[..]).unwrap_or_default();
+            let fit = |h: &HostId| Some(h) == owner.as_ref() || in_sync.contains(h);
+            let unfit = unfit_now(&vm.memory.unfit, said, fit, now_ms());
             if vm.memory.last_owner == owner && !recovered && vm.memory.unfit == unfit {
                 continue;
             }
@@ -542,7 +544,7 @@ fn about(action: &Action) -> About {
 fn unfit_now(
     before: &BTreeMap<HostId, Unfit>,
     said: Option<&BTreeMap<HostId, String>>,
-    owner: Option<&HostId>,
+    fit: impl Fn(&HostId) -> bool,
     now: u64,
 ) -> BTreeMap<HostId, Unfit> {
     let Some(said) = said else { return BTreeMap::new() };
@@ -564,7 +566,7 @@ fn unfit_now(
             );
         }
     }
-    unfit.retain(|host, _| Some(host) != owner);
+    unfit.retain(|host, _| !fit(host));
     unfit
 }
 
@@ -710,4 +712,28 @@ pub fn resign(node: &Node) -> Result<()> {
         }))
     })
     .map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_cannot_go_on_with_a_guest_is_remembered_for_a_while() {
+        let (b, c) = (HostId::new("b").unwrap(), HostId::new("c").unwrap());
+        let says = |why: &str| BTreeMap::from([(b.clone(), why.to_owned())]);
+        let nothing = BTreeMap::new();
+        let none = |_: &HostId| false;
+        let at_10 = unfit_now(&BTreeMap::new(), Some(&says("no sse2")), none, 10);
+        assert_eq!(at_10.keys().collect::<Vec<_>>(), [&b]);
+        // Its standby is gone, and says nothing any more; one that says it again does not count anew.
+        assert_eq!(unfit_now(&at_10, Some(&nothing), none, 20), at_10);
+        assert_eq!(unfit_now(&at_10, Some(&says("no sse2")), none, 20), at_10);
+        assert_ne!(unfit_now(&at_10, Some(&says("no avx")), none, 20), at_10);
+        assert!(unfit_now(&at_10, Some(&nothing), none, 10 + UNFIT_MS).is_empty());
+        // It runs the VM, or is in sync; the guest does not run.
+        assert!(unfit_now(&at_10, Some(&nothing), |h| *h == b, 20).is_empty());
+        assert_eq!(unfit_now(&at_10, Some(&nothing), |h| *h == c, 20), at_10);
+        assert!(unfit_now(&at_10, None, none, 20).is_empty());
+    }
 }
