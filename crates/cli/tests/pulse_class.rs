@@ -455,8 +455,15 @@ fn a_vm_on_shared_storage_moves_while_it_runs() {
     for host in ["a", "b", "c"] {
         std::os::unix::fs::symlink(pool.path("san"), pool.path(&format!("san-{host}"))).unwrap();
     }
+    std::fs::create_dir(pool.path("other")).unwrap();
     for (vm, class) in [("r", "restart"), ("n", "none")] {
-        create::create_raw(&pool.path(&format!("san/{vm}.raw")), 12 << 20).unwrap();
+        for storage in ["san", "other"] {
+            let image = pool.path(&format!("{storage}/{vm}.raw"));
+            match vm {
+                "n" => create::create_qcow2(&image, 12 << 20).unwrap(),
+                _ => create::create_raw(&image, 12 << 20).unwrap(),
+            }
+        }
         let disk = pool.path(&format!("san-{{host}}/{vm}.raw")).display().to_string();
         let settings = ["--disk", &disk, "--shared", "san"];
         pool.create_with(vm, class, "disk=verify ring=48", &settings);
@@ -485,7 +492,26 @@ fn a_vm_on_shared_storage_moves_while_it_runs() {
         told.contains(&format!("{to} cannot take it")) && told.contains("No such file or directory")
     });
     wait("nothing of it to be there", || processes_on(&pool, "n", to) == 0);
-    std::os::unix::fs::symlink(pool.path("san"), pool.path(&format!("san-{to}"))).unwrap();
+    // Its path leads to another disk.
+    let lead = |to: &str, storage: &str| {
+        let path = pool.path(&format!("san-{to}"));
+        let _ = std::fs::remove_file(&path);
+        std::os::unix::fs::symlink(pool.path(storage), path).unwrap();
+    };
+    lead(to, "other");
+    pool.other("").run(&["migrate", "n", "--to", to]);
+    wait("people to be told", || {
+        let told = pool.other("").run(&["events", "--subject", "n"]);
+        told.contains("it is not the disk that the VM has")
+    });
+    wait("nothing of it to be there", || processes_on(&pool, "n", to) == 0);
+    lead(to, "san");
+    let refused = pool.other("").try_run(&["host", "storage", &from, "--none"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && said.contains("needs its storage: move it first"),
+        "{said}"
+    );
     // There and back: the former host is no standby that stays.
     let from = host_of(&pool, "n").unwrap();
     let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
@@ -515,6 +541,7 @@ fn a_vm_on_shared_storage_moves_while_it_runs() {
     let from = host_of(&pool, "r").unwrap();
     let to = ["a", "b", "c"].into_iter().find(|h| *h != from).unwrap();
     pool.other(&from).run(&["migrate", "r", "--to", to]);
+    wait("it to be on its way", || processes_on(&pool, "r", to) > 0);
     let killed = pool.host(&from).power_off();
     let (host, after) = clients[0].answer(&from, killed);
     println!("r: answers from {host} {after:?} after the death of {from}");

@@ -314,6 +314,29 @@ fn a_host_that_cannot_show_a_guests_cpu_is_passed_over() {
     );
 }
 
+/// Nor is it a target of a VM whose disks it has: those stay there, and the VM goes to another host.
+#[test]
+fn a_copy_of_the_disks_stays_on_a_host_that_cannot_show_the_cpu() {
+    let mut s = small(3, &[("a", Protection::Restart)]);
+    let x = &s.vms[&v("a")].state;
+    let (from, unfit) = (
+        x.owner.clone().unwrap(),
+        x.standbys.keys().next().unwrap().clone(),
+    );
+    s.vms.get_mut(&v("a")).unwrap().state.unfit.insert(unfit.clone());
+    fixpoint(&s);
+    s.hosts.get_mut(&from).unwrap().record.admin = HostAdmin::Draining(DrainWhy::Operator);
+    run(&mut s, 30, |s| {
+        assert!(
+            s.vms[&v("a")].state.standbys.contains_key(&unfit),
+            "{}",
+            describe(s)
+        );
+    });
+    let owner = s.vms[&v("a")].state.owner.clone().unwrap();
+    assert!(owner != from && owner != unfit, "{}", describe(&s));
+}
+
 /// What has arrived is not called off.
 #[test]
 fn a_move_that_has_arrived_is_over() {

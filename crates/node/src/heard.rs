@@ -80,6 +80,7 @@ mod tests {
             lag_epochs: 1,
             copying: BTreeMap::new(),
             unfit: BTreeMap::new(),
+            stays: None,
             takeover: None,
             service: None,
             load: Default::default(),

@@ -546,6 +546,7 @@ impl Instances {
             lag_epochs: 0,
             copying: BTreeMap::new(),
             unfit: BTreeMap::new(),
+            stays: None,
             takeover: None,
             service: None,
             load: VmLoad::default(),
@@ -729,6 +730,7 @@ fn read_protocol(protocol: &Value, meta: &Meta, report: &mut InstanceReport) {
             report.copying.insert(host, left);
         }
     }
+    report.stays = protocol["stays"].as_str().map(str::to_owned);
     report.unfit = serde_json::from_value(protocol["unfit"].clone()).unwrap_or_default();
 }
 

@@ -368,8 +368,14 @@ impl Decider {
                 && now_ms() > since.saturating_add(STARTED_WELL_MS);
             let said = runs.filter(|_| well).map(|i| &i.unfit);
             let in_sync = vm.record.as_ref().map(|r| &r.in_sync[..]).unwrap_or_default();
-            let fit = |h: &HostId| Some(h) == owner.as_ref() || in_sync.contains(h);
-            let unfit = unfit_now(&vm.memory.unfit, said, fit, now_ms());
+            // Who has the disks only is in sync with any CPU.
+            let whole = !vm.stored.record.disks_suffice();
+            let fit = |h: &HostId| Some(h) == owner.as_ref() || whole && in_sync.contains(h);
+            let unfit = match runs {
+                // Not heard of: that says nothing.
+                None if owner.is_some() => vm.memory.unfit.clone(),
+                _ => unfit_now(&vm.memory.unfit, said, fit, now_ms()),
+            };
             if vm.memory.last_owner == owner && !recovered && vm.memory.unfit == unfit {
                 continue;
             }

@@ -190,7 +190,9 @@ pub async fn progress(node: &Arc<Node>, pool: &Pool) -> Result<()> {
             )
             .await?;
         } else if let Some(unfit) = entry.memory.unfit.get(to) {
-            change_standbys(node, vm, to, false).await?;
+            if !entry.stored.record.disks_suffice() {
+                change_standbys(node, vm, to, false).await?;
+            }
             let text = format!("it cannot go on on {to}: {}", unfit.why);
             set(node, &stored.id, TaskState::Failed, &text).await?;
         } else if now_ms() > since_ms.saturating_add(BOUND_MS) {
@@ -231,11 +233,20 @@ async fn hand_over(
     let asked = stored
         .text
         .strip_prefix("handing over since ")
-        .and_then(|t| t.parse::<u64>().ok());
+        .and_then(|t| t.split(';').next()?.parse::<u64>().ok());
     if asked.is_some_and(|at| now_ms() < at.saturating_add(AGAIN_MS)) {
         return Ok(());
     }
-    let text = format!("handing over since {}", now_ms().max(*since_ms));
+    let said = pool
+        .reports
+        .get(from)
+        .and_then(|r| r.instances.get(vm)?.stays.clone());
+    let said = said.filter(|_| asked.is_some());
+    if let Some(why) = said.as_ref().filter(|_| cause == MoveCause::Operator) {
+        return set(node, &stored.id, TaskState::Failed, why).await;
+    }
+    let last = said.map_or_else(String::new, |why| format!("; last time: {why}"));
+    let text = format!("handing over since {}{last}", now_ms().max(*since_ms));
     set(node, &stored.id, TaskState::Running, &text).await?;
     let action = Action::Migrate {
         vm: vm.clone(),

@@ -360,11 +360,7 @@ impl Pool {
                 service_failed: running && service == Some(health::State::Failed),
                 moved_ms: memory.moved_ms,
                 start_failures: memory.start_failures.clone(),
-                // What is booted there gets that host's CPU.
-                unfit: match spec.disks_suffice() {
-                    true => BTreeSet::new(),
-                    false => memory.unfit.keys().cloned().collect(),
-                },
+                unfit: memory.unfit.keys().cloned().collect(),
                 home: memory.home.clone(),
                 fixed: self.fixed(&vm.stored),
                 load: load.map(|i| i.load).unwrap_or_default(),

@@ -218,6 +218,9 @@ pub struct InstanceReport {
     /// Hosts that cannot be its standby, as they said, and why.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub unfit: BTreeMap<HostId, String>,
+    /// Why the last time that it was to be handed over came to nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stays: Option<String>,
     /// How it became the primary, if by taking over.
     #[serde(default)]
     pub takeover: Option<Takeover>,

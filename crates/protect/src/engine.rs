@@ -583,6 +583,7 @@ impl Engine {
             Input::DiskServed(host, id, got) => self.aside(&host, &crate::aside::Aside::Block { id, got }),
             Input::CopiedOut(done) => self.copied_out(done)?,
             Input::LetGo(done) => self.let_go(done)?,
+            Input::SharedFlushed(to, done) => self.hand_over_flushed(to, done)?,
             Input::SharedSeen(host, id, same) => {
                 let why = same.err();
                 self.aside(&host, &crate::aside::Aside::SharedSeen { id, why });

@@ -7,10 +7,17 @@ use crate::input::Input;
 use crate::shared::Held;
 use crate::shared_mark::Mark;
 use crate::store::random_u64;
+use std::time::{Duration, Instant};
 use steadfast_epoch::Status;
 use steadfast_epoch::io::Event;
 use steadfast_types::{Epoch, HostId};
 use steadfast_vmm::process::ProcessError;
+
+/// Disks of a VM that was handed over to this host are tried to be had for so long, and so often.
+const TAKE_MAX: Duration = Duration::from_secs(5);
+const TAKE_AGAIN: Duration = Duration::from_millis(50);
+/// Those of one that stays.
+const TAKE_BACK_MAX: Duration = Duration::from_secs(60);
 
 /// A frozen cut that waits for the disks, and what is asked of the other host.
 #[derive(Default)]
@@ -20,15 +27,56 @@ pub(crate) struct Handing {
     asked: Option<(u64, HostId)>,
     /// Who has found them to be the same.
     same: Option<HostId>,
+    /// They cannot be had back, since when.
+    untaken: Option<Instant>,
+    /// Why the last handover came to nothing.
+    stays: Option<String>,
 }
 
 impl Engine {
-    /// Whether the shared disks are this host's, if there are any.
-    pub(crate) fn has_shared(&self) -> bool {
-        self.shared.is_empty() || self.shared.held() == Held::Here
+    /// Why the last handover of a VM with shared disks came to nothing.
+    pub(crate) fn stays(&self) -> Option<&str> {
+        self.handing.stays.as_deref()
     }
 
-    fn handing_to(&self) -> Option<HostId> {
+    /// Begins a handover; the inner error is for who asked.
+    pub(crate) fn hand_over(&mut self, to: HostId) -> Result<Result<(), &'static str>, ProcessError> {
+        if self.shared.is_empty() {
+            self.step(Event::HandOver(to))?;
+            return Ok(Ok(()));
+        }
+        if self.replica.primary().is_none() {
+            return Ok(Err("this host does not run the VM; ask the one that does"));
+        }
+        if self.shared.held() != Held::Here || !self.shared.flush_ahead(to) {
+            return Ok(Err(
+                "its shared disks are on their way from or to a handover already; try again",
+            ));
+        }
+        self.handing.stays = None;
+        Ok(Ok(()))
+    }
+
+    /// Most of what the guest wrote is on the shared disks: what is left to flush, while it waits, is little.
+    pub(crate) fn hand_over_flushed(
+        &mut self,
+        to: HostId,
+        done: Result<(), String>,
+    ) -> Result<(), ProcessError> {
+        match done {
+            Err(why) => self.call_off(&why),
+            Ok(()) if self.may_still(&to) => self.step(Event::HandOver(to)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Nobody has thought better of it meanwhile.
+    fn may_still(&self, to: &HostId) -> bool {
+        let wanted = self.peers.get(to).is_some_and(|p| p.wanted && !p.leaving);
+        wanted && self.whole && self.shared.held() == Held::Here && self.ending.is_none()
+    }
+
+    pub(crate) fn handing_to(&self) -> Option<HostId> {
         match self.replica.status() {
             Status::Primary(p) => p.handing_to,
             Status::Standby(_) => None,
@@ -71,13 +119,15 @@ impl Engine {
 
     fn call_off(&mut self, why: &str) -> Result<(), ProcessError> {
         self.note(format!("the VM stays here: {why}"));
+        self.handing.stays = Some(why.to_owned());
         self.step(Event::CancelHandOver)?;
         self.keep_shared()
     }
 
     /// Another host has let its disks go, and asks whether they are those of this host.
     pub(crate) fn heard_shared(&mut self, host: &HostId, id: u64, marks: Vec<Mark>) {
-        if self.replica.primary().is_none() {
+        let of_owner = matches!(self.replica.status(), Status::Standby(s) if s.owner.as_ref() == Some(host));
+        if of_owner {
             let host = host.clone();
             self.shared
                 .compare(marks, move |same| Input::SharedSeen(host, id, same));
@@ -129,15 +179,41 @@ impl Engine {
         if self.shared.held() != Held::LetGo {
             return Ok(());
         }
-        self.handing = Handing::default();
-        self.take_shared()?;
-        self.note("the shared disks are taken back".into());
-        Ok(())
+        // Nobody else has had them: what is cached of them is right.
+        let Err(why) = self.shared.take(false) else {
+            self.handing = Handing {
+                stays: self.handing.stays.take(),
+                ..Handing::default()
+            };
+            self.note("the shared disks are taken back".into());
+            return Ok(());
+        };
+        // Somebody else may have opened one for a moment. The guest waits for them, and this is tried again.
+        let since = match self.handing.untaken {
+            Some(since) => since,
+            None => {
+                self.note(format!("ALARM: the shared disks cannot be taken back: {why}"));
+                *self.handing.untaken.insert(Instant::now())
+            }
+        };
+        match since.elapsed() < TAKE_BACK_MAX {
+            true => Ok(()),
+            false => Err(ProcessError::DiskFault(why)),
+        }
     }
 
-    /// The shared disks are this host's from now on.
-    pub(crate) fn take_shared(&mut self) -> Result<(), ProcessError> {
-        self.shared.take().map_err(ProcessError::DiskFault)
+    /// The shared disks are this host's from now on. Nobody else runs the VM: it is worth some tries.
+    pub(crate) fn take_shared(&mut self, from_another_host: bool) -> Result<(), ProcessError> {
+        let until = Instant::now() + TAKE_MAX;
+        loop {
+            match self.shared.take(from_another_host) {
+                Err(why) if Instant::now() < until => {
+                    tracing::warn!(why, "a shared disk cannot be had; tried again");
+                    std::thread::sleep(TAKE_AGAIN);
+                }
+                done => return done.map_err(ProcessError::DiskFault),
+            }
+        }
     }
 
     /// This host has handed the VM over.

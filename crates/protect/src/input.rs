@@ -54,6 +54,8 @@ pub enum Input {
     CopiedOut(Result<serde_json::Value, String>),
     /// The shared disks have been let go, and what they are told by; or why not all of them.
     LetGo(Result<Vec<Mark>, String>),
+    /// What the guest wrote to them is written, or not; it is to be handed over to this host.
+    SharedFlushed(HostId, Result<(), String>),
     /// The answer to another host's question about them: its number, and whether they are the same.
     SharedSeen(HostId, u64, Result<(), String>),
 }
@@ -76,7 +78,9 @@ impl Input {
             Input::DiskAsk { .. } | Input::DiskServed(..) => "a block of another host",
             Input::DiskCopied(..) => "the end of a copy of disks",
             Input::CopiedOut(_) => "the copy of a standby",
-            Input::LetGo(_) | Input::SharedSeen(..) => "shared disks in a handover",
+            Input::LetGo(_) | Input::SharedSeen(..) | Input::SharedFlushed(..) => {
+                "shared disks in a handover"
+            }
         }
     }
 }

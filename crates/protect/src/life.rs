@@ -137,6 +137,7 @@ impl Engine {
                     return Ok(());
                 }
                 tracing::warn!(%error, "a device did not come to rest before the reset");
+                self.shared.renew();
             }
             if self.whole {
                 still.harvest(&mut dirty).map_err(|e| not_reset(&e))?;

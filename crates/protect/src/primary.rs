@@ -356,7 +356,7 @@ impl Engine {
         self.note(format!("boots here under term {term}, after epoch {at}"));
         self.disks.boot(at, term).map_err(disk_failed)?;
         let Some(from) = self.spec.takes_over.take() else {
-            self.take_shared()?;
+            self.take_shared(true)?;
             self.vm.boot()?;
             return self.go_live();
         };

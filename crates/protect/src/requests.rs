@@ -51,14 +51,10 @@ impl Engine {
                 &"only the disks of this VM are mirrored: it cannot go on elsewhere, only be booted there",
             ),
             Request::HandOver { .. } if self.ending.is_some() => failure(&"the VM is about to end"),
-            Request::HandOver { .. } if !self.has_shared() => {
-                failure(&"its shared disks are on their way to this host; try again")
-            }
-            Request::HandOver { to } => {
-                let to = to.clone();
-                self.step(Event::HandOver(to))?;
-                json!({"ok": true})
-            }
+            Request::HandOver { to } => match self.hand_over(to.clone())? {
+                Ok(()) => json!({"ok": true}),
+                Err(why) => failure(&why),
+            },
             Request::AddPeer { host, paths, standby } => {
                 let peer = PeerSpec {
                     host: host.clone(),
@@ -181,6 +177,10 @@ impl Engine {
             return Ok(false);
         };
         (peer.leaving, peer.wanted) = (true, false);
+        if self.handing_to().as_ref() == Some(host) {
+            // Whoever asked for it does not want it any more.
+            self.step(Event::CancelHandOver)?;
+        }
         self.step(Event::RemoveStandby(host.clone()))?;
         self.close_links();
         Ok(true)
@@ -224,6 +224,7 @@ impl Engine {
                 "committed": p.progress.committed(), "released": p.progress.released(),
                 "lag_epochs": p.progress.sealed().0 - p.progress.committed().0,
                 "lag_bytes": p.bytes_in_flight,
+                "stays": self.stays(),
                 "unfit": self.peers.values().filter_map(|p| Some((p.host.to_string(), p.unfit.clone()?)))
                     .collect::<std::collections::BTreeMap<_, _>>(),
                 "members": p.members.iter().map(|m| json!({

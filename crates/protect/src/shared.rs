@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use steadfast_disk::image::{self, BlockIo, ImageFormat, ImageOptions};
+use steadfast_types::HostId;
 use steadfast_vmm::spec::VmSpec;
 
 /// Requests that are under way end within this, or the VM stays. Less than a handover may take.
@@ -48,17 +49,27 @@ impl SharedDisk {
         format!("shared disk {}: {error}", self.path.display())
     }
 
-    fn take(&self) -> Result<(), String> {
+    fn take(&self, from_another_host: bool) -> Result<(), String> {
         if self.locked.load(Ordering::Acquire) {
             return Ok(());
         }
-        let taken = forget_cached(&self.path)
-            .map_err(|e| self.named(&e))
-            .and_then(|()| self.image.reacquire().map_err(|e| self.named(&e)));
-        taken.inspect(|()| self.locked.store(true, Ordering::Release))
+        if from_another_host {
+            forget_cached(&self.path).map_err(|e| self.named(&e))?;
+        }
+        self.image.reacquire().map_err(|e| self.named(&e))?;
+        self.locked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), String> {
+        self.image.flush().map_err(|e| {
+            self.block.flush_failed();
+            self.named(&e)
+        })
     }
 
     fn let_go(&self) -> Result<(), String> {
+        self.flush()?;
         self.image.release().map_err(|e| self.named(&e))?;
         self.locked.store(false, Ordering::Release);
         Ok(())
@@ -71,6 +82,15 @@ impl SharedDisk {
             _ => Vec::new(),
         };
         Mark::of(&self.path, &written).map_err(|e| self.named(&e))
+    }
+}
+
+/// While this is there a thread is at work.
+struct Busy(Arc<AtomicBool>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
 }
 
@@ -92,6 +112,8 @@ pub struct SharedDisks {
     list: Vec<SharedDisk>,
     blocks: SharedBlocks,
     held: Held,
+    /// A thread is at work that was asked to flush, or to compare.
+    busy: Arc<AtomicBool>,
     inputs: Inputs,
 }
 
@@ -124,6 +146,10 @@ impl SharedDisks {
                 lock,
                 ..ImageOptions::default()
             };
+            if lock {
+                // It may have been another host's since this one had it.
+                forget_cached(&disk.path).map_err(|e| format!("disk {path}: {e}"))?;
+            }
             let image = image::open(&disk.path, &options).map_err(|e| format!("disk {path}: {e}"))?;
             list.push(SharedDisk {
                 index,
@@ -138,6 +164,7 @@ impl SharedDisks {
             list,
             blocks: Arc::new(Mutex::new(blocks)),
             held: Held::Not,
+            busy: Arc::default(),
             inputs: inputs.clone(),
         })
     }
@@ -157,15 +184,43 @@ impl SharedDisks {
         self.held
     }
 
-    /// They are this host's from now on: its guest runs, or is about to.
+    /// They are this host's from now on: its guest runs, or is about to. May be tried again.
     ///
     /// # Errors
     /// The one that cannot be had.
-    pub fn take(&mut self) -> Result<(), String> {
-        self.list.iter().try_for_each(SharedDisk::take)?;
+    pub fn take(&mut self, from_another_host: bool) -> Result<(), String> {
+        self.list.iter().try_for_each(|d| d.take(from_another_host))?;
         self.list.iter().for_each(|d| d.block.open());
         self.held = Held::Here;
         Ok(())
+    }
+
+    /// Writes on a thread what the guest wrote, while it runs, so that it does not wait for that when they are let go; [`Input::SharedFlushed`]
+    /// tells of the end. False: that is under way already, or there is no thread for it.
+    #[must_use]
+    pub fn flush_ahead(&self, to: HostId) -> bool {
+        let (list, inputs) = (self.list.clone(), self.inputs.clone());
+        self.on_a_thread("flush-ahead", move || {
+            let done = list.iter().try_for_each(SharedDisk::flush);
+            inputs.send(Input::SharedFlushed(to, done));
+        })
+    }
+
+    /// One thing at a time: a peer or a storage that hangs makes no heap of threads.
+    fn on_a_thread(&self, name: &str, work: impl FnOnce() + Send + 'static) -> bool {
+        if self.busy.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        let busy = Busy(Arc::clone(&self.busy));
+        let work = move || {
+            work();
+            drop(busy);
+        };
+        let spawned = std::thread::Builder::new().name(name.into()).spawn(work);
+        if let Err(error) = &spawned {
+            tracing::error!(%error, name, "no thread for the shared disks");
+        }
+        spawned.is_ok()
     }
 
     /// Begins to let go of them; [`Input::LetGo`] tells of the end. The guest may run on, and waits for its disks.
@@ -174,8 +229,8 @@ impl SharedDisks {
     /// There is no thread for it.
     pub fn let_go(&mut self) -> std::io::Result<()> {
         let (list, inputs) = (self.list.clone(), self.inputs.clone());
-        list.iter().for_each(|d| d.block.shut());
         let work = move || {
+            list.iter().for_each(|d| d.block.shut());
             let until = Instant::now() + REST_MAX;
             let done = list.iter().map(|d| {
                 if !d.block.rest(until.saturating_duration_since(Instant::now())) {
@@ -200,9 +255,9 @@ impl SharedDisks {
     pub fn compare(
         &self,
         marks: Vec<Mark>,
-        answer: impl FnOnce(Result<(), String>) -> Input + Send + 'static,
+        answer: impl FnOnce(Result<(), String>) -> Input + Clone + Send + 'static,
     ) {
-        let (list, inputs) = (self.list.clone(), self.inputs.clone());
+        let (list, inputs, at_once) = (self.list.clone(), self.inputs.clone(), answer.clone());
         let work = move || {
             let same = match list.len() == marks.len() {
                 true => list.iter().zip(&marks).try_for_each(|(d, mark)| {
@@ -213,9 +268,9 @@ impl SharedDisks {
             };
             inputs.send(answer(same));
         };
-        // Without an answer the VM stays where it is.
-        if let Err(error) = std::thread::Builder::new().name("compare".into()).spawn(work) {
-            tracing::error!(%error, "no thread to compare shared disks with");
+        if !self.on_a_thread("compare", work) {
+            let why = "the other host is busy with an earlier comparison; does its storage answer?";
+            self.inputs.send(at_once(Err(why.into())));
         }
     }
 
@@ -228,6 +283,19 @@ impl SharedDisks {
             blocks.insert(d.index, Arc::clone(&d.block));
         }
         self.held = Held::Not;
+    }
+
+    /// The machine here did not come to rest, and another one follows it here.
+    pub fn renew(&mut self) {
+        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        for d in &mut self.list {
+            d.block.close();
+            d.block = Arc::new(SharedBlock::after(&d.block));
+            if self.held == Held::Here {
+                d.block.open();
+            }
+            blocks.insert(d.index, Arc::clone(&d.block));
+        }
     }
 
     /// Nothing of the guest waits for them any more: the process ends. Whether what is under way comes to its end.
@@ -353,6 +421,7 @@ mod tests {
             list: vec![disk],
             blocks: Arc::default(),
             held: Held::Not,
+            busy: Arc::default(),
             inputs: Inputs::new(queue),
         };
         (disks, incoming)
@@ -379,7 +448,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let slow = Slow::new();
         let (mut disks, incoming) = disks(&slow, file.path());
-        disks.take().unwrap();
+        disks.take(false).unwrap();
         let block = Arc::clone(&disks.list[0].block);
         let writes = std::thread::spawn(move || block.write_at(0, &[1; 512]));
         until("the write to be at the disk", || {
@@ -401,7 +470,7 @@ mod tests {
         assert!(matches!(&said, Input::LetGo(Ok(marks)) if marks.len() == 1));
         assert_eq!(slow.log(), ["taken", "write begun", "write ended", "let go"]);
         disks.gone();
-        disks.take().unwrap();
+        disks.take(false).unwrap();
         assert_eq!(slow.log().last(), Some(&"taken"));
     }
 
@@ -412,7 +481,7 @@ mod tests {
         assert!(matches!(&said, Input::LetGo(Err(why)) if why.contains("does not come to its end")));
         disks.gone();
         // It is still this host's: nothing is taken a second time, and the guest goes on.
-        disks.take().unwrap();
+        disks.take(false).unwrap();
         slow.end_writes();
         writes.join().unwrap().unwrap();
         assert_eq!(slow.log(), ["taken", "write begun", "write ended"]);

@@ -182,7 +182,7 @@ impl Engine {
         self.disks
             .promote(at, term)
             .map_err(crate::primary::disk_failed)?;
-        self.take_shared()?;
+        self.take_shared(true)?;
         self.reached("load");
         match state {
             Some(state) => {

@@ -107,7 +107,7 @@ impl Engine {
             )));
         }
         self.disks.lock_images().map_err(disk_failed)?;
-        self.take_shared()?;
+        self.take_shared(false)?;
         self.vm.resources.take_images()?;
         let state = std::mem::take(&mut saved.state);
         self.vm.machine.restore(state).map_err(machine_failed)?;

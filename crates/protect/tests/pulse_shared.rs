@@ -54,6 +54,12 @@ fn held(duo: &Duo, host: usize) -> String {
         .to_owned()
 }
 
+/// How often its disk was let go for nothing.
+fn taken_back(duo: &Duo, host: usize) -> usize {
+    let log = duo.hosts[host].status().unwrap_or_default()["log"].to_string();
+    log.matches("the shared disks are taken back").count()
+}
+
 /// Nobody runs it, for many times as long as a takeover would take.
 fn stays_down(duo: &Duo) {
     let until = Instant::now() + LONG_SILENCE;
@@ -161,6 +167,12 @@ fn it_does_not_move_to_another_disk() {
             let log = duo.hosts[0].status().unwrap_or_default()["log"].to_string();
             log.contains("it is not the disk that the VM has") && held(&duo, 0) == "here"
         });
+        wait("why it stays", LONG, || {
+            let status = duo.hosts[0].status().unwrap_or_default();
+            status["protocol"]["stays"]
+                .to_string()
+                .contains("it is not the disk")
+        });
         for _ in 0..5 {
             duo.one();
         }
@@ -181,11 +193,14 @@ fn a_move_that_comes_to_nothing_gives_the_disk_back() {
         let (from, _) = duo.owner().unwrap();
         let other = 1 - from;
         duo.hosts[other].signal(Signal::STOP);
-        ask_to_move(&duo, from);
+        let before = taken_back(&duo, from);
+        let asked = ask_to_move(&duo, from);
+        assert_eq!(asked["ok"], true, "{asked}");
         for _ in 0..5 {
             duo.one();
         }
         assert_eq!(duo.owner(), Some((from, false)));
+        wait("taken back", LONG, || taken_back(&duo, from) > before);
         assert_eq!(held(&duo, from), "here");
         duo.hosts[other].signal(Signal::CONT);
         duo.could_move();

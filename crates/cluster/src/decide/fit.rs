@@ -101,7 +101,7 @@ impl World<'_> {
             if vm.bound_to_disks() && !vm.vm.state.replicas.contains(host.id()) {
                 return Some(Obstacle::Disks);
             }
-        } else if vm.vm.state.unfit.contains(host.id()) {
+        } else if self.unfit(v, h, role) {
             return Some(Obstacle::Cpu);
         } else if let Some(o) = vm.owner {
             let versions = &self.hosts[o].host.status.versions;
@@ -117,6 +117,13 @@ impl World<'_> {
             return Some(Obstacle::Room(extra.minus(host.free())));
         }
         None
+    }
+
+    /// It cannot show the guest's CPU. A copy of the disks alone can be there: a guest that is booted gets that host's.
+    pub fn unfit(&self, v: usize, h: usize, role: Role) -> bool {
+        let vm = &self.vms[v].vm;
+        let boots = role == Role::Primary || role == Role::Standby && vm.spec.disks_suffice();
+        !boots && vm.state.unfit.contains(self.hosts[h].id())
     }
 
     fn wrong_site(&self, v: usize, h: usize, role: Role) -> bool {

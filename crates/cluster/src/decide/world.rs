@@ -448,7 +448,7 @@ impl<'a> World<'a> {
             && host.host.status.prediction.is_none()
             && self.vms[v].admissible[h] == Why::Fits
             && !self.vms[v].vm.state.instances.get(host.id()).is_some_and(fault)
-            && !self.vms[v].vm.state.unfit.contains(host.id())
+            && !self.unfit(v, h, super::fit::Role::Standby)
             && !self.misplaced(v, h)
     }
 

@@ -3,7 +3,7 @@
 use crate::config::{NodeConfig, StoreChoice};
 use crate::paths;
 use crate::pool::{Pool, PoolVm};
-use crate::records::{InstanceReport, StoredTask, TaskState, VmMemory, now_ms};
+use crate::records::{HostInfo, InstanceReport, StoredTask, TaskState, VmMemory, now_ms};
 use crate::watchdog;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -196,9 +196,17 @@ pub fn vm_status(pool: &Pool, id: &VmId, vm: &PoolVm) -> VmStatus {
             ),
         },
         (Protection::Restart, "running") => {
-            match pool.hosts.keys().filter(|h| up(h) && Some(*h) != owner).count() {
-                0 => "unprotected: there is no other host".into(),
-                _ => "restart elsewhere".into(),
+            let reaches = |info: &HostInfo| spec.storages().all(|s| info.record.storages.contains(s));
+            let others = pool
+                .hosts
+                .iter()
+                .filter(|(h, i)| up(h) && Some(*h) != owner && !i.record.witness);
+            match (others.clone().any(|(_, info)| reaches(info)), others.count()) {
+                (_, 0) => "unprotected: there is no other host".into(),
+                (false, _) => {
+                    "unprotected: no other host reaches its storage (`steadfast host storage`)".into()
+                }
+                (true, _) => "restart elsewhere".into(),
             }
         }
         (_, "running") if instance.is_some_and(|i| i.protected) && in_sync.iter().any(up) => {
